@@ -1,0 +1,68 @@
+"""Process groups of both grids, built once; the one place that touches Megatron-core's global parallel state."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from parallel.layout import Coordinates, Layout
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place and its process groups.
+
+    balance: the ranks among which images move.  control: gloo over the world, for plans and flags, never for tensors
+    of the step; the prefetch thread alone uses it.
+    """
+
+    layout: Layout
+    rank: int
+    place: Coordinates
+    device: torch.device
+    balance: dist.ProcessGroup
+    control: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.place.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.place.pp == self.layout.pp - 1
+
+
+def build_grid(layout: Layout, device: torch.device) -> Grid:
+    """Builds every process group of `layout`; needs an initialised world of `layout.world` ranks (collective)."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=False,
+    )
+    rank = dist.get_rank()
+    place = layout.coordinates(rank)
+    seen = Coordinates(
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
+        dp=parallel_state.get_data_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    assert seen == place, f"Megatron-core seats rank {rank} at {seen}, the layout at {place}"
+    mine = None
+    for group in range(layout.groups):
+        ranks = layout.group_ranks(group)
+        handle = dist.new_group(ranks)
+        if rank in ranks:
+            mine = handle
+    control = dist.new_group(list(range(layout.world)), backend="gloo")
+    return Grid(layout=layout, rank=rank, place=place, device=device, balance=mine, control=control)
+
+
+def destroy_grid() -> None:
+    """Forgets Megatron-core's parallel state, so that a test can build another grid in the same process."""
+    parallel_state.destroy_model_parallel()

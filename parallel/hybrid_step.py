@@ -1,0 +1,146 @@
+"""One training step of encoder and LLM on the same ranks, in the five phases of docs/architecture.md.
+
+    plan -> encode -> deliver -> LLM schedule -> return and update
+
+The plan is made ahead on the CPU (`parallel.routes`).  The LLM sees visual rows as detached leaves; their gradients
+travel home and drive the encoder's backward, chunk by chunk, the same number of chunks on every rank.  One gradient
+scale (1 / trained tokens of the global batch) and one clip norm over both modules are computed here, by neither
+library; both optimizers step or neither does.
+
+Legend: V visual rows this rank encodes, U rows this rank's leaves hold, D LLM width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallel.encoder_engine import EncoderEngine
+from parallel.exchange import Exchange
+from parallel.grid import Grid
+from parallel.llm_engine import Leaf, LLMEngine
+from parallel.phases import PhaseTimer
+from parallel.routes import Routes
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The two halves of the model and the way between them."""
+
+    grid: Grid
+    encoder: EncoderEngine
+    llm: LLMEngine
+    exchange: Exchange
+    width: int
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One planned step of this rank.
+
+    chunks: encoder input of each chunk (a blank one where the rank has no image); chunk_rows: visual rows that count in
+    each chunk (0 for a blank); micro_batches: in order; trained_tokens: of the whole global batch.
+    """
+
+    routes: Routes
+    chunks: list
+    chunk_rows: list[int]
+    micro_batches: list
+    trained_tokens: int
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """reports: of the micro-batches, on last-stage ranks.  Norms are of the whole gradients before clipping; `applied`
+    is False where a non-finite value anywhere made every rank skip the update."""
+
+    reports: list
+    grad_norm: float
+    part_norms: dict[str, float]
+    applied: bool
+
+
+def hybrid_step(engines: Engines, batch: StepInput, *, clip_norm: float, replay: bool, timer: PhaseTimer) -> StepOutput:
+    """Runs one training step (collective over the world).
+
+    clip_norm: joint gradient norm above which both modules' gradients are scaled down; 0 turns clipping off.
+    replay: encode without autograd first, and again chunk by chunk in the backward (memory of one chunk).
+    """
+    encoder, llm, exchange = engines.encoder, engines.llm, engines.exchange
+
+    with timer.phase("encode"):
+        kept, rows_VD = encode(engines, batch, keep=not replay)
+
+    with timer.phase("deliver"):
+        leaf_UD = exchange.deliver(rows_VD, batch.routes)
+        leaves = split_leaves(engines.grid, leaf_UD, batch.routes, requires_grad=True)
+
+    with timer.phase("llm"):
+        reports = llm.forward_backward(batch.micro_batches, leaves, 1.0 / max(batch.trained_tokens, 1))
+
+    with timer.phase("return"):
+        grad_UD = llm.leaf_gradient(leaves, leaf_UD)
+        grad_VD = exchange.give_back(grad_UD, batch.routes)
+    with timer.phase("encoder_backward"):
+        _encoder_backward(encoder, batch, kept, grad_VD)
+
+    with timer.phase("update"):
+        norms = _joint_norms(engines)
+        total = sum(value**2 for value in norms.values()) ** 0.5
+        applied = total < float("inf")  # False for inf and for nan
+        if applied:
+            scale = min(1.0, clip_norm / (total + 1e-6)) if clip_norm > 0 else 1.0
+            encoder.step(scale)
+            llm.step(scale)
+        else:
+            encoder.discard()
+            llm.discard()
+    return StepOutput(reports, total, norms, applied)
+
+
+@torch.no_grad()
+def forward_only(engines: Engines, batch: StepInput) -> list:
+    """Loss reports of one planned step without gradients (collective over the world)."""
+    _, rows_VD = encode(engines, batch, keep=False)
+    leaf_UD = engines.exchange.deliver(rows_VD, batch.routes)
+    leaves = split_leaves(engines.grid, leaf_UD, batch.routes, requires_grad=False)
+    return engines.llm.forward_backward(batch.micro_batches, leaves, 1.0, forward_only=True)
+
+
+def encode(engines: Engines, batch: StepInput, *, keep: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Encodes this rank's chunks; returns (outputs with their graphs if `keep`, detached rows that count [V, D])."""
+    with torch.set_grad_enabled(keep):
+        outputs = [engines.encoder.encode(chunk) for chunk in batch.chunks]
+    rows = [output.detach()[:count] for output, count in zip(outputs, batch.chunk_rows, strict=True)]
+    empty_0D = torch.zeros(0, engines.width, device=engines.grid.device, dtype=rows[0].dtype if rows else None)
+    return outputs if keep else [], torch.cat([empty_0D, *rows])
+
+
+def split_leaves(grid: Grid, leaf_UD: torch.Tensor, routes: Routes, *, requires_grad: bool) -> list[Leaf | None]:
+    """One leaf a micro-batch on first-stage ranks, zero rows included, so that a frozen LLM still has a graph."""
+    if not grid.is_first_stage:
+        return [None] * len(routes.leaf_rows_M)
+    at_U = torch.from_numpy(routes.at_U).to(leaf_UD.device, non_blocking=True)
+    rows = leaf_UD.detach().split(routes.leaf_rows_M)
+    places = at_U.split(routes.leaf_rows_M)
+    return [Leaf(r.requires_grad_(requires_grad), at) for r, at in zip(rows, places, strict=True)]
+
+
+def _encoder_backward(encoder: EncoderEngine, batch: StepInput, kept: list, grad_VD: torch.Tensor) -> None:
+    place = 0
+    for index, (chunk, count) in enumerate(zip(batch.chunks, batch.chunk_rows, strict=True)):
+        output = kept[index] if kept else encoder.encode(chunk)
+        if kept:
+            kept[index] = None  # its graph is freed as soon as its backward is through
+        gradient = torch.zeros_like(output)
+        gradient[:count] = grad_VD[place : place + count]
+        encoder.backward(output, gradient)
+        place += count
+
+
+def _joint_norms(engines: Engines) -> dict[str, float]:
+    """Gradient norm of every part over the whole world, in one reduction; non-finite where any gradient is."""
+    names = [*engines.encoder.part_names, "llm"]
+    squares = torch.cat([engines.encoder.squared_grad_norms(), engines.llm.squared_grad_norm()[None]])
+    dist.all_reduce(squares)
+    return dict(zip(names, squares.sqrt().tolist(), strict=True))

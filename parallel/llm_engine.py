@@ -1,0 +1,310 @@
+"""The LLM under Megatron-core: schedule, ZeRO-1 data parallelism, optimizer, and its state by global names.
+
+Every quirk of Megatron-core's schedules and optimizer stays here.  The gradient convention: the caller's loss of a
+micro-batch is a sum over its trained tokens; `forward_backward` makes the gradients those of
+(sum over the global batch) * scale, undoing Megatron-core's division by micro-batches and by data-parallel ranks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from parallel.grid import Grid
+from parallel.llm_shards import Shard, shards_of
+from parallel.state import KINDS, AdamSettings, StateChunk
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Visual rows of one micro-batch on a first-stage rank, [U, D], detached, and their local places, [U]."""
+
+    rows_UD: torch.Tensor
+    at_U: torch.Tensor
+
+
+class LLMEngine:
+    """Model chunks of this rank with their gradients and optimizer; frozen ones have neither.
+
+    build(vp_stage, first, last) returns an initialised chunk; forward(chunk, micro_batch, leaf) its output, the
+    per-token losses on the last stage; loss(losses, micro_batch) the pair (sum over trained tokens, report).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        grid: Grid,
+        *,
+        build: Callable,
+        forward: Callable,
+        loss: Callable,
+        trainable: bool,
+        adam: AdamSettings,
+    ):
+        self.config, self.grid = config, grid
+        self._forward, self._loss = forward, loss
+        stages = range(grid.layout.vpp)
+        self.chunks = [self._chunk(build, stage if grid.layout.vpp > 1 else None) for stage in stages]
+        for chunk in self.chunks:
+            chunk.requires_grad_(trainable)
+        self._models = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in self.chunks]
+        self._optimizer = None
+        if trainable:
+            self._wrap(adam)
+
+    def _chunk(self, build, vp_stage):
+        virtual = vp_stage is not None
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=not virtual, vp_stage=vp_stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=not virtual, vp_stage=vp_stage)
+        return build(vp_stage, first, last).to(self.grid.device)
+
+    def _wrap(self, adam: AdamSettings):
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self._models = [
+            DistributedDataParallel(self.config, ddp, model, disable_bucketing=place > 0)
+            for place, model in enumerate(self._models)
+        ]
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=adam.lr,
+            weight_decay=adam.weight_decay,
+            adam_beta1=adam.betas[0],
+            adam_beta2=adam.betas[1],
+            adam_eps=adam.eps,
+            clip_grad=0.0,
+            use_distributed_optimizer=True,
+            bf16=self.config.bf16,
+            params_dtype=self.config.params_dtype,
+        )
+        self._optimizer = get_megatron_optimizer(settings, self._models, use_gloo_process_groups=False)
+        self._weight_decay = adam.weight_decay
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self._create_state()
+        self.set_lr(adam.lr)
+        self.discard()
+
+    @property
+    def trainable(self) -> bool:
+        return self._optimizer is not None
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def forward_backward(
+        self, micro_batches: list, leaves: list[Leaf | None], scale: float, forward_only=False
+    ) -> list:
+        """Runs the pipeline schedule; returns the reports of the micro-batches, on last-stage ranks only.
+
+        leaves: rows of each micro-batch on first-stage ranks (None elsewhere); after the call `leaf_gradient` has the
+        gradients.  scale: multiplies the summed loss, usually 1 / (trained tokens of the global batch).
+        """
+        count = len(micro_batches)
+        weight = scale * count * self.grid.layout.dp
+
+        def forward_step(iterator, model):
+            place = next(iterator)
+            micro_batch = micro_batches[place]
+            output = self._forward(model, micro_batch, leaves[place])
+
+            def loss(losses):
+                total, report = self._loss(losses, micro_batch)
+                return total * weight, report
+
+            return output, loss
+
+        virtual = len(self._models) > 1
+        iterators = [iter(range(count)) for _ in self._models]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if virtual else iterators[0],
+            model=self._models if virtual else self._models[0],
+            num_microbatches=count,
+            seq_length=micro_batches[0].row_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def leaf_gradient(self, leaves: list[Leaf | None], like_UD: torch.Tensor) -> torch.Tensor:
+        """Gradients of all leaf rows in order, [U, D]; zeros for leaves that the loss does not reach.
+
+        The schedule multiplies a loss by cp, and leaves get no data-parallel average: undo both.
+        """
+        gradient_UD = torch.zeros_like(like_UD)
+        place = 0
+        for leaf in leaves:
+            if leaf is None:
+                continue
+            rows = leaf.rows_UD.shape[0]
+            if leaf.rows_UD.grad is not None:
+                gradient_UD[place : place + rows] = leaf.rows_UD.grad
+            place += rows
+        return gradient_UD / (self.grid.layout.dp * self.grid.layout.cp)
+
+    def squared_grad_norm(self) -> torch.Tensor:
+        """This rank's share of the squared gradient norm, a 0-d fp32 tensor; the world's sum is the whole."""
+        total = torch.zeros((), device=self.grid.device)
+        if self.trainable:
+            self._optimizer.prepare_grads()
+            for optimizer in self._parts():
+                for gradient in optimizer.get_main_grads_for_grad_norm():
+                    total += gradient.float().square().sum()
+        return total
+
+    @torch.no_grad()
+    def step(self, scale: torch.Tensor | float) -> None:
+        """Multiplies the gradients that `squared_grad_norm` prepared by `scale`, updates, clears."""
+        if not self.trainable:
+            return
+        for optimizer in self._parts():
+            for parameter in optimizer.get_parameters():
+                parameter.grad.mul_(scale)
+        self._optimizer.step_with_ready_grads()
+        self.discard()
+
+    def discard(self) -> None:
+        """Clears the gradients without an update."""
+        if self.trainable:
+            for model in self._models:
+                model.zero_grad_buffer()
+            self._optimizer.zero_grad()
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step; biases and norms stay exempt from weight decay."""
+        for group in self._groups():
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self._weight_decay * group.get("wd_mult", 1.0)
+
+    # ---- state by global names ---------------------------------------------------------------------------------------
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Adam's step count, for its bias correction."""
+        counts = [int(state["step"]) for state in self._states()] + [
+            int(g["step"]) for g in self._groups() if "step" in g
+        ]
+        mine = torch.tensor([max(counts, default=0)], device=self.grid.device)
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+        return int(mine)
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        for state in self._states():
+            state["step"] = torch.full_like(state["step"], float(steps)) if torch.is_tensor(state["step"]) else steps
+        for group in self._groups():
+            if "step" in group:
+                group["step"] = steps
+
+    def state(self) -> Iterator[StateChunk]:
+        """Weights (fp32) and Adam moments of this rank's parameters, by global name (collective).
+
+        A chunk is yielded on every rank of a data-parallel group and marked as written by one of them.
+        """
+        for shard in self._shards():
+            group, written = self._holder(shard)
+            for kind in KINDS if self.trainable else KINDS[:1]:
+                whole = self._gather(shard, kind, group)
+                for piece in shard.pieces:
+                    start = [0] * len(shard.shape)
+                    start[piece.dim] = piece.start
+                    yield StateChunk(
+                        name=shard.name,
+                        kind=kind,
+                        shape=shard.shape,
+                        start=tuple(start),
+                        tensor=piece.of_local(whole).cpu(),
+                        written_here=written,
+                    )
+
+    @torch.no_grad()
+    def load(self, read: Callable, optimizer: bool) -> None:
+        """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor."""
+        for shard in self._shards():
+            for kind in KINDS if optimizer and self.trainable else KINDS[:1]:
+                whole = torch.empty(shard.parameter.shape, dtype=torch.float32)
+                for piece in shard.pieces:
+                    part = piece.of_local(whole)
+                    start = [0] * len(shard.shape)
+                    start[piece.dim] = piece.start
+                    part.copy_(read(shard.name, kind, tuple(start), tuple(part.shape)))
+                self._put(shard, kind, whole)
+
+    def _shards(self) -> Iterator[Shard]:
+        for chunk in self.chunks:
+            yield from shards_of(chunk)
+
+    def _holder(self, shard: Shard):
+        """Data-parallel group that shares this parameter, and whether this rank writes it."""
+        cut = any(piece.length != shard.shape[piece.dim] for piece in shard.pieces)
+        if getattr(shard.parameter, "allreduce", True) and "local_experts" not in shard.name:
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        else:
+            group = parallel_state.get_expert_data_parallel_group()
+            tensor_rank = parallel_state.get_expert_tensor_parallel_rank()
+        return group, dist.get_rank(group) == 0 and (cut or tensor_rank == 0)
+
+    def _main(self, parameter):
+        """(fp32 main parameter, its Adam state, its range in the local parameter) where this rank owns a part."""
+        for optimizer in self._parts():
+            if parameter in optimizer.model_param_group_index_map:
+                group, order = optimizer.model_param_group_index_map[parameter]
+                main = optimizer.optimizer.param_groups[group]["params"][order]
+                where = optimizer._get_model_param_range_map(parameter)["param"]
+                return main, optimizer.optimizer.state[main], slice(where.start, where.end)
+        return None
+
+    def _gather(self, shard: Shard, kind: str, group) -> torch.Tensor:
+        parameter = shard.parameter
+        if not self.trainable:
+            return parameter.detach().float()
+        whole = torch.zeros(parameter.numel(), device=parameter.device)
+        owned = self._main(parameter)
+        if owned is not None:
+            main, state, where = owned
+            whole[where] = (main.detach() if kind == "param" else state[kind]).float()
+        dist.all_reduce(whole, group=group)
+        return whole.view(parameter.shape)
+
+    def _put(self, shard: Shard, kind: str, whole: torch.Tensor) -> None:
+        if kind == "param":
+            shard.parameter.data.copy_(whole)
+        owned = self._main(shard.parameter) if self.trainable else None
+        if owned is not None:
+            main, state, where = owned
+            (main.data if kind == "param" else state[kind]).copy_(whole.view(-1)[where])
+
+    def _parts(self):
+        if not self.trainable:
+            return []
+        parts = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        return [part for part in parts if not part.is_stub_optimizer]
+
+    def _groups(self):
+        return [group for part in self._parts() for group in part.optimizer.param_groups]
+
+    def _states(self):
+        return [s for part in self._parts() for s in part.optimizer.state.values() if "step" in s]
+
+    def _create_state(self):
+        """torch's AdamW has no state before its first step; loading needs it."""
+        for part in self._parts():
+            if not isinstance(part.optimizer, torch.optim.AdamW):
+                part.init_state_fn(part.optimizer)
+                continue
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    part.optimizer.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }

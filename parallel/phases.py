@@ -1,0 +1,40 @@
+"""Time of each phase of a step without a device sync inside it: CUDA events read later, or the host's clock."""
+
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+
+
+class PhaseTimer:
+    """Collects phase times; `take` returns and clears the seconds of each phase since the last call."""
+
+    def __init__(self, device: torch.device):
+        self._events = device.type == "cuda"
+        self._marks: list = []
+
+    @contextmanager
+    def phase(self, name: str):
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._marks.append((name, begin, self._now()))
+
+    def take(self) -> dict[str, float]:
+        """Seconds spent in each phase, summed; on CUDA this waits for the last event, so call it where one logs."""
+        seconds: dict[str, float] = defaultdict(float)
+        if self._events and self._marks:
+            self._marks[-1][2].synchronize()
+        for name, begin, end in self._marks:
+            seconds[name] += begin.elapsed_time(end) / 1e3 if self._events else end - begin
+        self._marks.clear()
+        return dict(seconds)
+
+    def _now(self):
+        if not self._events:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

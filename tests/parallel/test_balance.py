@@ -1,0 +1,46 @@
+"""The greedy assignment: deterministic, bounded, balanced at the report's scale."""
+
+import numpy as np
+import pytest
+
+from parallel.balance import assign_images, image_costs, load_max_over_mean
+
+
+def log_uniform_mix(images, seed=0):
+    draw = np.random.default_rng(seed)
+    return np.exp(draw.uniform(np.log(196), np.log(6400), images)).astype(np.int64)
+
+
+def test_at_scale_the_load_is_even():
+    costs = image_costs(log_uniform_mix(30_720), width=1280, layers=27)
+    owners = assign_images(costs, 256)
+    assert load_max_over_mean(costs, owners, 256) <= 1.02
+
+
+def test_greedy_by_hand():
+    assert assign_images([1, 5, 3, 3], 2).tolist() == [0, 0, 1, 1]
+    assert assign_images([2, 2, 2, 2], 3).tolist() == [0, 1, 2, 0]
+
+
+def test_within_the_known_bound_of_the_optimum():
+    draw = np.random.default_rng(1)
+    for _ in range(50):
+        ranks, costs = int(draw.integers(1, 9)), draw.integers(0, 1000, int(draw.integers(0, 60)))
+        load = np.bincount(assign_images(costs, ranks), weights=costs, minlength=ranks)
+        least = max(costs.max(initial=0), -(-costs.sum() // ranks))
+        assert load.max() <= 4 / 3 * least + costs.max(initial=0)
+        assert load.sum() == costs.sum()
+
+
+def test_costs_past_64_bits_of_a_heap_entry():
+    owners = assign_images([2**61, 2**61, 1], 2**10)
+    assert owners.tolist() == [0, 1, 2]
+
+
+def test_no_images_and_bad_input():
+    assert assign_images([], 4).size == 0
+    assert load_max_over_mean(np.array([]), np.array([], dtype=np.int64), 4) == 1.0
+    with pytest.raises(ValueError, match="0 ranks"):
+        assign_images([1], 0)
+    with pytest.raises(ValueError, match="image 1 has the negative cost -2"):
+        assign_images([1, -2], 2)

@@ -1,0 +1,109 @@
+"""Routes of visual rows: each one leaves once and arrives once, at the place its position says, for every layout."""
+
+import numpy as np
+import pytest
+
+from parallel.layout import Layout
+from parallel.routes import VisualPlan, assign_owners, build_routes, local_positions, place_of
+
+ROW = 96
+LAYOUTS = [
+    Layout(world=1),
+    Layout(world=4),
+    Layout(world=4, tp=2, pp=2, ep=2),
+    Layout(world=8, tp=2, cp=2, pp=2),
+    Layout(world=8, tp=2, balance_group_size=4),
+    Layout(world=16, cp=4, pp=2, balance_group_size=8),
+]
+
+
+def random_plan(layout, images, micro_batches=3, seed=0):
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(1, 9, images)
+    return VisualPlan(
+        cost_I=tokens * 100,
+        patches_I=tokens * 4,
+        tokens_I=tokens,
+        replica_I=draw.integers(0, layout.dp, images),
+        micro_batch_I=draw.integers(0, micro_batches, images),
+        start_I=draw.integers(0, ROW - 9, images),
+        row_tokens=ROW,
+    )
+
+
+def simulate(plan, layout, balance):
+    """Moves row names by the routes of every rank; returns what each rank's leaves hold and where."""
+    owners = assign_owners(plan, layout, balance)
+    routes = [build_routes(plan, owners, layout, rank, 3, 64) for rank in range(layout.world)]
+    sent = {}
+    for rank, route in enumerate(routes):
+        ids = np.concatenate(route.chunks).astype(int)
+        rows = [(image, token) for image in ids for token in range(plan.tokens_I[image])]
+        assert len(rows) == len(route.send_V)
+        out = [rows[place] for place in route.send_V]
+        group = layout.group_ranks(layout.group_of_replica(layout.coordinates(rank).dp))
+        borders = np.cumsum([0, *route.send_counts_G])
+        for place, other in enumerate(group):
+            sent[rank, other] = out[borders[place] : borders[place + 1]]
+    leaves = []
+    for rank, route in enumerate(routes):
+        group = layout.group_ranks(layout.group_of_replica(layout.coordinates(rank).dp))
+        for other, count in zip(group, route.receive_counts_G, strict=True):
+            assert len(sent[other, rank]) == count
+        got = [row for other in group for row in sent[other, rank]]
+        leaves.append([got[place] for place in route.take_U])
+    return owners, routes, leaves
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("images", [0, 1, 40])
+def test_every_row_arrives_once_where_it_belongs(layout, balance, images):
+    plan = random_plan(layout, images)
+    owners, routes, leaves = simulate(plan, layout, balance)
+    assert len({len(route.chunks) for route in routes}) == 1
+    arrived = [row for leaf in leaves for row in leaf]
+    assert len(arrived) == len(set(arrived)) == plan.tokens_I.sum()
+    for rank, (route, leaf) in enumerate(zip(routes, leaves, strict=True)):
+        place = layout.coordinates(rank)
+        micro = np.repeat(np.arange(3), route.leaf_rows_M)
+        for (image, token), at, batch in zip(leaf, route.at_U, micro, strict=True):
+            cp, tp, index = place_of(np.array(plan.start_I[image] + token), layout, ROW)
+            assert (place.pp, place.dp, place.cp, place.tp) == (0, plan.replica_I[image], cp, tp)
+            assert (plan.micro_batch_I[image], index) == (batch, at)
+    for image in range(images):  # images stay inside the balance group, or without balancing inside the replica
+        owner = layout.coordinates(owners[image])
+        if balance:
+            assert layout.group_of_replica(owner.dp) == layout.group_of_replica(plan.replica_I[image])
+        else:
+            assert owner.dp == plan.replica_I[image]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_places_cover_a_row_once(layout):
+    cp, tp, index = place_of(np.arange(ROW), layout, ROW)
+    assert len(set(zip(cp.tolist(), tp.tolist(), index.tolist(), strict=True))) == ROW
+    for rank in range(layout.cp):
+        mine = local_positions(layout, rank, ROW)
+        assert (cp[mine] == rank).all()
+        assert (tp[mine] * (ROW // layout.cp // layout.tp) + index[mine] == np.arange(mine.size)).all()
+
+
+def test_chunks_hold_at_most_chunk_patches_in_order():
+    layout = Layout(world=2)
+    plan = random_plan(layout, 50)
+    owners = assign_owners(plan, layout, True)
+    for rank in range(2):
+        route = build_routes(plan, owners, layout, rank, 3, 40)
+        assert all(plan.patches_I[ids].sum() <= 40 for ids in route.chunks)
+        assert np.concatenate(route.chunks).tolist() == np.flatnonzero(owners == rank).tolist()
+    with pytest.raises(ValueError, match="parallel.encoder.chunk_patches=4 is smaller than an image"):
+        build_routes(plan, owners, layout, 0, 3, 4)
+
+
+def test_digest_tells_plans_apart():
+    layout = Layout(world=2)
+    plan = random_plan(layout, 20)
+    owners = assign_owners(plan, layout, True)
+    assert plan.digest(owners) == random_plan(layout, 20).digest(owners.copy())
+    assert plan.digest(owners) != plan.digest(1 - owners)

@@ -1,0 +1,156 @@
+"""Everything a run is made of, from its configuration: world, grid, data, and the two engines with equal weights on
+every layout."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from parallel.encoder_engine import EncoderEngine
+
+from data.index import expand_shards, load_index
+from data.reader import ShardReader
+from data.stream import Stream, StreamConfig
+from data.text import Tokenizer
+from parallel import llm_shards
+from parallel.exchange import Exchange
+from parallel.grid import Grid, build_grid
+from parallel.hybrid_step import Engines
+from parallel.layout import Layout
+from parallel.llm_engine import Leaf, LLMEngine
+from parallel.state import AdamSettings
+from train.batch import MicroBatch
+from train.config import Config
+from train.models import llm as llm_model
+from train.models import vision_tower
+
+
+@dataclass(frozen=True)
+class Data:
+    """The stream of steps and the reader of its bytes."""
+
+    stream: Stream
+    reader: ShardReader
+
+
+def open_data(config: Config) -> Data:
+    """Loads tokenizer and indexes.  Raises ValueError, in one sentence, for anything missing or that cannot fit."""
+    data = config.data
+    tokenizer = Tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > config.model.llm.vocab_size:
+        raise ValueError(
+            f"data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
+            f"model.llm.vocab_size={config.model.llm.vocab_size}"
+        )
+    indexes = [load_index(shard, tokenizer.sha256) for shard in expand_shards(data.shards)]
+    settings = StreamConfig(
+        seq_length=config.train.seq_length,
+        rows_per_step=config.train.global_batch_size,
+        seed=config.train.seed,
+        min_patches=data.min_patches,
+        max_patches=data.max_patches,
+        block_samples=data.block_samples,
+        window_shards=data.window_shards,
+    )
+    reader = ShardReader(indexes, tokenizer, data.train_roles, data.max_pixels, data.workers)
+    return Data(Stream(indexes, settings), reader)
+
+
+def local_device() -> torch.device:
+    """This process's GPU by LOCAL_RANK, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_world(device: torch.device) -> None:
+    """Joins the world that torchrun describes, or makes a world of one; NCCL on CUDA, gloo on the CPU."""
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def build_engines(config: Config, layout: Layout, device: torch.device, *, forward, loss) -> Engines:
+    """Grid, encoder engine and LLM engine of this rank (collective over the world).
+
+    forward, loss: what the LLM's schedule runs, see `LLMEngine`; `train_forward` and `train_loss` in training.
+    """
+    grid = build_grid(layout, device)
+    adam = AdamSettings(
+        lr=config.optim.lr,
+        betas=tuple(config.optim.betas),
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+    )
+    return Engines(
+        grid=grid,
+        encoder=_encoder_engine(config, grid, adam),
+        llm=_llm_engine(config, grid, adam, forward, loss),
+        exchange=Exchange(grid.balance),
+        width=config.model.llm.width,
+    )
+
+
+def _encoder_engine(config: Config, grid: Grid, adam: AdamSettings) -> EncoderEngine:
+    tower = vision_tower.VisionTower(config.model.encoder, config.model.llm.width, config.parallel.encoder.recompute)
+    vision_tower.initialize(tower, config.train.seed)
+    parts = {"encoder": tower.encoder, "adapter": tower.adapter}
+    for name, part in parts.items():
+        part.requires_grad_(name in config.train.trainable)
+    return EncoderEngine(
+        tower.to(grid.device),
+        parts,
+        zero_stage=config.parallel.encoder.zero_stage,
+        precision=config.train.precision,
+        adam=adam,
+    )
+
+
+def _llm_engine(config: Config, grid: Grid, adam: AdamSettings, forward, loss) -> LLMEngine:
+    model = config.model.llm
+    megatron = llm_model.transformer_config(
+        model,
+        grid.layout,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        recompute=config.train.recompute,
+        deterministic=config.train.deterministic,
+    )
+
+    def build(vp_stage, first, last):
+        chunk = llm_model.build_chunk(model, megatron, vp_stage=vp_stage, first=first, last=last)
+        llm_shards.initialize(chunk, config.train.seed, model.init_std, model.layers)
+        return chunk
+
+    return LLMEngine(
+        megatron, grid, build=build, forward=forward, loss=loss, trainable="llm" in config.train.trainable, adam=adam
+    )
+
+
+def train_forward(chunk, batch: MicroBatch, leaf: Leaf | None) -> torch.Tensor:
+    """Per-token losses [1, T] on the last stage, hidden states before."""
+    return chunk(
+        tokens_1S=batch.tokens_1T,
+        labels_1S=batch.labels_1T,
+        row=batch.row,
+        visual_UD=leaf.rows_UD if leaf else None,
+        at_U=leaf.at_U if leaf else None,
+    )
+
+
+def train_loss(losses_1T: torch.Tensor, batch: MicroBatch, domains: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over trained tokens, and the report: loss sum and trained tokens of every data domain, fp64 [2, domains]."""
+    mask_1T = batch.loss_mask_1T
+    total = (losses_1T.float() * mask_1T).sum()
+    with torch.no_grad():
+        domain_1T = batch.domain_1T.long().clamp(min=0)
+        report_2X = losses_1T.new_zeros(2, domains, dtype=torch.float64)
+        trained_1T = mask_1T.to(torch.float64)
+        report_2X[0].index_add_(0, domain_1T[0], losses_1T.detach()[0].to(torch.float64) * trained_1T[0])
+        report_2X[1].index_add_(0, domain_1T[0], trained_1T[0])
+    return total, report_2X

@@ -1,0 +1,238 @@
+"""Every setting of a run, typed, and every rule between settings, checked before anything is allocated.
+
+Hydra fills these dataclasses from recipes/ and the command line; an unknown key or a wrong type is refused there.
+`Config.check` holds what types cannot say.  Full-scale values and their sources stand in recipes/.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from parallel.layout import Layout
+from train.models.llm import LLMConfig
+from train.models.vision_tower import RECOMPUTE
+from train.models.vit import ViTConfig
+
+PARTS = ("encoder", "adapter", "llm")
+
+
+@dataclass
+class ModelConfig:
+    encoder: ViTConfig
+    llm: LLMConfig
+
+
+@dataclass
+class EncoderParallelConfig:
+    """zero_stage: DeepSpeed ZeRO 1, 2 or 3 over the whole world.  chunk_patches: most patches encoded at once; lower it
+    if memory runs out.  recompute: what is kept for the encoder's backward, from fast to small: none, selective (MLPs
+    again), full (blocks again), replay (everything again, one chunk in memory)."""
+
+    zero_stage: int
+    chunk_patches: int
+    recompute: str
+
+
+@dataclass
+class ParallelConfig:
+    """Sizes of the two grids; see parallel/layout.py.  balance: move images between ranks by cost, inside groups of
+    balance_group_size ranks (null: the whole world).  etp: null for tp where ep is 1, else 1."""
+
+    tp: int
+    pp: int
+    vpp: int
+    ep: int
+    etp: int | None
+    cp: int
+    sequence_parallel: bool | None
+    balance: bool
+    balance_group_size: int | None
+    encoder: EncoderParallelConfig
+
+
+@dataclass
+class TrainConfig:
+    """global_batch_size and micro_batch_size count rows of seq_length tokens.  trainable: which of encoder, adapter and
+    llm learn.  recompute: recompute the LLM's layers in the backward."""
+
+    steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    seq_length: int
+    seed: int
+    deterministic: bool
+    precision: str
+    recompute: bool
+    trainable: list[str]
+
+
+@dataclass
+class OptimConfig:
+    """AdamW; lr rises over warmup_steps and then follows `schedule` (cosine or constant) to min_lr.  clip_norm: joint
+    over encoder, adapter and LLM, 0 for none."""
+
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    schedule: str
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclass
+class DataConfig:
+    """shards: paths or brace patterns of indexed WebDataset tars.  train_roles: whose turns are trained on.
+    block_samples: samples packed together; window_shards: shards shuffled together.  prefetch: steps read ahead.
+    max_skipped: undecodable samples after which the run stops."""
+
+    shards: list[str]
+    tokenizer: str
+    train_roles: list[str]
+    min_patches: int
+    max_patches: int
+    max_pixels: int
+    block_samples: int
+    window_shards: int
+    workers: int
+    prefetch: int
+    max_skipped: int
+
+
+@dataclass
+class CheckpointConfig:
+    """dir: null for <run.dir>/checkpoints.  every: steps between checkpoints, 0 for only the last.  keep: newest ones
+    kept.  resume: go on from the newest checkpoint in dir.  load_from: a run or checkpoint to start from, under any
+    layout; load_optimizer: its Adam moments too."""
+
+    dir: str | None
+    every: int
+    keep: int
+    resume: bool
+    load_from: str | None
+    load_optimizer: bool
+
+
+@dataclass
+class LoggerConfig:
+    """every: steps between lines of the console.  wandb: offline, online or disabled.  peak_tflops: of one device, for
+    MFU; null to know it by the device's name, or to measure a matrix product on a CPU."""
+
+    every: int
+    wandb: str
+    project: str
+    peak_tflops: float | None
+
+
+@dataclass
+class RunConfig:
+    """dir: where everything of a run goes; name: null for the recipe and the time."""
+
+    dir: str | None
+    name: str | None
+
+
+@dataclass
+class Config:
+    recipe: str
+    model: ModelConfig
+    parallel: ParallelConfig
+    train: TrainConfig
+    optim: OptimConfig
+    data: DataConfig
+    checkpoint: CheckpointConfig
+    logger: LoggerConfig
+    run: RunConfig
+    scale: dict[str, Any] = field(default_factory=dict)
+
+    def layout(self, world: int) -> Layout:
+        """The rank layout in a world of `world` ranks; ValueError where it is impossible."""
+        p = self.parallel
+        return Layout(
+            world=world,
+            tp=p.tp,
+            cp=p.cp,
+            pp=p.pp,
+            vpp=p.vpp,
+            ep=p.ep,
+            etp=p.etp,
+            balance_group_size=p.balance_group_size,
+        )
+
+    def micro_batches(self, layout: Layout) -> int:
+        """Micro-batches of one step in one replica."""
+        return self.train.global_batch_size // (layout.dp * self.train.micro_batch_size)
+
+    def check(self, world: int) -> Layout:
+        """The layout.  Raises ValueError, one sentence naming keys and values, for any setting that cannot work."""
+        layout = self.layout(world)
+        self.model.llm.check(layout)
+        self._check_parallel(layout)
+        self._check_batch(layout)
+        self._check_choices()
+        if not self.data.shards:
+            raise ValueError("data.shards is empty: name one or more WebDataset shards (paths or brace patterns)")
+        return layout
+
+    def _check_parallel(self, layout: Layout) -> None:
+        if self.parallel.sequence_parallel is False and layout.tp > 1:
+            raise ValueError(
+                f"parallel.sequence_parallel=false with parallel.tp={layout.tp}: visual rows and experts need sequence "
+                "parallelism; leave it null"
+            )
+        encoder = self.parallel.encoder
+        if encoder.zero_stage not in (1, 2, 3):
+            raise ValueError(f"parallel.encoder.zero_stage={encoder.zero_stage}: must be 1, 2 or 3")
+        if encoder.recompute not in RECOMPUTE:
+            raise ValueError(f"parallel.encoder.recompute={encoder.recompute}: must be one of {', '.join(RECOMPUTE)}")
+        if encoder.chunk_patches < self.data.max_patches:
+            raise ValueError(
+                f"parallel.encoder.chunk_patches={encoder.chunk_patches} is smaller than one image of "
+                f"data.max_patches={self.data.max_patches}"
+            )
+
+    def _check_batch(self, layout: Layout) -> None:
+        t = self.train
+        for key in ("steps", "global_batch_size", "micro_batch_size", "seq_length"):
+            if getattr(t, key) < 1:
+                raise ValueError(f"train.{key}={getattr(t, key)}: must be at least 1")
+        if t.global_batch_size % (layout.dp * t.micro_batch_size):
+            raise ValueError(
+                f"train.global_batch_size={t.global_batch_size} is not divisible by "
+                f"dp*train.micro_batch_size = {layout.dp}*{t.micro_batch_size}"
+            )
+        row = t.seq_length * t.micro_batch_size
+        parts = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+        if row % parts:
+            raise ValueError(
+                f"train.seq_length*micro_batch_size = {row} is not divisible by {parts} "
+                f"(parallel.tp={layout.tp}, and twice parallel.cp={layout.cp} where cp > 1)"
+            )
+        count = self.micro_batches(layout)
+        if layout.vpp > 1 and count % layout.pp:
+            raise ValueError(
+                f"parallel.vpp={layout.vpp}: the {count} micro-batches of a replica (train.global_batch_size over "
+                f"dp*train.micro_batch_size) must be a multiple of parallel.pp={layout.pp}"
+            )
+        if self.data.max_patches // 4 + 2 > t.seq_length:
+            raise ValueError(
+                f"train.seq_length={t.seq_length} is shorter than one image of data.max_patches="
+                f"{self.data.max_patches} ({self.data.max_patches // 4} tokens)"
+            )
+
+    def _check_choices(self) -> None:
+        choices = (
+            ("train.precision", self.train.precision, ("fp32", "bf16")),
+            ("optim.schedule", self.optim.schedule, ("cosine", "constant")),
+            ("logger.wandb", self.logger.wandb, ("offline", "online", "disabled")),
+        )
+        for key, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}")
+        unknown = set(self.train.trainable) - set(PARTS)
+        if unknown or "adapter" not in self.train.trainable:
+            raise ValueError(
+                f"train.trainable={list(self.train.trainable)}: must name adapter and may name encoder and llm"
+            )
+        if len(self.optim.betas) != 2:
+            raise ValueError(f"optim.betas={list(self.optim.betas)}: must be two numbers")

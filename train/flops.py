@@ -1,0 +1,121 @@
+"""Model FLOPs of a step, for MFU: multiply-adds count two, recomputation counts nothing, causal attention half.
+
+A trained module costs three forwards; a frozen one costs its forward, and once more where gradients pass through it.
+
+Legend: n patches of an image, d encoder width, D LLM width, pairs = query-key pairs that attention looks at.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from train.models.llm import LLMConfig
+from train.models.vit import PATCH_VALUES, ViTConfig
+
+PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
+    "H200": 989.0,
+    "H100": 989.0,
+    "GH200": 989.0,
+    "H800": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+}
+
+
+def encoder_flops(config: ViTConfig, patches_I: np.ndarray) -> int:
+    """Forward FLOPs of the encoder over images of `patches_I` patches."""
+    n, d = np.asarray(patches_I, dtype=np.int64), config.width
+    block = n * (8 * d * d + 4 * d * int(d * config.mlp_ratio)) + 4 * n * n * d
+    return int((config.depth * block + 2 * n * PATCH_VALUES * d).sum())
+
+
+def adapter_flops(config: ViTConfig, llm_width: int, visual_tokens: int) -> int:
+    """Forward FLOPs of the adapter."""
+    return 2 * visual_tokens * (config.width * llm_width + llm_width * llm_width)
+
+
+def llm_flops(config: LLMConfig, tokens: int, pairs: int) -> int:
+    """Forward FLOPs of the LLM over `tokens` tokens whose attention looks at `pairs` query-key pairs in all."""
+    heads, width = config.heads * config.head_width, config.width
+    attention = 2 * width * (heads + 2 * config.kv_heads * config.head_width) + 2 * heads * width
+    if config.num_experts:
+        experts = config.top_k * config.expert_width + config.shared_expert_width
+        ffn = 6 * width * experts + 2 * width * config.num_experts
+    else:
+        ffn = 6 * width * config.ffn_width
+    layers = config.layers * (tokens * (attention + ffn) + 4 * heads * pairs)
+    return layers + 2 * tokens * width * config.vocab_size
+
+
+def causal_pairs(lengths_N: np.ndarray) -> int:
+    """Query-key pairs of causal attention inside segments of these lengths."""
+    lengths_N = np.asarray(lengths_N, dtype=np.int64)
+    return int((lengths_N * (lengths_N + 1) // 2).sum())
+
+
+def llm_parameters(config: LLMConfig) -> tuple[int, int]:
+    """(all, active) parameters; active counts top_k of the experts and everything else once."""
+    heads = config.heads * config.head_width
+    attention = config.width * (heads + 2 * config.kv_heads * config.head_width) + heads * config.width
+    norms = 2 * config.width
+    if config.num_experts:
+        expert = 3 * config.width * config.expert_width
+        fixed = 3 * config.width * config.shared_expert_width + config.width * config.num_experts
+        ffn_all, ffn_active = config.num_experts * expert + fixed, config.top_k * expert + fixed
+    else:
+        ffn_all = ffn_active = 3 * config.width * config.ffn_width
+    outside = 2 * config.vocab_size * config.width + config.width
+    per_layer = attention + norms
+    return (
+        config.layers * (per_layer + ffn_all) + outside,
+        config.layers * (per_layer + ffn_active) + outside,
+    )
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Model FLOPs of one training step over the whole world."""
+
+    encoder: int
+    adapter: int
+    llm: int
+
+    @property
+    def total(self) -> int:
+        return self.encoder + self.adapter + self.llm
+
+
+def step_flops(
+    vit: ViTConfig, llm: LLMConfig, trainable, patches_I: np.ndarray, tokens: int, lengths_N: np.ndarray
+) -> StepFlops:
+    """FLOPs of forward and backward; the adapter always learns, so gradients always pass through the LLM."""
+    visual_tokens = int(np.sum(patches_I)) // 4
+    return StepFlops(
+        encoder=encoder_flops(vit, patches_I) * (3 if "encoder" in trainable else 1),
+        adapter=adapter_flops(vit, llm.width, visual_tokens) * 3,
+        llm=llm_flops(llm, tokens, causal_pairs(lengths_N)) * (3 if "llm" in trainable else 2),
+    )
+
+
+def device_peak_tflops(device: torch.device) -> float:
+    """Peak of one device: a data sheet's for a known GPU; measured by a matrix product on a CPU or an unknown one."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, peak in PEAK_TFLOPS.items():
+            if key in name:
+                return peak
+    return _measure(device)
+
+
+def _measure(device: torch.device, size: int = 512, repeats: int = 5) -> float:
+    x = torch.randn(size, size, device=device)
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best / 1e12

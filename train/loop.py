@@ -1,0 +1,159 @@
+"""The training loop: load, step, log, save.
+
+`run` is what launch/pretrain.py calls on every rank; `train` is the loop itself.
+"""
+
+import functools
+import gc
+import os
+import signal
+import time
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from parallel.hybrid_step import Engines, hybrid_step
+from parallel.phases import PhaseTimer
+from train import checkpoint
+from train.build import Data, build_engines, local_device, open_data, start_world, train_forward, train_loss
+from train.config import Config
+from train.feed import Feed, to_device
+from train.metrics import Logger, StepMetrics
+from train.schedule import learning_rate
+
+
+def run(config: Config) -> None:
+    """Sets up one run on this rank and trains it to the end.
+
+    Raises ValueError, before the world starts, for settings or data that cannot work.
+    """
+    layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
+    data = open_data(config)
+    start = checkpoint.Reader(checkpoint.resolve(config.checkpoint.load_from)) if config.checkpoint.load_from else None
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    device = local_device()
+    start_world(device)
+    try:
+        run_dir = _agree_on_run_dir(config)
+        loss = functools.partial(train_loss, domains=len(data.stream.domains))
+        engines = build_engines(config, layout, device, forward=train_forward, loss=loss)
+        first_step = _restore(config, engines, data, start, _checkpoint_dir(config, run_dir))
+        logger = Logger(config, run_dir, engines.grid.rank, first_step)
+        logger.say(f"{config.recipe} on {layout.world} ranks, run directory {run_dir}")
+        train(config, engines, data, logger, first_step, _checkpoint_dir(config, run_dir))
+    finally:
+        data.reader.close()
+        dist.destroy_process_group()
+
+
+def train(config: Config, engines: Engines, data: Data, logger: Logger, first_step: int, folder: Path) -> None:
+    """Trains steps first_step .. train.steps - 1, saving checkpoints under `folder`."""
+    metrics = StepMetrics(config, engines, data.stream.domains)
+    timer = PhaseTimer(engines.grid.device)
+    feed = Feed(data.stream, data.reader, config, engines.grid, steps=config.train.steps - first_step)
+    step, saved, position = first_step, None, data.stream.state()
+    with _stops(feed), _quiet_collector():
+        begin = time.perf_counter()
+        for prepared in feed:
+            with timer.phase("to_device"):
+                batch = to_device(prepared, config, engines.grid)
+            lr = _set_lr(config, engines, step)
+            output = hybrid_step(
+                engines,
+                batch,
+                clip_norm=config.optim.clip_norm,
+                replay=config.parallel.encoder.recompute == "replay",
+                timer=timer,
+            )
+            for sentence in prepared.skipped:
+                logger.say(f"skipped: {sentence}")
+            now = time.perf_counter()
+            logger.log(metrics.numbers(step, lr, now - begin, prepared, output), timer.take())
+            begin, step, position = now, step + 1, prepared.plan.state_after
+            if config.checkpoint.every and step % config.checkpoint.every == 0:
+                saved = _save(config, engines, folder, step, position)
+                begin = time.perf_counter()
+    feed.close()
+    if step > first_step and (saved is None or saved.name != f"step-{step:08d}"):
+        saved = _save(config, engines, folder, step, position)
+    logger.finish("finished" if step == config.train.steps else "stopped", saved)
+
+
+def _set_lr(config: Config, engines: Engines, step: int) -> float:
+    optim = config.optim
+    lr = learning_rate(
+        step,
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        warmup_steps=optim.warmup_steps,
+        total_steps=config.train.steps,
+        schedule=optim.schedule,
+    )
+    engines.encoder.set_lr(lr)
+    engines.llm.set_lr(lr)
+    return lr
+
+
+def _save(config: Config, engines: Engines, folder: Path, step: int, position: dict) -> Path:
+    state = checkpoint.train_state(engines, step, position, config.recipe)
+    return checkpoint.save(folder, engines, state, config.checkpoint.keep)
+
+
+def _restore(config: Config, engines: Engines, data: Data, start, folder: Path) -> int:
+    """Resumes from `folder` or starts from `checkpoint.load_from`; returns the first step to train."""
+    if config.checkpoint.resume and checkpoint.checkpoints(folder):
+        reader = checkpoint.Reader(checkpoint.resolve(folder))
+        checkpoint.load(reader, engines, optimizer=True)
+        data.stream.load_state(reader.state.data)
+        return reader.state.step
+    if start is not None:
+        checkpoint.load(start, engines, optimizer=config.checkpoint.load_optimizer)
+    return 0
+
+
+def _agree_on_run_dir(config: Config) -> Path:
+    """One directory for all ranks, named by rank 0; holds config.yaml."""
+    name = config.run.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    agreed = [config.run.dir or f"runs/{name}"]
+    dist.broadcast_object_list(agreed, src=0)
+    run_dir = Path(agreed[0])
+    if dist.get_rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    dist.barrier()
+    return run_dir
+
+
+def _checkpoint_dir(config: Config, run_dir: Path) -> Path:
+    return Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
+
+
+@contextmanager
+def _stops(feed: Feed):
+    """Ctrl-C and SIGTERM end the run at the next step boundary on all ranks; a second Ctrl-C ends it at once."""
+
+    def ask(number, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        feed.stop()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet_collector():
+    """No cyclic garbage collection inside steps: it would stop ranks at different times."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,162 @@
+"""What a run writes down, one way: metrics.jsonl (one object a step), summary.json at the end, wandb, and the console.
+
+Only rank 0 writes.  `StepMetrics` turns a step's results into the numbers; reductions over ranks happen there.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from parallel.hybrid_step import Engines, StepOutput
+from train.config import Config
+from train.feed import PreparedStep
+from train.flops import device_peak_tflops, step_flops
+
+
+class StepMetrics:
+    """The numbers of one step, equal on all ranks where they need a reduction (collective)."""
+
+    def __init__(self, config: Config, engines: Engines, domains: tuple[str, ...]):
+        self._config, self._engines, self._domains = config, engines, domains
+        peak = config.logger.peak_tflops or device_peak_tflops(engines.grid.device)
+        self._peak_flops = peak * 1e12 * engines.grid.layout.world
+        self._skipped = 0
+
+    def numbers(self, step: int, lr: float, seconds: float, prepared: PreparedStep, output: StepOutput) -> dict:
+        """One line of metrics.jsonl."""
+        config, plan = self._config, prepared.plan
+        loss_D, trained_D = self._by_domain(output.reports)
+        self._skipped += len(prepared.skipped)
+        tokens = config.train.global_batch_size * config.train.seq_length
+        flops = step_flops(
+            config.model.encoder,
+            config.model.llm,
+            config.train.trainable,
+            plan.grid_hw_I2.prod(axis=1, dtype=np.int64),
+            tokens,
+            plan.length_S,
+        )
+        return {
+            "step": step,
+            "loss": float(loss_D.sum() / max(trained_D.sum(), 1)),
+            "lr": lr,
+            "grad_norm": output.grad_norm,
+            **{f"grad_norm_{part}": norm for part, norm in output.part_norms.items()},
+            "applied": output.applied,
+            "tokens": tokens,
+            "trained_tokens": prepared.trained_tokens,
+            "fill": float(plan.length_S.sum() / tokens),
+            "tokens_per_s": tokens / seconds,
+            "step_time_s": seconds,
+            "mfu": flops.total / seconds / self._peak_flops,
+            "encoder_flops_share": flops.encoder / flops.total,
+            "encoder_load_max_over_mean": prepared.routes.load_max_over_mean,
+            "images": len(plan.tokens_I),
+            "visual_tokens": int(plan.tokens_I.sum()),
+            "skipped": self._skipped,
+            "loss_by_domain": {
+                name: float(loss / count)
+                for name, loss, count in zip(self._domains, loss_D, trained_D, strict=True)
+                if count
+            },
+        }
+
+    def _by_domain(self, reports: list) -> tuple[np.ndarray, np.ndarray]:
+        grid = self._engines.grid
+        totals_2D = torch.zeros(2, len(self._domains), dtype=torch.float64, device=grid.device)
+        if reports and grid.place.tp == 0:
+            totals_2D += torch.stack(reports).sum(dim=0)
+        dist.all_reduce(totals_2D)
+        loss_D, trained_D = totals_2D.cpu().numpy()
+        return loss_D, trained_D
+
+
+class Logger:
+    """Files, wandb and progress of one run; does nothing on ranks other than 0."""
+
+    def __init__(self, config: Config, run_dir: Path, rank: int, first_step: int):
+        self._active = rank == 0
+        if not self._active:
+            return
+        self._config, self._dir = config, run_dir
+        self._begin, self._last, self._steps = time.time(), {}, 0
+        self._file = (run_dir / "metrics.jsonl").open("a")
+        self._wandb = _start_wandb(config, run_dir)
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._progress.start()
+        self._bar = self._progress.add_task(
+            config.recipe, total=config.train.steps, completed=first_step, loss=float("nan"), speed=0.0
+        )
+
+    def log(self, numbers: dict, phases: dict[str, float]) -> None:
+        """Writes one step."""
+        if not self._active:
+            return
+        line = {**numbers, "phase_s": {name: round(value, 6) for name, value in phases.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._last, self._steps = line, self._steps + 1
+        self._progress.update(self._bar, advance=1, loss=numbers["loss"], speed=numbers["tokens_per_s"])
+        done = numbers["step"] + 1
+        if not self._console.is_terminal and (
+            done % self._config.logger.every == 0 or done == self._config.train.steps
+        ):
+            self._console.print(
+                f"step {done}/{self._config.train.steps}  loss {numbers['loss']:.4f}  "
+                f"grad norm {numbers['grad_norm']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s  "
+                f"{numbers['step_time_s']:.2f} s"
+            )
+        if self._wandb:
+            self._wandb.log({k: v for k, v in line.items() if v is not None}, step=numbers["step"])
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        if self._active:
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+    def finish(self, status: str, checkpoint: Path | None) -> None:
+        """Writes summary.json and closes everything."""
+        if not self._active:
+            return
+        self._progress.stop()
+        self._file.close()
+        summary = {
+            "status": status,
+            "recipe": self._config.recipe,
+            "steps_this_run": self._steps,
+            "elapsed_s": time.time() - self._begin,
+            "checkpoint": str(checkpoint) if checkpoint else None,
+            "last": self._last,
+        }
+        (self._dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(config: Config, run_dir: Path):
+    if config.logger.wandb == "disabled":
+        return None
+    import wandb
+
+    return wandb.init(
+        mode=config.logger.wandb,
+        project=config.logger.project,
+        name=run_dir.name,
+        dir=run_dir,
+        settings=wandb.Settings(silent=True),
+    )
