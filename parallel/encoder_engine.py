@@ -9,7 +9,10 @@ against DeepSpeed 0.19).  Stage 1 reduces once a step; stages 2 and 3 reduce in 
 weights module by module in the order of calls, so every rank makes the same calls, with blank input where it has none.
 """
 
+import contextlib
+import io
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,9 +25,9 @@ from parallel.state import KINDS, AdamSettings, StateChunk
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when deepspeed is imported
 
-import deepspeed  # noqa: E402
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+import deepspeed
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -63,7 +66,7 @@ class EncoderEngine:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._parameters = dict(tower.named_parameters())
         self._device = next(iter(self._parameters.values())).device
-        self._run: Callable = tower
+        self._run: Callable = tower  # or, where something is trained, DeepSpeed's engine around it
         self._backwards = 0
         self._reduced = False
         groups, self._part_of_group = _parameter_groups(parts, adam.weight_decay)
@@ -78,9 +81,10 @@ class EncoderEngine:
         self._adam = torch.optim.AdamW(groups, lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=fused)
         numel = sum(parameter.numel() for group in groups for parameter in group["params"])
         _prepare_environment(self._device)
-        self._run, *_ = deepspeed.initialize(
-            model=tower, optimizer=self._adam, config=_config(self._stage, precision, numel)
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use; warnings go to a log that stays
+            self._run, *_ = deepspeed.initialize(
+                model=tower, optimizer=self._adam, config=_config(self._stage, precision, numel)
+            )
         self._zero = self._run.optimizer
         self._run.set_gradient_accumulation_boundary(False)  # until `_reduce` says so
         self._create_state(fused)
@@ -200,7 +204,7 @@ class EncoderEngine:
 
     @torch.no_grad()
     def load(self, read: Callable, optimizer: bool) -> None:
-        """Takes weights, and with `optimizer` moments, from read(name, kind, start, shape) -> CPU tensor (collective)."""
+        """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor."""
         if self._stage == 3 and self.trainable:
             self._zero._partition_all_parameters()
         for name, parameter in self._parameters.items():
@@ -301,6 +305,7 @@ def _config(stage: int, precision: str, numel: int) -> dict:
         zero["compute_grad_norm"] = False
     return {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,  # the default clips
         "zero_optimization": zero,
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -313,6 +318,8 @@ def _prepare_environment(device: torch.device) -> None:
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     if device.type == "cpu":  # else initialize compiles a C++ collective, which takes a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for old in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # names before torch 2.13, used in every step
+        warnings.filterwarnings("ignore", f".*torch.distributed.{old}. is deprecated", FutureWarning)
 
 
 def _prepare_frozen(tower: nn.Module, precision: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from parallel.layout import Coordinates, Layout
 
@@ -33,8 +34,11 @@ class Grid:
         return self.place.pp == self.layout.pp - 1
 
 
-def build_grid(layout: Layout, device: torch.device) -> Grid:
-    """Builds every process group of `layout`; needs an initialised world of `layout.world` ranks (collective)."""
+def build_grid(layout: Layout, device: torch.device, seed: int) -> Grid:
+    """Builds every process group of `layout`; needs an initialised world of `layout.world` ranks (collective).
+
+    seed: of Megatron-core's random states, which its tensor-parallel layers want even where nothing is drawn.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -44,6 +48,7 @@ def build_grid(layout: Layout, device: torch.device) -> Grid:
         expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=False,
     )
+    model_parallel_cuda_manual_seed(seed)
     rank = dist.get_rank()
     place = layout.coordinates(rank)
     seen = Coordinates(

@@ -141,6 +141,6 @@ def _encoder_backward(encoder: EncoderEngine, batch: StepInput, kept: list, grad
 def _joint_norms(engines: Engines) -> dict[str, float]:
     """Gradient norm of every part over the whole world, in one reduction; non-finite where any gradient is."""
     names = [*engines.encoder.part_names, "llm"]
-    squares = torch.cat([engines.encoder.squared_grad_norms(), engines.llm.squared_grad_norm()[None]])
+    squares = torch.cat([engines.encoder.squared_grad_norms(), engines.llm.squared_grad_norm().double()[None]])
     dist.all_reduce(squares)
     return dict(zip(names, squares.sqrt().tolist(), strict=True))

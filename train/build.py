@@ -81,7 +81,7 @@ def build_engines(config: Config, layout: Layout, device: torch.device, *, forwa
 
     forward, loss: what the LLM's schedule runs, see `LLMEngine`; `train_forward` and `train_loss` in training.
     """
-    grid = build_grid(layout, device)
+    grid = build_grid(layout, device, config.train.seed)
     adam = AdamSettings(
         lr=config.optim.lr,
         betas=tuple(config.optim.betas),

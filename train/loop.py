@@ -17,6 +17,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from parallel.hybrid_step import Engines, hybrid_step
+from parallel.layout import Layout
 from parallel.phases import PhaseTimer
 from train import checkpoint
 from train.build import Data, build_engines, local_device, open_data, start_world, train_forward, train_loss
@@ -24,6 +25,9 @@ from train.config import Config
 from train.feed import Feed, to_device
 from train.metrics import Logger, StepMetrics
 from train.schedule import learning_rate
+
+
+COLLECT_EVERY = 50  # steps between garbage collections, on all ranks at once
 
 
 def run(config: Config) -> None:
@@ -34,20 +38,29 @@ def run(config: Config) -> None:
     layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
     data = open_data(config)
     start = checkpoint.Reader(checkpoint.resolve(config.checkpoint.load_from)) if config.checkpoint.load_from else None
-    torch.use_deterministic_algorithms(config.train.deterministic)
     device = local_device()
     start_world(device)
     try:
-        run_dir = _agree_on_run_dir(config)
-        loss = functools.partial(train_loss, domains=len(data.stream.domains))
-        engines = build_engines(config, layout, device, forward=train_forward, loss=loss)
-        first_step = _restore(config, engines, data, start, _checkpoint_dir(config, run_dir))
-        logger = Logger(config, run_dir, engines.grid.rank, first_step)
-        logger.say(f"{config.recipe} on {layout.world} ranks, run directory {run_dir}")
-        train(config, engines, data, logger, first_step, _checkpoint_dir(config, run_dir))
+        run_in_world(config, layout, data, start, device)
     finally:
-        data.reader.close()
         dist.destroy_process_group()
+
+
+def run_in_world(
+    config: Config, layout: Layout, data: Data, start: checkpoint.Reader | None, device: torch.device
+) -> Path:
+    """The run itself, in a world that has started (collective); returns its directory."""
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    run_dir = _agree_on_run_dir(config)
+    folder = Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
+    loss = functools.partial(train_loss, domains=len(data.stream.domains))
+    engines = build_engines(config, layout, device, forward=train_forward, loss=loss)
+    first_step = _restore(config, engines, data, start, folder)
+    logger = Logger(config, run_dir, engines.grid.rank, first_step)
+    logger.say(f"{config.recipe} on {layout.world} ranks, run directory {run_dir}")
+    train(config, engines, data, logger, first_step, folder)
+    data.reader.close()
+    return run_dir
 
 
 def train(config: Config, engines: Engines, data: Data, logger: Logger, first_step: int, folder: Path) -> None:
@@ -74,6 +87,8 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
             now = time.perf_counter()
             logger.log(metrics.numbers(step, lr, now - begin, prepared, output), timer.take())
             begin, step, position = now, step + 1, prepared.plan.state_after
+            if step % COLLECT_EVERY == 0:
+                gc.collect(1)
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 saved = _save(config, engines, folder, step, position)
                 begin = time.perf_counter()
@@ -128,10 +143,6 @@ def _agree_on_run_dir(config: Config) -> Path:
     return run_dir
 
 
-def _checkpoint_dir(config: Config, run_dir: Path) -> Path:
-    return Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
-
-
 @contextmanager
 def _stops(feed: Feed):
     """Ctrl-C and SIGTERM end the run at the next step boundary on all ranks; a second Ctrl-C ends it at once."""
@@ -150,7 +161,7 @@ def _stops(feed: Feed):
 
 @contextmanager
 def _quiet_collector():
-    """No cyclic garbage collection inside steps: it would stop ranks at different times."""
+    """No cyclic garbage collection at arbitrary moments: it would stop ranks at different times."""
     gc.collect()
     gc.disable()
     try:

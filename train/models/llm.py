@@ -152,7 +152,7 @@ class VisualGPT(GPTModel):
     """GPTModel whose embedding output takes visual rows at given places."""
 
     def forward(self, tokens_1S, labels_1S, row: PackedRow, visual_UD=None, at_U=None):
-        """Per-token loss [1, S] on the last stage, hidden states on the others.
+        """Per-token loss [1, S] on the last stage (without labels, logits of all words); hidden states on the others.
 
         visual_UD: rows for this rank's slice of the sequence, at_U their local places; both None past the first stage.
         """
@@ -167,6 +167,7 @@ class VisualGPT(GPTModel):
             decoder_input=embedded,
             labels=labels_1S,
             packed_seq_params=row,
+            runtime_gather_output=labels_1S is None,
         )
 
 

@@ -100,12 +100,13 @@ class SeedViT(nn.Module):
         self.patch_embedding = nn.Linear(PATCH_VALUES, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        # Follows the module's dtype; asking a weight for it would keep that weight gathered under ZeRO-3.
+        self.register_buffer("precision", torch.empty(0), persistent=False)
 
     def forward(self, images: PackedImages, recompute: str = "none") -> torch.Tensor:
         """recompute: "none" keeps all activations, "selective" recomputes the MLPs, "full" recomputes whole blocks."""
         cos_NK, sin_NK = self._rotary(images.positions_N2)
-        dtype = self.patch_embedding.weight.dtype
-        x_ND = self.patch_embedding((images.patches_NP.to(torch.float32) / 127.5 - 1.0).to(dtype))
+        x_ND = self.patch_embedding((images.patches_NP.float() / 127.5 - 1.0).to(self.precision.dtype))
         for block in self.blocks:
             arguments = (x_ND, cos_NK, sin_NK, images.segments, recompute == "selective")
             if recompute == "full" and torch.is_grad_enabled():

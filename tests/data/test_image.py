@@ -1,0 +1,171 @@
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from data.image import (
+    ImageError,
+    decode_image,
+    grid_hw,
+    image_size,
+    patch_positions,
+    resized_hw,
+    to_patches,
+    visual_tokens,
+)
+
+
+def saved(image, kind, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "size, limits, expected",
+    [
+        ((28, 28), (4, 1024), (28, 28)),
+        ((1, 1), (4, 1024), (28, 28)),
+        ((41, 43), (4, 1024), (28, 56)),  # 42 is half way
+        ((100, 300), (4, 1024), (112, 308)),
+        ((2000, 1000), (4, 256), (308, 140)),  # scaled down, aspect kept as far as the grid allows
+        ((30, 60), (64, 1024), (84, 168)),  # scaled up
+        ((10, 100000), (4, 256), (28, 1792)),  # an extreme strip still obeys the limit
+        ((100, 100), (100, 100), (140, 140)),
+    ],
+)
+def test_resized_size(size, limits, expected):
+    assert resized_hw(*size, *limits) == expected
+
+
+def test_grids_keep_both_limits_for_any_size():
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.uniform(0, 9, (4000, 2))).astype(int)
+    grid = grid_hw(sizes[:, 0], sizes[:, 1], 16, 400)
+    patches = grid.prod(1)
+    assert (grid % 2 == 0).all() and grid.min() >= 2
+    assert patches.max() <= 400 and patches.min() >= 16
+    assert grid[7].tolist() == grid_hw(*sizes[7], 16, 400).tolist()
+    moderate = (sizes.max(1) / sizes.min(1) < 3) & (patches > 64)
+    ratio = (grid[:, 0] / grid[:, 1]) / (sizes[:, 0] / sizes[:, 1])
+    assert (abs(np.log(ratio[moderate])) < np.log(1.5)).all()
+
+
+def test_patches_are_block_major_so_that_pooling_is_a_mean_over_four_rows():
+    image = pixels(56, 84)
+    patches = to_patches(image, 56, 84)
+    positions = patch_positions([[4, 6]])
+    assert patches.shape == (24, 588) and patches.dtype == np.uint8
+    for row, (y, x) in zip(patches, positions, strict=True):
+        assert np.array_equal(row.reshape(14, 14, 3), image[14 * y : 14 * y + 14, 14 * x : 14 * x + 14])
+    pooled = patches.reshape(-1, 4, 588).mean((1, 2)).reshape(2, 3)
+    assert np.allclose(pooled, image.reshape(2, 28, 3, 28, 3).mean((1, 3, 4)))
+
+
+def test_positions_of_many_images_are_those_of_each():
+    grids = np.array([[2, 2], [4, 6], [2, 8]])
+    together = patch_positions(grids)
+    assert np.array_equal(together, np.concatenate([patch_positions([grid]) for grid in grids]))
+    assert together.dtype == np.int32 and visual_tokens(grids).tolist() == [1, 6, 4]
+    assert patch_positions(np.zeros((0, 2))).shape == (0, 2)
+
+
+def test_resize_is_bilinear():
+    image = pixels(30, 50)
+    expected = np.asarray(Image.fromarray(image).resize((56, 28), Image.Resampling.BILINEAR))
+    assert np.array_equal(to_patches(image, 28, 56), to_patches(expected, 28, 56))
+    with pytest.raises(ValueError, match="multiples of 28"):
+        to_patches(image, 30, 50)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_and_seen_in_the_header(kind, orientation):
+    image = Image.fromarray(np.kron(np.arange(6, dtype=np.uint8).reshape(2, 3) * 50, np.ones((16, 16), np.uint8)))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
+    data = saved(image.convert("RGB"), kind, exif=exif, **options)
+    grid = np.asarray(image)
+    upright = {
+        1: grid,
+        2: grid[:, ::-1],
+        3: grid[::-1, ::-1],
+        4: grid[::-1],
+        5: grid.T,
+        6: np.rot90(grid, -1),
+        7: grid[::-1, ::-1].T,
+        8: np.rot90(grid),
+    }[orientation]
+    shown = decode_image(data, 10_000)
+    assert image_size(io.BytesIO(data), 10_000) == shown.shape[:2] == upright.shape
+    assert abs(shown[..., 0].astype(int) - upright).max() <= (4 if kind == "JPEG" else 0)
+
+
+def test_colour_rules():
+    clear_red = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    assert decode_image(saved(clear_red, "PNG"), 100)[0, 0].tolist() == [255, 127, 127]
+    palette = Image.fromarray(pixels(8, 8)).quantize(4)
+    shown = decode_image(saved(palette, "PNG"), 100)
+    assert np.array_equal(shown, np.asarray(palette.convert("RGB")))
+    palette_clear = decode_image(saved(palette, "PNG", transparency=palette.getpixel((0, 0))), 100)
+    assert palette_clear[0, 0].tolist() == [255, 255, 255]
+    deep = Image.fromarray(np.array([[0, 0x1234, 0xFFFF]], np.uint16))
+    assert decode_image(saved(deep, "PNG"), 100)[0, :, 0].tolist() == [0, 0x12, 0xFF]
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    assert decode_image(saved(cmyk, "TIFF"), 100)[0, 0].tolist() == [255, 0, 0]
+    assert decode_image(saved(Image.new("L", (4, 4), 9), "BMP"), 100).shape == (4, 4, 3)
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    moving = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(moving, 100)[0, 0].tolist() == [255, 0, 0]
+    with pytest.raises(ImageError, match="32-bit samples"):
+        decode_image(saved(Image.new("F", (4, 4)), "TIFF"), 100)
+
+
+def bomb(width, height) -> bytes:
+    """A PNG header that declares this size and holds next to nothing."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + (struct.pack(">I", 10) + b"IDAT" + zlib.compress(b"")[:10].ljust(10, b"\0") + b"\0\0\0\0")
+    )
+
+
+def test_the_pixel_limit_is_checked_on_the_header_and_never_warns():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for width, height in ((50_000, 50_000), (12_000, 9_000)):
+            with pytest.raises(ImageError, match=f"declares {width} x {height} pixels; the limit is 1000000 pixels"):
+                decode_image(bomb(width, height), 1_000_000)
+    whole = saved(Image.fromarray(pixels(10, 10)), "PNG")
+    assert decode_image(whole, 100).shape == (10, 10, 3)
+    with pytest.raises(ImageError, match="the limit is 99 pixels"):
+        image_size(io.BytesIO(whole), 99)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_damaged_images_raise_one_sentence(kind):
+    data = saved(Image.fromarray(pixels(64, 64)), kind)
+    with pytest.raises(ImageError) as raised:
+        decode_image(data[: len(data) // 2], 10_000)
+    assert "\n" not in str(raised.value)
+    for junk in (b"", b"not an image", data[:7]):
+        with pytest.raises(ImageError, match="header is not that of a readable image"):
+            image_size(io.BytesIO(junk), 10_000)
+
+
+def test_formats_outside_the_list_are_refused():
+    with pytest.raises(ImageError, match="PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+        decode_image(saved(Image.fromarray(pixels(8, 8)), "PPM"), 1000)

@@ -1,0 +1,36 @@
+"""What many tests need: settings of a toy run, and a tiny corpus made once a session."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from launch.pretrain import read_config
+from train.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPUS_SAMPLES = 60
+
+
+def settings(recipe: str, *overrides: str) -> Config:
+    """The typed settings that `launch/pretrain.py +recipe=... scale=toy ...` would run with."""
+    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
+        return read_config(compose("config", overrides=[f"+recipe={recipe}", "scale=toy", *overrides]))
+
+
+def make_corpus(folder: Path) -> Path:
+    """Shards of every task with a few samples each."""
+    command = [sys.executable, "launch/make_shards.py", str(folder), "--samples", str(CORPUS_SAMPLES)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+def corpus_overrides(corpus: Path, shards: str = "*") -> list[str]:
+    """Overrides that read `shards` of the training part of a corpus."""
+    return [f"data.shards=['{corpus}/train/{shards}.tar']", f"data.tokenizer={corpus}/tokenizer.json"]
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,136 @@
+"""Does the model use its eyes: loss and exact match of the answers, with the right images and with exchanged ones.
+
+Answers are scored under teacher forcing: every trained token must be the most likely one given the true text before it.
+That is the same as greedy decoding giving the whole answer, because both fail at the first wrong token.
+
+Legend: S samples of a step, T positions of a micro-batch.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from data.plan import StepPlan
+from parallel.hybrid_step import Engines, forward_only
+from train.batch import MicroBatch, rows_of_replica
+from train.build import Data
+from train.config import Config
+from train.feed import Feed, replace_pixels, to_device
+
+
+@dataclass
+class Score:
+    """Sums over samples with trained text."""
+
+    samples: int = 0
+    exact: int = 0
+    loss: float = 0.0
+    tokens: int = 0
+
+    def numbers(self) -> dict:
+        return {
+            "samples": self.samples,
+            "exact_match": self.exact / max(self.samples, 1),
+            "loss": self.loss / max(self.tokens, 1),
+        }
+
+
+def answer_forward(chunk, batch: MicroBatch, leaf) -> torch.Tensor:
+    """Logits of the whole vocabulary [1, T, vocabulary] on the last stage, hidden states before."""
+    return chunk(
+        tokens_1S=batch.tokens_1T,
+        labels_1S=None,
+        row=batch.row,
+        visual_UD=leaf.rows_UD if leaf else None,
+        at_U=leaf.at_U if leaf else None,
+    )
+
+
+def answer_report(logits_1TV: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(0, [2, T]): the loss of every position, and whether its label is the most likely token."""
+    logits_TV, labels_T = logits_1TV[0].float(), batch.labels_1T[0]
+    loss_T = F.cross_entropy(logits_TV, labels_T, reduction="none")
+    return logits_TV.new_zeros(()), torch.stack([loss_T, (logits_TV.argmax(-1) == labels_T).float()])
+
+
+def exchange_images(plan: StepPlan) -> StepPlan:
+    """The plan that reads each image's pixels from another sample's image, of the same data domain where it can.
+
+    Images of a domain are shifted by half their number, so that a sample never keeps its own while the domain has
+    images of two samples; sizes stay as planned.
+    """
+    source_I = np.arange(plan.tokens_I.size)
+    domain_I = plan.domain_S[plan.image_sample_I]
+    for domain in np.unique(domain_I):
+        mine_J = np.flatnonzero(domain_I == domain)
+        source_I[mine_J] = np.roll(mine_J, max(1, mine_J.size // 2))
+    return replace_pixels(plan, source_I)
+
+
+def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -> dict[str, dict]:
+    """Scores of one pass over the shards, by domain and over all ("all"); needs cp = 1 (collective).
+
+    Samples longer than a row are not scored; they are counted in Stream.refused.
+    """
+    start = data.stream.state()
+    feed = Feed(data.stream, data.reader, config, engines.grid, substitute=exchange_images if exchanged else None)
+    scores = {name: Score() for name in data.stream.domains}
+    seen: set[tuple[int, int]] = set()
+    for prepared in feed:
+        plan = prepared.plan
+        fresh_S = _first_seen(plan, seen)
+        _add(scores, data.stream.domains, plan, fresh_S, *_score(config, engines, prepared))
+        if plan.state_after["epoch"] > start["epoch"] and not fresh_S.any():
+            break
+    feed.close()
+    data.stream.load_state(start)
+    total = Score(*(sum(getattr(s, f.name) for s in scores.values()) for f in dataclasses.fields(Score)))
+    return {**{name: score.numbers() for name, score in scores.items() if score.samples}, "all": total.numbers()}
+
+
+def _first_seen(plan: StepPlan, seen: set) -> np.ndarray:
+    keys = list(zip(plan.shard_S.tolist(), plan.index_S.tolist(), strict=True))
+    fresh_S = np.array([key not in seen for key in keys], dtype=bool)
+    seen.update(keys)
+    return fresh_S
+
+
+def _score(config: Config, engines: Engines, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss sum, trained tokens and wrong tokens of every sample of a step, equal on all ranks (collective)."""
+    grid, plan = engines.grid, prepared.plan
+    totals_3S = torch.zeros(3, plan.length_S.size, dtype=torch.float64)
+    reports = forward_only(engines, to_device(prepared, config, grid))
+    if reports and grid.place.tp == 0:
+        sample_RS = _sample_of_position(plan)
+        rows_MB = rows_of_replica(grid.layout, grid.place.dp, len(reports), config.train.micro_batch_size)
+        for report_2T, rows, text in zip(reports, rows_MB, prepared.text_M, strict=True):
+            mask_T = torch.from_numpy(text.loss_mask.reshape(-1))
+            owner = torch.from_numpy(sample_RS[rows].reshape(-1))[mask_T]
+            loss, right = report_2T.cpu().double()[:, mask_T]
+            for place, values in enumerate((loss, torch.ones_like(loss), 1 - right)):
+                totals_3S[place].index_add_(0, owner, values)
+    totals_3S = totals_3S.to(grid.device)
+    dist.all_reduce(totals_3S)
+    return tuple(totals_3S.cpu().numpy())
+
+
+def _sample_of_position(plan: StepPlan) -> np.ndarray:
+    """Sample at every position of every row, [rows, S]; 0 on padding, which is never trained."""
+    rows = int(plan.row_S.max()) + 1
+    sample_RS = np.zeros((rows, plan.seq_length), dtype=np.int64)
+    for sample, (row, start, length) in enumerate(zip(plan.row_S, plan.start_S, plan.length_S, strict=True)):
+        sample_RS[row, start : start + length] = sample
+    return sample_RS
+
+
+def _add(scores, domains, plan, fresh_S, loss_S, tokens_S, wrong_S) -> None:
+    for sample in np.flatnonzero(fresh_S & (tokens_S > 0)):
+        score = scores[domains[plan.domain_S[sample]]]
+        score.samples += 1
+        score.exact += int(wrong_S[sample] == 0)
+        score.loss += float(loss_S[sample])
+        score.tokens += int(tokens_S[sample])
