@@ -43,7 +43,9 @@ def report(run: str, overrides: list[str]) -> dict:
     scores = evaluate_checkpoint(config, path)
     if int(os.environ.get("RANK", "0")) == 0:
         target = run_directory(path) / "evaluation.json"
-        target.write_text(json.dumps({"checkpoint": str(path), "shards": config.data.shards, **scores}, indent=2) + "\n")
+        target.write_text(
+            json.dumps({"checkpoint": str(path), "shards": config.data.shards, **scores}, indent=2) + "\n"
+        )
         Console().print(table(scores))
         print(f"written to {target}")
     return scores

@@ -1,13 +1,17 @@
 """Top-level functions that test worlds run."""
 
+import functools
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from parallel.hybrid_step import hybrid_step
+from parallel.phases import PhaseTimer
 from tests.support import settings
 from train import checkpoint
-from train.build import open_data
+from train.build import build_engines, open_data, train_forward, train_loss
+from train.feed import Feed, to_device
 from train.loop import run_in_world
 
 
@@ -17,3 +21,32 @@ def train_run(recipe: str, overrides: list[str], run_dir: str) -> None:
     layout = config.check(dist.get_world_size())
     start = config.checkpoint.load_from and checkpoint.Reader(checkpoint.resolve(Path(config.checkpoint.load_from)))
     run_in_world(config, layout, open_data(config), start, torch.device("cpu"))
+
+
+def build_run(recipe: str, overrides: list[str], steps: int):
+    """(config, engines, data, feed) of a run in this world, to step by hand."""
+    config = settings(recipe, "logger.wandb=disabled", *overrides)
+    layout = config.check(dist.get_world_size())
+    data = open_data(config)
+    loss = functools.partial(train_loss, domains=len(data.stream.domains))
+    engines = build_engines(config, layout, torch.device("cpu"), forward=train_forward, loss=loss)
+    return config, engines, data, Feed(data.stream, data.reader, config, engines.grid, steps=steps)
+
+
+def step_by_hand(config, engines, prepared, lr: float = 1e-3):
+    """One hybrid step of a prepared step."""
+    engines.encoder.set_lr(lr)
+    engines.llm.set_lr(lr)
+    return hybrid_step(
+        engines,
+        to_device(prepared, config, engines.grid),
+        clip_norm=config.optim.clip_norm,
+        replay=config.parallel.encoder.recompute == "replay",
+        timer=PhaseTimer(engines.grid.device),
+    )
+
+
+def weights_of(engines) -> dict[str, torch.Tensor]:
+    """Every weight box this rank sees, by name and place (collective)."""
+    chunks = [*engines.encoder.state(), *engines.llm.state()]
+    return {f"{c.name}@{c.start}": c.tensor.clone() for c in chunks if c.kind == "param"}

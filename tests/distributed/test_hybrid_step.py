@@ -1,0 +1,116 @@
+"""The truths of the hybrid step that a run's losses alone would not show."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.runs import build_run, step_by_hand, weights_of
+from tests.distributed.world import run_world
+from tests.support import corpus_overrides
+from train.feed import to_device
+
+SMALL = ["train.seq_length=256", "train.global_batch_size=4", "data.max_patches=64"]
+
+
+def count_elements(overrides):
+    config, engines, data, feed = build_run("stage2", overrides, steps=3)
+    seen = []
+    for prepared in feed:
+        before = (engines.exchange.elements_delivered, engines.exchange.elements_returned)
+        step_by_hand(config, engines, prepared)
+        moved = torch.tensor([engines.exchange.elements_delivered, engines.exchange.elements_returned])
+        moved -= torch.tensor(before)
+        dist.all_reduce(moved)
+        seen.append((int(prepared.plan.tokens_I.sum()) * engines.width, moved.tolist()))
+    return seen
+
+
+def test_delivery_moves_each_row_once_each_way(corpus):
+    """In the world of `make toy`: visual tokens x width elements out, and as many back."""
+    toy = [*SMALL, *corpus_overrides(corpus), "parallel.pp=2", "parallel.ep=2"]
+    for expected, moved in run_world(count_elements, 4, toy)[0]:
+        assert expected > 0
+        assert moved == [expected, expected]
+
+
+def autograd_reference(overrides):
+    """Gradient norms and loss of one step: the hybrid step against one plain autograd graph over everything."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    config, engines, data, feed = build_run("stage1", [*overrides, "optim.clip_norm=0"], steps=1)
+    prepared = next(feed)
+    batch = to_device(prepared, config, engines.grid)
+    tower, chunk = engines.encoder._run.module, engines.llm.chunks[0]
+    rows_VD = torch.cat([tower(images)[:count] for images, count in zip(batch.chunks, batch.chunk_rows, strict=True)])
+    rows_UD = rows_VD[torch.from_numpy(batch.routes.send_V)][torch.from_numpy(batch.routes.take_U)]
+    places = torch.from_numpy(batch.routes.at_U).split(batch.routes.leaf_rows_M)
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / len(batch.micro_batches))
+    total = 0.0
+    for micro, rows, at_U in zip(batch.micro_batches, rows_UD.split(batch.routes.leaf_rows_M), places, strict=True):
+        losses = chunk(tokens_1S=micro.tokens_1T, labels_1S=micro.labels_1T, row=micro.row, visual_UD=rows, at_U=at_U)
+        total = total + (losses * micro.loss_mask_1T).sum() / batch.trained_tokens
+    wanted = [*tower.encoder.parameters(), *tower.adapter.parameters(), *chunk.parameters()]
+    gradients = torch.autograd.grad(total, wanted)
+    counts = [len(list(part.parameters())) for part in (tower.encoder, tower.adapter, chunk)]
+    norms, place = [], 0
+    for count in counts:
+        norms.append(float(torch.cat([g.double().flatten() for g in gradients[place : place + count]]).norm()))
+        place += count
+    output = step_by_hand(config, engines, prepared)
+    loss = float(sum(report[0].sum() for report in output.reports)) / prepared.trained_tokens
+    return [float(total), *norms], [loss, *output.part_norms.values()]
+
+
+def test_one_autograd_graph_gives_the_same_gradients(corpus):
+    """No detached leaves, no exchange, no engine: the same loss and gradients, so the hybrid step's cuts are right."""
+    plain, hybrid = run_world(autograd_reference, 1, [*SMALL, *corpus_overrides(corpus)])[0]
+    assert hybrid == pytest.approx(plain, rel=2e-5)
+
+
+def spoil_one_rank(overrides, where):
+    config, engines, data, feed = build_run("stage1", overrides, steps=2)
+    before = weights_of(engines)
+    first, second = list(feed)
+    if dist.get_rank() == 1:
+        if where == "encoder":
+            backward = engines.encoder.backward
+            engines.encoder.backward = lambda rows, gradient: backward(rows, gradient * float("nan"))
+        else:
+            forward_backward = engines.llm.forward_backward
+            engines.llm.forward_backward = lambda m, leaves, scale: forward_backward(m, leaves, float("inf"))
+    spoiled = step_by_hand(config, engines, first)
+    after = weights_of(engines)
+    engines.encoder.__dict__.pop("backward", None)
+    engines.llm.__dict__.pop("forward_backward", None)
+    good = step_by_hand(config, engines, second)
+    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+    moved = any(not torch.equal(after[name], weight) for name, weight in weights_of(engines).items())
+    return spoiled.applied, unchanged, good.applied, moved
+
+
+@pytest.mark.parametrize("where", ["encoder", "llm"])
+def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(corpus, where):
+    results = run_world(spoil_one_rank, 2, [*SMALL, *corpus_overrides(corpus)], where)
+    assert results == [(False, True, True, True)] * 2
+
+
+def freeze(overrides):
+    config, engines, data, feed = build_run("stage0", overrides, steps=2)
+    before = weights_of(engines)
+    for prepared in feed:
+        assert step_by_hand(config, engines, prepared).applied
+    after = weights_of(engines)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    kinds = {(c.name.split(".")[0], c.kind) for c in [*engines.encoder.state(), *engines.llm.state()]}
+    gradients = [p for chunk in engines.llm.chunks for p in chunk.parameters() if p.grad is not None]
+    return changed, set(before), kinds, len(gradients)
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.pp=2", "parallel.encoder.zero_stage=3"], ["parallel.tp=2"]], ids=str)
+def test_stage0_changes_the_adapter_alone(corpus, layout):
+    """To the byte; no gradient and no optimizer state exists for encoder and LLM."""
+    overrides = [*SMALL, *corpus_overrides(corpus), *layout]
+    for changed, names, kinds, gradients in run_world(freeze, 2, overrides):
+        assert changed == {name for name in names if name.startswith("adapter.")}
+        assert gradients == 0
+        assert {part for part, kind in kinds if kind != "param"} == {"adapter"}
