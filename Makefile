@@ -5,6 +5,21 @@ BIN := $(VENV)/bin
 SHARDS := shards/toy
 export OMP_NUM_THREADS ?= 1
 
+# One rank a GPU where there are GPUs; else CPU ranks.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+ifeq ($(GPUS),0)
+TOY_RANKS := 4
+LEARN_RANKS := 2
+else
+TOY_RANKS := $(GPUS)
+LEARN_RANKS := 1
+endif
+# Pipeline and expert parallelism where the ranks divide by four.
+TOY_LAYOUT := $(if $(filter 4 8,$(TOY_RANKS)),parallel.pp=2 parallel.ep=2)
+DIGITS := read count
+comma := ,
+digit_shards = [$(subst $() ,$(comma),$(foreach task,$(DIGITS),$(SHARDS)/$(1)/$(task)-*.tar))]
+
 .PHONY: toy learn test lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -17,12 +32,18 @@ $(SHARDS)/tokenizer.json: | $(VENV)/installed
 
 # The main job at toy size: stage 2 under pipeline and expert parallelism on four ranks.
 toy: $(VENV)/installed $(SHARDS)/tokenizer.json
-	$(BIN)/torchrun --nproc-per-node 4 launch/pretrain.py +recipe=stage2 scale=toy \
-		parallel.pp=2 parallel.ep=2 run.dir=runs/toy optim.lr=1e-3
+	$(BIN)/torchrun --standalone --nproc-per-node $(TOY_RANKS) launch/pretrain.py +recipe=stage2 scale=toy \
+		$(TOY_LAYOUT) run.dir=runs/toy optim.lr=1e-3
 
 # Stage 1 from scratch on the digit tasks, then exact match on held-out scans and a picture of the curve.
 learn: $(VENV)/installed $(SHARDS)/tokenizer.json
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/learn.sh $(SHARDS) runs/learn
+	rm -rf runs/learn
+	$(BIN)/torchrun --standalone --nproc-per-node $(LEARN_RANKS) launch/pretrain.py +recipe=stage1 scale=toy \
+		run.dir=runs/learn 'data.shards=$(call digit_shards,train)' train.steps=3500 train.micro_batch_size=4 \
+		optim.lr=2e-3 optim.min_lr=2e-5 optim.warmup_steps=100 logger.every=100
+	$(BIN)/python launch/evaluate.py runs/learn 'data.shards=$(call digit_shards,heldout)' \
+		--at-least 0.9 --exchanged-at-most 0.25
+	$(BIN)/python launch/plot.py runs/learn
 
 test: $(VENV)/installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .

@@ -1,7 +1,7 @@
 """From a plan to arrays: reads the bytes of the asked images and rows, and no others.
 
-Images go to whichever rank encodes them, rows to whichever rank needs their tokens; both follow from the plan, so
-nothing is read twice and nothing is broadcast. What cannot be read keeps its planned shape (zero patches, untrained
+Images go to the one rank that encodes them, rows to the ranks that need their tokens; both follow from the plan, so no
+pixel is read twice and nothing is broadcast. What cannot be read keeps its planned shape (zero patches, untrained
 padding) and is reported, so that one damaged sample never stops or desynchronises a run.
 
 Shapes: N patches, I images, R rows, P positions of a row, S samples, T text tokens and V images of one sample.

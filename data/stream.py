@@ -118,6 +118,12 @@ class Stream:
         self._block = None
 
     @property
+    def samples_per_epoch(self) -> int:
+        """Samples of all shards that fit a row: what one epoch holds, each once."""
+        whole = ((np.full(index.n_samples, shard), np.arange(index.n_samples)) for shard, index in enumerate(self.indexes))
+        return sum(len(self._fitting(shard_N, index_N)[0]) for shard_N, index_N in whole)
+
+    @property
     def refused(self) -> dict[str, int]:
         """Samples passed over so far, by reason, up to the current block."""
         return dict(self._state["refused"])

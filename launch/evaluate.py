@@ -15,13 +15,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
 from launch.pretrain import read_config
 from train import checkpoint
 from train.config import Config
 
+RESULT = "evaluation.json"
 ONE_PROCESS = ("tp", "pp", "vpp", "ep", "cp")
 
 
@@ -29,11 +32,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run directory or checkpoint")
     parser.add_argument("overrides", nargs="*", help="settings as key=value, such as data.shards='[a.tar]'")
+    parser.add_argument("--at-least", type=float, default=0.0, help="exact match over all that fails the command below")
+    parser.add_argument("--exchanged-at-most", type=float, default=1.0, help="the same, above, with exchanged images")
     arguments = parser.parse_args(argv)
     try:
-        report(arguments.run, arguments.overrides)
+        scores = report(arguments.run, arguments.overrides)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    right, exchanged = (scores[kind]["all"]["exact_match"] for kind in ("images", "exchanged images"))
+    if right < arguments.at_least or exchanged > arguments.exchanged_at_most:
+        sys.exit(
+            f"error: exact match {right:.1%} (at least {arguments.at_least:.1%} wanted), with exchanged images "
+            f"{exchanged:.1%} (at most {arguments.exchanged_at_most:.1%} wanted)"
+        )
 
 
 def report(run: str, overrides: list[str]) -> dict:
@@ -42,7 +53,7 @@ def report(run: str, overrides: list[str]) -> dict:
     config = settings_of(path, overrides)
     scores = evaluate_checkpoint(config, path)
     if int(os.environ.get("RANK", "0")) == 0:
-        target = run_directory(path) / "evaluation.json"
+        target = run_directory(path) / RESULT
         target.write_text(
             json.dumps({"checkpoint": str(path), "shards": config.data.shards, **scores}, indent=2) + "\n"
         )
@@ -61,7 +72,10 @@ def settings_of(path: Path, overrides: list[str]) -> Config:
     saved = run_directory(path) / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: the settings of the run that wrote {path} are needed")
-    settings = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(saved))
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(saved))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"{saved} cannot be used: {str(error).splitlines()[0]}") from error
     for key in ONE_PROCESS:
         settings.parallel[key] = 1
     settings.parallel.etp = settings.parallel.balance_group_size = None

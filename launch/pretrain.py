@@ -3,12 +3,14 @@
 Every key of `recipes/` can be set on the command line; `--help` lists the groups, `--cfg job` prints the settings.
 """
 
+import os
 import sys
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from train.config import Config
 from train.feed import AgreedError
@@ -17,11 +19,22 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 def read_config(settings: DictConfig) -> Config:
-    """Typed settings of a composed configuration.  Raises ValueError where a setting is missing or has a wrong type."""
+    """Typed settings of a composed configuration.
+
+    Raises ValueError where a setting is missing, unknown (Hydra lets +key=value through) or of a wrong type.
+    """
     try:
-        return OmegaConf.to_object(settings)
-    except OmegaConfBaseException as error:
+        return OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.to_container(settings, resolve=True)))
+    except MissingMandatoryValue as error:
         raise ValueError(str(error).splitlines()[0] + "; is a recipe chosen, as in +recipe=stage1?") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def one_sentence(error: CompactHydraException) -> str:
+    """What Hydra says about a bad override, without its search path and its advice to add unknown keys."""
+    said = f"{error}".partition("Config search path")[0] + "\n" + f"{error.__cause__ or ''}".partition("full_key")[0]
+    return " ".join(" ".join(line for line in said.splitlines() if not line.startswith("To append")).split())
 
 
 @hydra.main(version_base="1.3", config_path="../recipes", config_name="config")
@@ -35,4 +48,8 @@ def main(settings: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise what Hydra would print in many lines
+    try:
+        main()
+    except CompactHydraException as error:
+        sys.exit(f"error: {one_sentence(error)}")

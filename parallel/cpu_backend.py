@@ -153,6 +153,28 @@ def _repair_moe_utils(module):
     module.maybe_move_tensor_to_cpu = move
 
 
+def _repair_mappings(module):
+    """gloo gathers and scatters equal sizes only; expert tensor parallelism needs unequal ones."""
+    _require(module, "_gather_along_first_dim", "_reduce_scatter_along_first_dim")
+
+    def all_gather(outputs, tensor, group):
+        largest = max(output.shape[0] for output in outputs)
+        padded = tensor.new_zeros(largest, *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        wholes = [torch.empty_like(padded) for _ in outputs]
+        torch.distributed.all_gather(wholes, padded, group=group)
+        for output, whole in zip(outputs, wholes, strict=True):
+            output.copy_(whole[: output.shape[0]])
+
+    def reduce_scatter(output, inputs, group):
+        total = torch.cat(inputs)
+        torch.distributed.all_reduce(total, group=group)
+        output.copy_(total.split([part.shape[0] for part in inputs])[group.rank()])
+
+    distributed = _Facade(torch.distributed, all_gather=all_gather, reduce_scatter=reduce_scatter)
+    module.torch = _Facade(_TORCH, distributed=distributed)
+
+
 def _repair_clip_grads(module):
     _require(module, "clip_grad_by_total_norm_fp32")
     module.clip_grad_by_total_norm_fp32 = _cuda_type_strings(module.clip_grad_by_total_norm_fp32)
@@ -196,6 +218,7 @@ def _repair_filesystem_async(module):
 
 _REPAIRS = {
     f"{PACKAGE}.jit": _repair_jit,
+    f"{PACKAGE}.tensor_parallel.mappings": _repair_mappings,
     f"{PACKAGE}.tensor_parallel.random": _repair_random,
     f"{PACKAGE}.transformer.moe.moe_utils": _repair_moe_utils,
     f"{PACKAGE}.pipeline_parallel.p2p_communication": _repair_p2p,

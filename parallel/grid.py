@@ -1,4 +1,4 @@
-"""Process groups of both grids, built once; the one place that touches Megatron-core's global parallel state."""
+"""Process groups of both grids, built once; with the LLM engine, the only reader of Megatron-core's global state."""
 
 from dataclasses import dataclass
 

@@ -7,6 +7,7 @@ checkpoint is whole or not there.  A reader asks for any box of a tensor and get
 Nothing is unpickled.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -91,11 +92,18 @@ def _publish(staging: Path, final: Path, state: TrainState, boxes: list[dict]) -
         "files": files,
         "boxes": boxes,
     }
+    manifest["digest"] = _digest(manifest)
     (staging / "manifest.json").write_text(json.dumps(manifest))
     _flush(staging / "manifest.json")
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
     _flush(final.parent)
+
+
+def _digest(manifest: dict) -> str:
+    """Of all that a manifest says, so that a flipped bit in it is noticed."""
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -155,9 +163,15 @@ class Reader:
             self._boxes: dict[tuple[str, str], list[dict]] = {}
             for box in manifest["boxes"]:
                 self._boxes.setdefault((box["name"], box["kind"]), []).append(box)
+            files = dict(manifest["files"])
+            if unknown := {box["file"] for box in manifest["boxes"]} - set(files):
+                raise ValueError(f"its boxes lie in {', '.join(sorted(unknown))}, which it does not list")
+            if manifest.get("digest") not in (None, _digest(manifest)):
+                raise ValueError("its digest does not match what it says")
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"checkpoint {path}: manifest.json cannot be used: {error}") from error
-        for file, size in manifest["files"].items():
+            why = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"checkpoint {path}: manifest.json cannot be used: {why}") from error
+        for file, size in files.items():
             if Path(file).name != file or not (path / file).is_file() or (path / file).stat().st_size != size:
                 raise ValueError(f"checkpoint {path}: {file} is missing or not {size} bytes long")
 
@@ -169,8 +183,7 @@ class Reader:
         shape = boxes[0]["shape"]
         if len(shape) != len(size) or any(s + n > whole for s, n, whole in zip(start, size, shape, strict=True)):
             raise ValueError(f"checkpoint {self.path}: {name} has shape {shape}, the model wants {size} from {start}")
-        out = torch.empty(size)
-        filled = 0
+        out, filled = torch.empty(size), torch.zeros(size, dtype=torch.bool)
         for box in boxes:
             low = [max(a, b) for a, b in zip(start, box["start"], strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(start, size, box["start"], box["size"], strict=True)]
@@ -179,8 +192,8 @@ class Reader:
             there = tuple(slice(lo - b, hi - b) for lo, hi, b in zip(low, high, box["start"], strict=True))
             here = tuple(slice(lo - a, hi - a) for lo, hi, a in zip(low, high, start, strict=True))
             out[here] = self._slice(box, there)
-            filled += out[here].numel()
-        if filled != out.numel():
+            filled[here] = True
+        if not filled.all():
             raise ValueError(f"checkpoint {self.path}: {kind} of {name} is not complete")
         return out
 

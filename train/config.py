@@ -4,7 +4,9 @@ Hydra fills these dataclasses from recipes/ and the command line; an unknown key
 `Config.check` holds what types cannot say.  Full-scale values and their sources stand in recipes/.
 """
 
+import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from parallel.layout import Layout
@@ -13,6 +15,17 @@ from train.models.vision_tower import RECOMPUTE
 from train.models.vit import ViTConfig
 
 PARTS = ("encoder", "adapter", "llm")
+LEAST = {
+    "train.steps": 1,
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.seq_length": 1,
+    "optim.warmup_steps": 0,
+    "data.max_skipped": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "logger.every": 1,
+}
 
 
 @dataclass
@@ -166,6 +179,9 @@ class Config:
     def check(self, world: int) -> Layout:
         """The layout.  Raises ValueError, one sentence naming keys and values, for any setting that cannot work."""
         layout = self.layout(world)
+        for key, least in LEAST.items():
+            if attrgetter(key)(self) < least:
+                raise ValueError(f"{key}={attrgetter(key)(self)}: must be at least {least}")
         self.model.llm.check(layout)
         self._check_parallel(layout)
         self._check_batch(layout)
@@ -193,20 +209,17 @@ class Config:
 
     def _check_batch(self, layout: Layout) -> None:
         t = self.train
-        for key in ("steps", "global_batch_size", "micro_batch_size", "seq_length"):
-            if getattr(t, key) < 1:
-                raise ValueError(f"train.{key}={getattr(t, key)}: must be at least 1")
         if t.global_batch_size % (layout.dp * t.micro_batch_size):
             raise ValueError(
                 f"train.global_batch_size={t.global_batch_size} is not divisible by "
                 f"dp*train.micro_batch_size = {layout.dp}*{t.micro_batch_size}"
             )
         row = t.seq_length * t.micro_batch_size
-        parts = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+        parts = layout.tp * 2 * layout.cp if layout.cp > 1 else math.lcm(layout.tp, 2)
         if row % parts:
             raise ValueError(
                 f"train.seq_length*micro_batch_size = {row} is not divisible by {parts} "
-                f"(parallel.tp={layout.tp}, and twice parallel.cp={layout.cp} where cp > 1)"
+                f"(parallel.tp={layout.tp}, and twice parallel.cp={layout.cp}: rows are cut in halves)"
             )
         count = self.micro_batches(layout)
         if layout.vpp > 1 and count % layout.pp:

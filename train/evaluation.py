@@ -76,7 +76,7 @@ def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -
 
     Samples longer than a row are not scored; they are counted in Stream.refused.
     """
-    start = data.stream.state()
+    start, wanted = data.stream.state(), data.stream.samples_per_epoch
     feed = Feed(data.stream, data.reader, config, engines.grid, substitute=exchange_images if exchanged else None)
     scores = {name: Score() for name in data.stream.domains}
     seen: set[tuple[int, int]] = set()
@@ -84,7 +84,7 @@ def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -
         plan = prepared.plan
         fresh_S = _first_seen(plan, seen)
         _add(scores, data.stream.domains, plan, fresh_S, *_score(config, engines, prepared))
-        if plan.state_after["epoch"] > start["epoch"] and not fresh_S.any():
+        if len(seen) == wanted:
             break
     feed.close()
     data.stream.load_state(start)

@@ -1,6 +1,7 @@
 """Model FLOPs of a step, for MFU: multiply-adds count two, recomputation counts nothing, causal attention half.
 
-A trained module costs three forwards; a frozen one costs its forward, and once more where gradients pass through it.
+A trained module costs three forwards; a frozen one costs its forward, and where gradients pass through it once more for
+its weights' products and twice more for its attention, which has no weights to save a product on.
 
 Legend: n patches of an image, d encoder width, D LLM width, pairs = query-key pairs that attention looks at.
 """
@@ -93,11 +94,12 @@ def step_flops(
     vit: ViTConfig, llm: LLMConfig, trainable, patches_I: np.ndarray, tokens: int, lengths_N: np.ndarray
 ) -> StepFlops:
     """FLOPs of forward and backward; the adapter always learns, so gradients always pass through the LLM."""
-    visual_tokens = int(np.sum(patches_I)) // 4
+    visual_tokens, pairs = int(np.sum(patches_I)) // 4, causal_pairs(lengths_N)
+    forward, attention = llm_flops(llm, tokens, pairs), llm_flops(llm, 0, pairs)
     return StepFlops(
         encoder=encoder_flops(vit, patches_I) * (3 if "encoder" in trainable else 1),
         adapter=adapter_flops(vit, llm.width, visual_tokens) * 3,
-        llm=llm_flops(llm, tokens, causal_pairs(lengths_N)) * (3 if "llm" in trainable else 2),
+        llm=3 * forward if "llm" in trainable else 2 * forward + attention,
     )
 
 

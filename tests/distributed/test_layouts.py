@@ -8,7 +8,8 @@ import pytest
 
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
-from tests.support import corpus_overrides, read_metrics
+from tests.support import corpus_overrides, read_metrics, settings
+from train.build import open_data
 
 COMMON = [
     "train.steps=5",
@@ -74,3 +75,44 @@ LAYOUTS = {
 def test_layout_trains_like_one_process(name, trained):
     world, overrides = LAYOUTS[name]
     assert_same_training(trained(world, *overrides), trained(1))
+
+
+@pytest.mark.parametrize("name", ["pp2.dp2.zero3", "tp2", "ep2"])
+def test_stage0_trains_like_one_process(name, trained):
+    """The adapter alone learns; the frozen LLM only passes gradients on."""
+    world, overrides = LAYOUTS[name]
+    ours, reference = (trained(w, *o, recipe="stage0") for w, o in ((world, overrides), (1, [])))
+    for mine, other in zip(ours, reference, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["grad_norm_adapter"] == pytest.approx(other["grad_norm_adapter"], rel=1e-4)
+        assert mine["grad_norm_encoder"] == mine["grad_norm_llm"] == 0
+
+
+def test_replicas_without_images(trained, corpus):
+    """Rows of text alone: a replica of one row has no image, and the step is the same as in one process."""
+    short = ("train.seq_length=128", "train.global_batch_size=4")
+    shards = "{text,read}-*"
+    config = settings("stage1", *COMMON, *corpus_overrides(corpus, shards), *short)
+    stream = open_data(config).stream
+    rows = [set(stream.next_step().row_I.tolist()) for _ in range(5)]
+    assert any(0 < len(with_images) < 4 for with_images in rows), "the corpus no longer has such a step"
+    reference = trained(1, *short, shards=shards)
+    assert_same_training(trained(4, *short, shards=shards), reference)
+    assert_same_training(trained(4, *short, "parallel.encoder.zero_stage=3", shards=shards), reference)
+
+
+def test_steps_without_any_image(trained):
+    overrides = ("parallel.pp=2", "parallel.encoder.zero_stage=3")
+    ours, reference = trained(2, *overrides, shards="text-*"), trained(1, shards="text-*")
+    for mine, other in zip(ours, reference, strict=True):
+        assert mine["images"] == 0
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert mine["grad_norm_llm"] == pytest.approx(other["grad_norm_llm"], rel=1e-4)
+
+
+def test_bf16_trains_and_layouts_agree_within_its_rounding(trained):
+    """bf16 weights and activations, fp32 master weights and gradients; 8 bits of mantissa bound the agreement."""
+    ours, reference = (trained(*run, "train.precision=bf16") for run in ((2, "parallel.pp=2"), (1,)))
+    for mine, other in zip(ours, reference, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=5e-3)
+        assert mine["grad_norm_llm"] == pytest.approx(other["grad_norm_llm"], rel=5e-2)

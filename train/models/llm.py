@@ -48,6 +48,13 @@ class LLMConfig:
 
     def check(self, layout: Layout) -> None:
         """Raises ValueError, naming keys and values, where this model does not fit the layout."""
+        sizes = ["layers", "width", "heads", "kv_heads", "head_width", "vocab_size"]
+        sizes += ["top_k", "expert_width"] if self.num_experts else ["ffn_width"]
+        for key, least in {**dict.fromkeys(sizes, 1), "num_experts": 0, "shared_expert_width": 0}.items():
+            if getattr(self, key) < least:
+                raise ValueError(f"model.llm.{key}={getattr(self, key)}: must be at least {least}")
+        if self.head_width % 2:
+            raise ValueError(f"model.llm.head_width={self.head_width}: must be even, rotary positions turn pairs")
         rules = (
             ("model.llm.heads", self.heads, "parallel.tp", layout.tp),
             ("model.llm.kv_heads", self.kv_heads, "parallel.tp", layout.tp),

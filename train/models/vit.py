@@ -34,6 +34,9 @@ class ViTConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
+        for key in ("width", "depth", "heads"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.encoder.{key}={getattr(self, key)}: must be at least 1")
         if self.width % self.heads or self.width // self.heads % 4:
             raise ValueError(
                 f"model.encoder.width={self.width} over model.encoder.heads={self.heads}: "
@@ -100,13 +103,12 @@ class SeedViT(nn.Module):
         self.patch_embedding = nn.Linear(PATCH_VALUES, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        # Follows the module's dtype; asking a weight for it would keep that weight gathered under ZeRO-3.
-        self.register_buffer("precision", torch.empty(0), persistent=False)
 
     def forward(self, images: PackedImages, recompute: str = "none") -> torch.Tensor:
         """recompute: "none" keeps all activations, "selective" recomputes the MLPs, "full" recomputes whole blocks."""
         cos_NK, sin_NK = self._rotary(images.positions_N2)
-        x_ND = self.patch_embedding((images.patches_NP.float() / 127.5 - 1.0).to(self.precision.dtype))
+        dtype = self.patch_embedding.bias.dtype  # of the bias: ZeRO-3 keeps whatever weight is touched here gathered
+        x_ND = self.patch_embedding((images.patches_NP.float() / 127.5 - 1.0).to(dtype))
         for block in self.blocks:
             arguments = (x_ND, cos_NK, sin_NK, images.segments, recompute == "selective")
             if recompute == "full" and torch.is_grad_enabled():

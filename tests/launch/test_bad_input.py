@@ -1,0 +1,390 @@
+"""What a person can get wrong ends every rank with one sentence that names it; what a disk gets wrong costs one sample.
+
+Settings and files are refused before the world starts, so most cases share one world of two ranks that never meets;
+damage that only training can notice is made in copies of real shards.
+"""
+
+import io
+import json
+import os
+import runpy
+import shutil
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from data.reader import ShardReader
+from launch import index_shards
+from launch.evaluate import main as evaluate
+from launch.pretrain import read_config
+from tests.distributed.runs import train_run
+from tests.distributed.world import run_torchrun, run_world
+from tests.support import ROOT, corpus_overrides, read_metrics, settings
+from train import loop
+from train.build import open_data
+from train.feed import AgreedError
+
+# ---- settings and files, refused before anything starts -----------------------------------------------------------
+
+REFUSED = {  # name: (overrides, what the sentence says); {corpus} and {files} are folders
+    "layout that does not divide the world": (
+        ["parallel.tp=3"],
+        "parallel.tp*cp*pp = 3*1*1 = 3 does not divide the world of 2 ranks",
+    ),
+    "layout larger than the world": (["parallel.pp=4"], "does not divide the world of 2 ranks"),
+    "experts not divisible": (
+        ["parallel.ep=2", "model.llm.num_experts=3"],
+        "model.llm.num_experts=3 is not divisible by parallel.ep=2",
+    ),
+    "etp beside tp": (["parallel.tp=2", "parallel.etp=1"], "parallel.etp=1 with parallel.ep=1 and parallel.tp=2"),
+    "ep without experts": (
+        ["parallel.ep=2", "model.llm.num_experts=0", "model.llm.ffn_width=96"],
+        "parallel.ep=2 with model.llm.num_experts=0",
+    ),
+    "heads not divisible": (["parallel.tp=2", "model.llm.kv_heads=1"], "model.llm.kv_heads=1 is not divisible"),
+    "layers not divisible": (
+        ["parallel.pp=2", "parallel.vpp=4"],
+        "model.llm.layers=4 is not divisible by parallel.pp*vpp=8",
+    ),
+    "vpp without pp": (["parallel.vpp=2"], "parallel.vpp=2 needs parallel.pp > 1"),
+    "vpp without enough micro-batches": (
+        ["parallel.pp=2", "parallel.vpp=2", "train.global_batch_size=3"],
+        "parallel.vpp=2: the 3 micro-batches of a replica",
+    ),
+    "tp without sequence parallelism": (
+        ["parallel.tp=2", "parallel.sequence_parallel=false"],
+        "parallel.sequence_parallel=false with parallel.tp=2",
+    ),
+    "balance group": (["parallel.balance_group_size=3"], "parallel.balance_group_size=3"),
+    "ZeRO stage": (["parallel.encoder.zero_stage=4"], "parallel.encoder.zero_stage=4: must be 1, 2 or 3"),
+    "recompute": (["parallel.encoder.recompute=some"], "parallel.encoder.recompute=some: must be one of none"),
+    "chunks smaller than an image": (
+        ["parallel.encoder.chunk_patches=64"],
+        "parallel.encoder.chunk_patches=64 is smaller than one image of data.max_patches=256",
+    ),
+    "batch not divisible": (
+        ["train.global_batch_size=3"],
+        "train.global_batch_size=3 is not divisible by dp*train.micro_batch_size = 2*1",
+    ),
+    "no batch": (["train.micro_batch_size=0"], "train.micro_batch_size=0: must be at least 1"),
+    "no log": (["logger.every=0"], "logger.every=0: must be at least 1"),
+    "row that tp cannot cut": (["parallel.tp=2", "train.seq_length=255", "data.max_patches=64"], "= 255 is not"),
+    "row of odd length": (["train.seq_length=255", "data.max_patches=64"], "train.seq_length*micro_batch_size = 255"),
+    "rows shorter than one image": (
+        ["train.seq_length=64"],
+        "train.seq_length=64 is shorter than one image of data.max_patches=256 (64 tokens)",
+    ),
+    "rows shorter than every sample": (
+        ["train.seq_length=4", "data.max_patches=4"],
+        "train.seq_length is 4, but the smallest sample",
+    ),
+    "trainable without adapter": (["train.trainable=[encoder,llm]"], "train.trainable=['encoder', 'llm']"),
+    "trainable that is no part": (["train.trainable=[adapter,head]"], "train.trainable=['adapter', 'head']"),
+    "precision": (["train.precision=fp16"], "train.precision=fp16: must be one of fp32, bf16"),
+    "schedule": (["optim.schedule=linear"], "optim.schedule=linear: must be one of cosine, constant"),
+    "betas": (["optim.betas=[0.9]"], "optim.betas=[0.9]"),
+    "model without heads": (["model.llm.kv_heads=0"], "model.llm.kv_heads=0: must be at least 1"),
+    "encoder without heads": (["model.encoder.heads=0"], "model.encoder.heads=0: must be at least 1"),
+    "heads that cannot turn": (["model.llm.head_width=15"], "model.llm.head_width=15: must be even"),
+    "more experts chosen than there are": (["model.llm.top_k=9"], "model.llm.top_k=9 is more than"),
+    "no shards": (["data.shards=[]"], "data.shards is empty"),
+    "missing shard": (["data.shards=[{files}/nothing.tar]"], "{files}/nothing.tar"),
+    "pattern without a match": (["data.shards=['{files}/nothing-*.tar']"], "nothing-*.tar' matches no file"),
+    "shard without index": (["data.shards=[{files}/bare.tar]"], "{files}/bare.tar has no index; run python launch/"),
+    "shard that changed": (
+        ["data.shards=[{files}/changed.tar]"],
+        "the index of {files}/changed.tar belongs to another",
+    ),
+    "shard behind a URL": (["data.shards=['s3://bucket/a.tar']"], "shard 's3://bucket/a.tar' is a URL or pipe"),
+    "missing tokenizer": (["data.tokenizer={files}/none.json"], "tokenizer file {files}/none.json cannot be read"),
+    "tokenizer that is none": (["data.tokenizer={files}/bare.tar"], "tokenizer file {files}/bare.tar cannot be read"),
+    "tokenizer larger than the vocabulary": (["model.llm.vocab_size=128"], "more than model.llm.vocab_size=128"),
+    "unknown role": (["data.train_roles=[system]"], "data.train_roles is ['system']; choose some of user, assistant"),
+    "seed": (["train.seed=-1"], "train.seed is -1"),
+    "start from nothing": (["checkpoint.load_from={files}/run"], "there is no checkpoint at {files}/run"),
+    "start from a damaged checkpoint": (
+        ["checkpoint.load_from={files}/step-00000001"],
+        "checkpoint {files}/step-00000001: manifest.json cannot be used: it has no 'format'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def files(corpus, tmp_path_factory):
+    """A folder of files that cannot be used."""
+    folder = tmp_path_factory.mktemp("files")
+    shard = corpus / "train" / "read-0000.tar"
+    shutil.copy(shard, folder / "bare.tar")
+    shutil.copy(f"{shard}.idx", folder / "changed.tar.idx")
+    (folder / "changed.tar").write_bytes(shard.read_bytes() + bytes(512))
+    (folder / "step-00000001").mkdir()
+    (folder / "step-00000001" / "manifest.json").write_text("{}")
+    return folder
+
+
+def refusals(cases):
+    """What `run` on this rank says to each list of overrides; it never gets as far as a collective."""
+    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
+        base = compose("config", overrides=["+recipe=stage1", "scale=toy"])
+    said = []
+    for overrides in cases:
+        try:
+            loop.run(read_config(OmegaConf.merge(base, OmegaConf.from_dotlist(overrides))))
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.fixture(scope="module")
+def said(corpus, files):
+    """name -> the sentences of both ranks."""
+    cases = []
+    for overrides, _ in REFUSED.values():
+        cases.append([*corpus_overrides(corpus), *(override.format(files=files) for override in overrides)])
+    ranks = run_world(refusals, 2, cases)
+    return dict(zip(REFUSED, zip(*ranks, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_rank_refuses_with_the_same_sentence(name, said, files):
+    first, second = said[name]
+    assert REFUSED[name][1].format(files=files) in first
+    assert first == second and "\n" not in first
+
+
+def on_the_command_line(monkeypatch, *overrides):
+    """What launch/pretrain.py says as it exits, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", *overrides])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by the program itself; here it is also taken back
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "launch/pretrain.py"), run_name="__main__")
+    return exit.value.code
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["+recipe=stage1", "train.stepz=3"], "train.stepz"),
+        (["+recipe=stage1", "+train.stepz=3"], "train.stepz"),
+        (["+recipe=stage1", "train.steps=many"], "train.steps=many"),
+        (["+recipe=stage1", "scale=huge"], "scale/huge"),
+        (["+recipe=stage9"], "recipe/stage9"),
+        ([], "recipe; is a recipe chosen, as in +recipe=stage1?"),
+        (["+recipe=stage1", "scale=toy", "parallel.tp=3"], "parallel.tp*cp*pp = 3*1*1 = 3"),
+    ],
+)
+def test_the_program_exits_with_one_sentence(overrides, words, monkeypatch, capsys):
+    said = on_the_command_line(monkeypatch, *overrides)
+    assert said.startswith("error: ") and words in said
+    assert "\n" not in said and "HYDRA" not in said and "To append" not in said
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["unknown key", "impossible layout", "shard without index"])
+def test_torchrun_ends_with_the_sentence(name, corpus, files, tmp_path):
+    """The real launcher adds its own report of ranks that failed; ours is the only other error, and no traceback."""
+    wrong, words = {
+        "unknown key": (["train.stepz=3"], "train.stepz"),
+        "impossible layout": (["parallel.tp=3"], "parallel.tp*cp*pp = 3*1*1 = 3 does not divide the world of 2"),
+        "shard without index": ([f"data.shards=[{files}/bare.tar]"], f"{files}/bare.tar has no index"),
+    }[name]
+    overrides = [*corpus_overrides(corpus), f"run.dir={tmp_path}/run", *wrong]
+    done = run_torchrun(2, ["launch/pretrain.py", "+recipe=stage1", "scale=toy", *overrides], timeout=120)
+    said = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    assert done.returncode != 0
+    assert len(said) == 1 and words in said.pop()
+    assert 'launch/pretrain.py", line' not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{files}/run"], "there is no checkpoint at {files}/run"),
+        (["{files}/step-00000001"], "config.yaml is missing"),
+        (["{run}"], "manifest.json cannot be used"),
+        (["{run}", "parallel.tpp=2"], "parallel.tpp=2: Key 'tpp' not in 'ParallelConfig'"),
+        (["{run}", "train.steps=many"], "train.steps=many: Value 'many'"),
+        (["{run}", "data.shards=[{files}/bare.tar]"], "{files}/bare.tar has no index"),
+        (["{run}", "parallel.cp=2"], "parallel.tp*cp*pp = 1*2*1 = 2 does not divide the world of 1"),
+        (["{spoilt}"], "{spoilt}/config.yaml cannot be used"),
+    ],
+)
+def test_evaluation_exits_with_one_sentence(arguments, words, corpus, files, tmp_path):
+    places = {"files": files, "run": tmp_path / "run", "spoilt": tmp_path / "spoilt"}
+    config = settings("stage1", *corpus_overrides(corpus))
+    for name, text in (("run", OmegaConf.to_yaml(OmegaConf.structured(config))), ("spoilt", "train: [")):
+        (places[name] / "checkpoints").mkdir(parents=True)
+        shutil.copytree(files / "step-00000001", places[name] / "checkpoints" / "step-00000001")
+        (places[name] / "config.yaml").write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        evaluate([argument.format(**places) for argument in arguments])
+    assert exit.value.code.startswith("error: ") and words.format(**places) in exit.value.code
+    assert "\n" not in exit.value.code
+
+
+def test_a_sample_with_more_images_than_places_is_left_out_and_counted(corpus, tmp_path, capsys):
+    def turns(text):
+        return json.dumps({"turns": [{"role": "user", "text": text}, {"role": "assistant", "text": "x"}]}).encode()
+
+    picture = io.BytesIO()
+    Image.new("RGB", (28, 28)).save(picture, "PNG")
+    members = [("good.json", turns("<image>?")), ("good.0.png", picture.getvalue()), ("more.json", turns("<image>?"))]
+    members += [(f"more.{number}.png", picture.getvalue()) for number in (0, 1)]
+    shard = tmp_path / "more.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    assert index_shards.main([str(shard), "--tokenizer", str(corpus / "tokenizer.json"), "--workers", "1"]) == 0
+    report = capsys.readouterr().out
+    assert f"{shard}: 1 samples, 1 images" in report
+    assert "skipped 1: placeholder mismatch (first: sample more has 1 <image> placeholders in its text but 2" in report
+
+
+# ---- damage that only training notices ------------------------------------------------------------------------------
+
+STEPS = 3
+SMALL = [
+    f"train.steps={STEPS}",
+    "train.seq_length=256",
+    "train.global_batch_size=4",
+    "data.max_patches=64",
+    "optim.lr=1e-3",
+    "optim.warmup_steps=0",
+    "model.llm.aux_loss=0",  # the one loss that sees the pixels of a sample that is not trained on
+    "model.llm.z_loss=0",
+]
+
+
+@pytest.fixture(scope="module")
+def damaged(corpus, tmp_path_factory):
+    """(overrides that read a copy of the corpus, (shard, sample) of what is damaged in it): one image of a sample of
+    several in step 0, and one more image in step 2, overwritten after the shards were indexed."""
+    copy = tmp_path_factory.mktemp("damaged")
+    shutil.copytree(corpus, copy, dirs_exist_ok=True)
+    data = open_data(settings("stage1", *SMALL, *corpus_overrides(copy)))
+    plans = [data.stream.next_step() for _ in range(STEPS)]
+    victims = []
+    for plan, at_least in ((plans[0], 2), (plans[2], 1)):
+        images_S = np.bincount(plan.image_sample_I, minlength=plan.length_S.size)
+        sample = int(np.flatnonzero(images_S >= at_least)[0])
+        image = int(np.flatnonzero(plan.image_sample_I == sample)[-1])
+        index = data.stream.indexes[plan.shard_S[sample]]
+        record = index.images[plan.image_member_I[image]]
+        with open(index.shard, "r+b") as file:
+            file.seek(int(record["offset"]))
+            file.write(bytes(int(record["size"])))
+        os.utime(index.shard + ".idx")  # an index must not be older than its shard
+        victims.append((int(plan.shard_S[sample]), int(plan.index_S[sample])))
+    used = [pair for plan in plans for pair in zip(plan.shard_S.tolist(), plan.index_S.tolist(), strict=True)]
+    assert all(used.count(victim) == 1 for victim in victims), "a damaged sample comes once in these steps"
+    data.reader.close()
+    return corpus_overrides(copy), victims
+
+
+def train_and_tell(overrides, run_dir):
+    """Trains; (trained tokens, samples skipped) of every step as this rank has them."""
+    seen, to_device = [], loop.to_device
+
+    def watched(prepared, config, grid):
+        seen.append((prepared.trained_tokens, prepared.skipped))
+        return to_device(prepared, config, grid)
+
+    loop.to_device = watched
+    train_run("stage1", overrides, run_dir)
+    return seen
+
+
+def train_without(victims, overrides, run_dir):
+    """Trains on whole data with the losses of `victims` left out; how many trained tokens that took away."""
+    read_rows, taken = ShardReader.read_rows, []
+
+    def fewer(self, plan, rows):
+        batch = read_rows(self, plan, rows)
+        for sample, place in enumerate(zip(plan.shard_S.tolist(), plan.index_S.tolist(), strict=True)):
+            if place in victims and plan.row_S[sample] in rows:
+                line = batch.loss_mask[list(rows).index(plan.row_S[sample])]
+                begin, end = plan.start_S[sample], plan.start_S[sample] + plan.length_S[sample]
+                taken.append(int(line[begin:end].sum()))
+                line[begin:end] = False
+        return batch
+
+    ShardReader.read_rows = fewer
+    train_run("stage1", overrides, run_dir)
+    return taken
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, damaged, tmp_path_factory):
+    """Metrics of one process that reads whole data and leaves the losses of the damaged samples out."""
+    run_dir = tmp_path_factory.mktemp("reference")
+    [taken] = run_world(train_without, 1, damaged[1], [*SMALL, *corpus_overrides(corpus)], str(run_dir))
+    assert len(taken) == 2 and all(taken)
+    return read_metrics(run_dir)
+
+
+@pytest.mark.parametrize("layout", ["parallel.tp=1", "parallel.pp=2"])
+def test_an_undecodable_image_costs_its_sample_and_nothing_else(layout, damaged, reference, tmp_path):
+    """Counted, told, and left out of the loss on every rank; encoder and LLM learn as from the same rows without it."""
+    overrides, _ = damaged
+    first, second = run_world(train_and_tell, 2, [*SMALL, *overrides, layout], str(tmp_path))
+    metrics = read_metrics(tmp_path)
+    assert first == second
+    assert [len(skipped) for _, skipped in first] == [1, 0, 1]
+    assert all(
+        "image at byte" in skipped[0] and ".tar: the header" in skipped[0] for _, skipped in (first[0], first[2])
+    )
+    assert [line["skipped"] for line in metrics] == [1, 1, 2]
+    for mine, other, (trained, _) in zip(metrics, reference, first, strict=True):
+        assert mine["trained_tokens"] == other["trained_tokens"] == trained
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        for norm in ("grad_norm_encoder", "grad_norm_adapter", "grad_norm_llm"):
+            assert mine[norm] == pytest.approx(other[norm], rel=1e-4), norm
+
+
+def failure(overrides, run_dir, break_rank=None):
+    """The error that ends training on this rank; `break_rank` cannot read images from its second step on."""
+    if dist.get_rank() == break_rank:
+        read_images, calls = ShardReader.read_images, []
+
+        def broken(self, plan, image_ids):
+            calls.append(plan.step)
+            if len(calls) > 1:
+                raise RuntimeError("the disk is gone")
+            return read_images(self, plan, image_ids)
+
+        ShardReader.read_images = broken
+    try:
+        train_run("stage1", overrides, run_dir)
+    except AgreedError as error:
+        return str(error)
+
+
+def test_too_many_undecodable_samples_stop_every_rank(damaged, tmp_path):
+    first, second = run_world(failure, 2, [*SMALL, *damaged[0], "data.max_skipped=1"], str(tmp_path))
+    assert first == second
+    assert first.startswith("2 samples could not be read, more than data.max_skipped=1; the last one: image at byte")
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def test_an_error_on_one_rank_stops_all_with_its_words(corpus, tmp_path):
+    first, second = run_world(failure, 2, [*SMALL, *corpus_overrides(corpus)], str(tmp_path), 1)
+    assert first == second == "rank 1: RuntimeError: the disk is gone"
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def failure_with_own_seed(overrides, run_dir):
+    return failure([*overrides, f"train.seed={dist.get_rank()}"], run_dir)
+
+
+def test_ranks_that_plan_differently_stop_before_they_exchange_anything(corpus, tmp_path):
+    first, second = run_world(failure_with_own_seed, 2, [*SMALL, *corpus_overrides(corpus)], str(tmp_path))
+    assert first == second == "ranks [1] planned step 0 differently from rank 0"

@@ -1,0 +1,152 @@
+"""What README.md and docs/ say is so: keys and their values, names of the code, files, and command lines."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+from launch.pretrain import read_config
+from tests.support import ROOT
+from train.config import Config
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STAGES = ("stage0", "stage1", "stage2")
+GROUPS = {"recipe", "scale", "model", "parallel", "optim", "data", "logger"}
+OUTPUTS = ("runs/", "shards/", "checkpoints/", "wandb/")  # written by a run
+OUTPUT_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "manifest.json", "tokenizer.json")
+SUFFIXES = (".py", ".md", ".yaml", ".sbatch", ".sh", ".json", ".jsonl", ".png", ".toml")
+CODE_NAME = re.compile(r"(data|parallel|train)(\.\w+)+")
+
+
+def keys_of(node: type, prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    keys = []
+    for field in dataclasses.fields(node):
+        nested = dataclasses.is_dataclass(field.type)
+        keys += keys_of(field.type, f"{prefix}{field.name}.") if nested else [prefix + field.name]
+    return keys
+
+
+KEYS = keys_of(Config)
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def in_backticks(page: Path) -> list[str]:
+    """Inline code of a page, code blocks left out."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Command lines of a page's sh blocks, as words."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def pairs(command_of) -> list:
+    return [
+        pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}")
+        for page in PAGES
+        for words in commands(page)
+        if command_of(words)
+    ]
+
+
+def table_rows() -> dict[str, list[str]]:
+    """Cells of every row of docs/configuration.md, by key."""
+    lines = (ROOT / "docs/configuration.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| `")]
+    return {row[0].strip("` "): [cell.strip("| ") for cell in row[1:]] for row in cells}
+
+
+def test_every_key_is_documented_once_and_nothing_else_is():
+    assert list(table_rows()) == sorted(table_rows(), key=["recipe", "scale", *KEYS].index)
+    assert set(table_rows()) == set(KEYS)
+
+
+@pytest.mark.parametrize(("column", "scale"), [(0, "full"), (1, "toy")])
+def test_documented_values_are_those_of_the_recipes(column, scale):
+    settings = [composed(f"+recipe={stage}", f"scale={scale}") for stage in STAGES]
+    for key, cells in table_rows().items():
+        if key == "scale":
+            continue
+        values = [yaml.safe_load(value.strip("` ")) for value in cells[column].split(" / ")]
+        values *= 3 if len(values) == 1 else 1
+        for stage, value, found in zip(STAGES, values, settings, strict=True):
+            real = OmegaConf.select(found, key)
+            real = OmegaConf.to_container(real) if OmegaConf.is_config(real) else real
+            assert value == real, f"{key} in {stage} at scale={scale}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_code_resolve(page):
+    for name in filter(CODE_NAME.fullmatch, in_backticks(page)):
+        if name not in KEYS:
+            resolve(name)
+
+
+def resolve(name: str) -> None:
+    """Imports the longest module path of a dotted name and follows the rest by attributes."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            assert hasattr(found, part), f"{name}: {found} has no {part}"
+            found = getattr(found, part)
+        return
+    raise AssertionError(f"{name} names nothing")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_exist(page):
+    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
+    for link in links:
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    for word in in_backticks(page):
+        path_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", word) and (word.endswith(("/", *SUFFIXES)))
+        if path_like and not word.startswith(OUTPUTS) and word not in OUTPUT_FILES:
+            assert (ROOT / word).exists(), f"{page.name} names {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_overrides_name_settings(page):
+    for word in in_backticks(page):
+        if override := re.fullmatch(r"\+?([a-z_.]+)=\S+", word):
+            assert override[1] in {*KEYS, *GROUPS}, f"{page.name}: {word}"
+
+
+@pytest.mark.parametrize("words", pairs(lambda w: "pretrain." in " ".join(w)))
+def test_training_commands_compose(words):
+    """Settings of every training command are accepted in a world of the size that the command gives."""
+    script = next(place for place, word in enumerate(words) if word.startswith("launch/") and "pretrain." in word)
+    assert (ROOT / words[script]).is_file()
+    config = read_config(composed(*words[script + 1 :]))
+    nodes = [int(word.removeprefix("--nodes=")) for word in words if word.startswith("--nodes=")]
+    world = 8 * nodes[0] if nodes else int(words[words.index("--nproc-per-node") + 1])
+    config.check(world)
+
+
+@pytest.mark.parametrize("words", pairs(lambda w: w[0] in ("python", "make")))
+def test_other_commands_exist(words):
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+        return
+    script = (ROOT / words[1]).read_text()
+    for option in (word for word in words[2:] if word.startswith("--")):
+        assert f'"{option}"' in script, f"{words[1]} has no {option}"

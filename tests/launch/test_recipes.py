@@ -1,0 +1,161 @@
+"""Every recipe composes at both scales into settings that a world can run, and says what the report says (Table 4)."""
+
+import dataclasses
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import OmegaConf
+
+from launch.pretrain import read_config
+from tests.support import ROOT
+from train.config import Config
+from train.models.vit import ViTConfig
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
+WORLDS = {
+    "toy": (4, ["parallel.pp=2", "parallel.ep=2"]),
+    "full": (256, ["parallel.tp=4", "parallel.pp=8", "parallel.ep=8", "data.shards=['corpus/{0000..0099}.tar']"]),
+}
+STAGES = {  # trained tokens, tokens of a row, what learns, tokens of a batch, warm-up, maximum rate, minimum, schedule
+    "stage0": (16e9, 32_768, ["adapter"], 8.4e6, 100, 2.52e-4, 4.50e-5, "cosine"),
+    "stage1": (3e12, 32_768, ["encoder", "adapter", "llm"], 71e6, 500, 5.22e-5, 5.22e-6, "cosine"),
+    "stage2": (240e9, 131_072, ["encoder", "adapter", "llm"], 71e6, 0, 5.22e-6, 5.22e-6, "constant"),
+}
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def full(recipe):
+    return read_config(composed(f"+recipe={recipe}", *WORLDS["full"][1]))
+
+
+def test_there_is_a_recipe_for_every_stage_of_the_report():
+    assert set(STAGES) <= set(RECIPES)
+
+
+@pytest.mark.parametrize("scale", WORLDS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_composes_resolves_and_passes_its_checks(recipe, scale):
+    world, overrides = WORLDS[scale]
+    settings = composed(f"+recipe={recipe}", f"scale={scale}", *overrides)
+    OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+    config = read_config(settings)
+    assert isinstance(config, Config)
+    layout = config.check(world)
+    assert (config.recipe, config.scale["name"]) == (recipe, scale)
+    assert config.micro_batches(layout) * layout.dp * config.train.micro_batch_size == config.train.global_batch_size
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_settings_survive_the_file_of_a_run(recipe):
+    """config.yaml, as a run writes it, reads back as the same settings."""
+    config = full(recipe)
+    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    assert read_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))) == config
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_scale_recipe_says_what_the_report_says(stage):
+    tokens, seq_length, trainable, batch, warmup, lr, min_lr, schedule = STAGES[stage]
+    config = full(stage)
+    train, optim = config.train, config.optim
+    assert (train.seq_length, train.trainable) == (seq_length, trainable)
+    assert (optim.warmup_steps, optim.lr, optim.min_lr, optim.schedule) == (warmup, lr, min_lr, schedule)
+    assert (optim.betas, optim.weight_decay) == ([0.9, 0.95], 0.1)
+    batch_tokens = train.global_batch_size * train.seq_length
+    assert batch_tokens == pytest.approx(batch, rel=0.005)
+    assert train.steps * batch_tokens == pytest.approx(tokens, rel=0.001)
+    assert config.checkpoint.load_optimizer == (stage == "stage2"), "stage 2 goes on with stage 1's Adam moments"
+
+
+def test_stage2_begins_at_the_rate_where_stage1_ends():
+    assert full("stage2").optim.lr == full("stage1").optim.min_lr
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_full_scale_encoder_is_the_reports(recipe):
+    config = full(recipe)
+    assert config.model.encoder == ViTConfig()
+    assert config.train.precision == "bf16"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_toy_scale_shrinks_sizes_and_nothing_else(recipe):
+    """The same architecture and rates: experts, grouped heads and what learns stay."""
+    toy, whole = read_config(composed(f"+recipe={recipe}", "scale=toy")), full(recipe)
+    assert toy.train.trainable == whole.train.trainable
+    assert (toy.optim.lr, toy.optim.min_lr, toy.optim.schedule) == (
+        whole.optim.lr,
+        whole.optim.min_lr,
+        whole.optim.schedule,
+    )
+    assert toy.model.llm.num_experts > toy.model.llm.top_k > 1
+    assert toy.model.llm.heads > toy.model.llm.kv_heads
+    assert (toy.model.llm.aux_loss, toy.model.llm.z_loss) == (whole.model.llm.aux_loss, whole.model.llm.z_loss)
+
+
+PROMISED = {
+    "parallel": "tp pp vpp ep etp cp sequence_parallel balance balance_group_size encoder",
+    "parallel.encoder": "zero_stage chunk_patches recompute",
+    "train": "steps global_batch_size micro_batch_size seq_length seed deterministic",
+    "checkpoint": "dir every keep resume load_from",
+    "run": "dir name",
+}
+
+
+@pytest.mark.parametrize("group", PROMISED)
+def test_promised_keys_exist_and_are_typed(group):
+    settings = composed("+recipe=stage1", "scale=toy")
+    assert set(PROMISED[group].split()) <= set(OmegaConf.select(settings, group))
+    assert dataclasses.is_dataclass(OmegaConf.get_type(OmegaConf.select(settings, group)))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", "train.stepz"),
+        ("parallel.encoder.zero=1", "parallel.encoder.zero"),
+        ("train.steps=many", "train.steps"),
+        ("train.steps=1.5", "train.steps"),
+        ("optim.lr=fast", "optim.lr"),
+        ("train.deterministic=perhaps", "train.deterministic"),
+        ("train.trainable=adapter", "train.trainable"),
+        ("model.llm.layers=null", "model.llm.layers"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_are_refused_by_name(override, words):
+    with pytest.raises(ConfigCompositionException) as error:
+        composed("+recipe=stage1", "scale=toy", override)
+    assert words in f"{error.value} {error.value.__cause__}"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("+train.stepz=3", "train.stepz: Key 'stepz' not in 'TrainConfig'"), ("+extra=1", "extra: Key 'extra' not in")],
+)
+def test_unknown_keys_that_hydra_would_add_are_refused_too(override, words):
+    with pytest.raises(ValueError, match=words):
+        read_config(composed("+recipe=stage1", "scale=toy", override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["+recipe=stage9"], ("recipe/stage9", *RECIPES)),
+        (["+recipe=stage1", "scale=huge"], ("scale/huge", "toy", "full")),
+        (["+recipe=stage1", "model=gpt"], ("model/gpt", "seed_vl")),
+    ],
+)
+def test_unknown_choices_are_refused_with_those_there_are(overrides, words):
+    with pytest.raises(MissingConfigException) as error:
+        composed(*overrides)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_forgotten_recipe_is_asked_for():
+    with pytest.raises(ValueError, match="recipe; is a recipe chosen, as in"):
+        read_config(composed("scale=toy"))

@@ -1,0 +1,134 @@
+"""FLOPs by formula against torch's counter on real forward and backward passes of toy models: equal to the last one.
+
+torch's counter multiplies matrices as they are, so attention is run as plain matrix products (the counter does not know
+the CPU's fused kernel) and costs the whole square of a segment, causal or not: the formula is asked for n * n pairs a
+segment.  In training it is asked for the half that causal attention looks at.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from parallel.balance import image_costs
+from tests.support import settings
+from tests.train.toys import LLM_KINDS, packed, random_images
+from train.flops import adapter_flops, causal_pairs, encoder_flops, llm_flops, step_flops
+from train.models.vision_tower import Adapter
+from train.models.vit import PATCH_VALUES, SeedViT
+
+LENGTHS = [10, 7, 7, 16]
+GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2]]
+
+
+def counted(run) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return SeedViT(settings("stage1").model.encoder)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.prod(GRIDS, axis=1), packed(random_images(GRIDS), GRIDS)
+
+
+def test_encoder_forward(encoder, images):
+    patches_I, pixels = images
+    assert counted(lambda: encoder(pixels)) == encoder_flops(encoder.config, patches_I)
+
+
+def test_encoder_training_is_three_forwards_less_the_gradient_of_pixels(encoder, images):
+    """Nobody needs the gradient of the pixels; the usual factor of three counts it."""
+    patches_I, pixels = images
+    of_pixels = 2 * int(patches_I.sum()) * PATCH_VALUES * encoder.config.width
+    real = counted(lambda: encoder(pixels).sum().backward())
+    assert real == 3 * encoder_flops(encoder.config, patches_I) - of_pixels
+
+
+def test_balance_costs_are_the_encoder_without_its_patch_embedding(encoder):
+    for patches in (4, 100, 16384):
+        embedding = 2 * patches * PATCH_VALUES * encoder.config.width
+        cost = image_costs([patches], encoder.config.width, encoder.config.depth)
+        assert cost.tolist() == [encoder_flops(encoder.config, np.array([patches])) - embedding]
+
+
+def test_adapter_forward():
+    config = settings("stage1").model.encoder
+    adapter = Adapter(config.width, 96, config.norm_eps)
+    assert counted(lambda: adapter(torch.randn(13, config.width))) == adapter_flops(config, 96, 13)
+
+
+@pytest.fixture(scope="module")
+def llm_run(build_llm):
+    """llm_run(kind) -> (config, callable that runs forward and returns the summed loss)."""
+
+    def prepare(kind, trained=True):
+        llm = build_llm(kind)
+        llm.chunk.requires_grad_(trained)
+        tokens_T = torch.randint(0, llm.config.vocab_size, (sum(LENGTHS),))
+        leaf_UD = torch.randn(4, llm.config.width, requires_grad=True)
+        return llm.config, lambda: llm.losses(tokens_T, LENGTHS, leaf_UD, torch.arange(4)).sum()
+
+    return prepare
+
+
+TOKENS = sum(LENGTHS)
+FULL_PAIRS = sum(length * length for length in LENGTHS)
+
+
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_llm_forward(kind, llm_run):
+    """Every token goes to top_k experts, to the shared one and through the router, and no further."""
+    config, run = llm_run(kind)
+    assert counted(run) == llm_flops(config, TOKENS, FULL_PAIRS)
+
+
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_llm_training_is_three_forwards(kind, llm_run):
+    config, run = llm_run(kind)
+    assert counted(lambda: run().backward()) == 3 * llm_flops(config, TOKENS, FULL_PAIRS)
+
+
+@pytest.mark.parametrize("kind", LLM_KINDS)
+def test_frozen_llm_is_two_forwards_and_attention_a_third_time(kind, llm_run):
+    """Megatron-core's router takes the gradient of its weight even where it is frozen: real, but not the model's."""
+    config, run = llm_run(kind, trained=False)
+    wasted = 2 * TOKENS * config.width * config.num_experts * config.layers
+    attention = llm_flops(config, 0, FULL_PAIRS)
+    assert counted(lambda: run().backward()) == 2 * llm_flops(config, TOKENS, FULL_PAIRS) + attention + wasted
+
+
+def test_step_adds_up_what_each_stage_trains():
+    config = settings("stage1")
+    vit, llm = config.model.encoder, config.model.llm
+    patches_I, lengths_N = np.array([16, 64]), np.array([30, 50])
+    forward, attention = llm_flops(llm, 128, causal_pairs(lengths_N)), llm_flops(llm, 0, causal_pairs(lengths_N))
+
+    def step(trainable):
+        return step_flops(vit, llm, trainable, patches_I, 128, lengths_N)
+
+    everything, adapter = step(["encoder", "adapter", "llm"]), step(["adapter"])
+    assert (everything.encoder, everything.llm) == (3 * encoder_flops(vit, patches_I), 3 * forward)
+    assert (adapter.encoder, adapter.llm) == (encoder_flops(vit, patches_I), 2 * forward + attention)
+    assert everything.adapter == adapter.adapter == 3 * adapter_flops(vit, llm.width, 20)
+    assert adapter.total == adapter.encoder + adapter.adapter + adapter.llm
+
+
+def test_causal_pairs_are_those_a_causal_mask_leaves():
+    lengths_N = [1, 2, 5, 9]
+    assert causal_pairs(np.array(lengths_N)) == sum(int(torch.ones(n, n).tril().sum()) for n in lengths_N)
+    assert causal_pairs(np.array([131072] * 544)) == 544 * 131072 * 131073 // 2
+
+
+def test_a_full_scale_step_does_not_overflow():
+    """The largest images, as many as fill stage 1's batch of 71M tokens, against arithmetic on Python's integers."""
+    vit = settings("stage1", "model=seed_vl").model.encoder
+    n, d, images = 16384, 1280, 71_303_168 // 4096
+    by_hand = images * (27 * (24 * n * d * d + 4 * n * n * d) + 2 * n * PATCH_VALUES * d)
+    assert encoder_flops(vit, np.full(images, n)) == by_hand

@@ -1,0 +1,68 @@
+"""Toy models and inputs for the tests of this folder.
+
+Legend: T tokens of one packed row, N samples of it, U visual rows, D LLM width, I images.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.image import patch_positions
+from parallel import llm_shards
+from parallel.layout import Layout
+from tests.support import settings
+from train.models.llm import LLMConfig, VisualGPT, build_chunk, pack_row, transformer_config
+from train.models.vit import PATCH_VALUES, PackedImages
+
+CPU = torch.device("cpu")
+LLM_KINDS = {
+    "dense": dict(num_experts=0, ffn_width=96),
+    "experts": dict(shared_expert_width=0),
+    "experts and a shared one": dict(),
+}
+
+
+@dataclass(frozen=True)
+class ToyLLM:
+    """A whole toy LLM, initialised, and how to run one packed row through it."""
+
+    config: LLMConfig
+    layout: Layout
+    chunk: VisualGPT
+
+    def losses(self, tokens_T: torch.Tensor, lengths_N, visual_UD=None, at_U=None) -> torch.Tensor:
+        """Loss of every token, [T]; a token's label depends on that token alone, so that samples share nothing."""
+        positions_T = np.concatenate([np.arange(length) for length in lengths_N]).astype(np.int32)
+        row = pack_row(lengths_N, positions_T, self.config, self.layout, 0, CPU)
+        if visual_UD is None:
+            visual_UD, at_U = torch.zeros(0, self.config.width), torch.zeros(0, dtype=torch.long)
+        labels_T = (7 * tokens_T + 3) % self.config.vocab_size
+        return self.chunk(tokens_1S=tokens_T[None], labels_1S=labels_T[None], row=row, visual_UD=visual_UD, at_U=at_U)[
+            0
+        ]
+
+
+def toy_llm(kind: str, layout: Layout, recompute: bool = False) -> ToyLLM:
+    """A model of LLM_KINDS in a grid that stands; equal weights whatever `recompute`."""
+    config = dataclasses.replace(settings("stage1").model.llm, **LLM_KINDS[kind])
+    megatron = transformer_config(config, layout, dtype=torch.float32, recompute=recompute, deterministic=False)
+    chunk = build_chunk(config, megatron, vp_stage=None, first=True, last=True)
+    llm_shards.initialize(chunk, 0, config.init_std, config.layers)
+    return ToyLLM(config, layout, chunk)
+
+
+def random_images(grids_I2, seed: int = 0) -> list[np.ndarray]:
+    """Noise for images of these patches down and across, uint8 [n, P] each."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 256, (down * across, PATCH_VALUES), np.uint8) for down, across in grids_I2]
+
+
+def packed(images: list[np.ndarray], grids_I2, shift_I2=None) -> PackedImages:
+    """The images end to end; shift_I2 moves the position of all patches of an image, (y, x)."""
+    patches_I = [len(image) for image in images]
+    positions_N2 = patch_positions(grids_I2)
+    if shift_I2 is not None:
+        positions_N2 = positions_N2 + np.repeat(np.asarray(shift_I2, np.int32), patches_I, axis=0)
+    return PackedImages.of(np.concatenate(images), positions_N2, patches_I, CPU)
