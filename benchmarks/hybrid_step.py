@@ -180,7 +180,12 @@ def skewed_step(config, grid, balance: bool):
     visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.model.encoder)
     owner_I = assign_owners(visual, grid.layout, balance)
     routes = build_routes(
-        visual, owner_I, grid.layout, grid.rank, config.micro_batches(grid.layout), config.parallel.encoder.chunk_patches
+        visual,
+        owner_I,
+        grid.layout,
+        grid.rank,
+        config.micro_batches(grid.layout),
+        config.parallel.encoder.chunk_patches,
     )
     mine = int(visual.patches_I[owner_I == grid.rank].sum())
     draw = np.random.default_rng(grid.rank)
@@ -199,9 +204,9 @@ def skewed_step(config, grid, balance: bool):
 
 
 def print_steps(config, times, phases, loads, sent, expected) -> None:
-    from train.flops import device_peak_tflops, encoder_flops
-
     import torch
+
+    from train.flops import device_peak_tflops, encoder_flops
 
     patches = np.full(expected // config.model.llm.width * 4 // (SIDE * SIDE), SIDE * SIDE)
     work = 3 * encoder_flops(config.model.encoder, patches)
@@ -242,7 +247,9 @@ def start_up(shards: Path) -> None:
         )
         whole = time.perf_counter() - begin
         first = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()[0])
-        print(f"start-up of {RANKS} toy ranks: whole run of one step {whole:.1f} s, of it the step {first['step_time_s']:.1f} s")
+        print(
+            f"start-up of {RANKS} toy ranks: a run of one step takes {whole:.1f} s, the step {first['step_time_s']:.1f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _members(file: io.BufferedReader, report: IndexReport) -> Iterator[tarfile.T
     """Members in order. A damaged or truncated tar ends early, with report.broken set; the last member may be cut."""
     total = os.fstat(file.fileno()).st_size
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (the caller closes the file)
     except tarfile.TarError as error:
         raise ValueError(f"{report.shard} is not an uncompressed tar file: {error}") from error
     while True:

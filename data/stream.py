@@ -120,8 +120,8 @@ class Stream:
     @property
     def samples_per_epoch(self) -> int:
         """Samples of all shards that fit a row: what one epoch holds, each once."""
-        whole = ((np.full(index.n_samples, shard), np.arange(index.n_samples)) for shard, index in enumerate(self.indexes))
-        return sum(len(self._fitting(shard_N, index_N)[0]) for shard_N, index_N in whole)
+        counts = enumerate(index.n_samples for index in self.indexes)
+        return sum(len(self._fitting(np.full(n, shard), np.arange(n))[0]) for shard, n in counts)
 
     @property
     def refused(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ from yaml import YAMLError
 from launch.pretrain import read_config
 from train import checkpoint
 from train.config import Config
+from train.feed import AgreedError
 
 RESULT = "evaluation.json"
 ONE_PROCESS = ("tp", "pp", "vpp", "ep", "cp")
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         scores = report(arguments.run, arguments.overrides)
-    except ValueError as error:
+    except (ValueError, AgreedError) as error:
         sys.exit(f"error: {error}")
     right, exchanged = (scores[kind]["all"]["exact_match"] for kind in ("images", "exchanged images"))
     if right < arguments.at_least or exchanged > arguments.exchanged_at_most:
@@ -68,7 +69,10 @@ def run_directory(path: Path) -> Path:
 
 
 def settings_of(path: Path, overrides: list[str]) -> Config:
-    """A run's settings with overrides; one process unless the layout is given.  Raises ValueError for an unknown key."""
+    """A run's settings with overrides, in one process unless they name a layout.
+
+    Raises ValueError for an unknown key.
+    """
     saved = run_directory(path) / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: the settings of the run that wrote {path} are needed")

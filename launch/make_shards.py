@@ -147,7 +147,7 @@ class Maker:
         region += cover * (ink - region)
 
     def slant(self, width: int, height: int) -> tuple[float, ...]:
-        """Pillow's affine coefficients of a small turn, slant and stretch about the middle of a width x height glyph."""
+        """Pillow's affine coefficients of a small turn, slant and stretch about the middle of a glyph."""
         turn, slant, across, down = self.rng.uniform((-0.18, -0.2, 0.9, 0.9), (0.18, 0.2, 1.15, 1.15))
         linear = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         linear = linear @ np.array([[across, slant], [0, down]])

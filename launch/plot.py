@@ -1,6 +1,6 @@
 """Draws a run as one picture: training loss by data domain, and exact match where the run was evaluated.
 
-    python launch/plot.py RUN [--out RUN/curve.png]
+python launch/plot.py RUN [--out RUN/curve.png]
 """
 
 import argparse

@@ -143,7 +143,6 @@ def _repair_random(module):
 
 def _repair_moe_utils(module):
     _require(module, "maybe_move_tensor_to_cpu")
-    module.__dict__.setdefault("te_general_gemm", None)  # NameError without Transformer Engine in 0.16.1
     real = module.maybe_move_tensor_to_cpu
 
     def move(tensor, as_numpy=False, record_stream=False):

@@ -81,7 +81,7 @@ def assign_owners(plan: VisualPlan, layout: Layout, balance: bool) -> np.ndarray
 
 def place_of(position: np.ndarray, layout: Layout, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(cp, tp, local index) of positions in a row of `row_tokens` under zigzag cp and sequence-parallel tp."""
-    half = row_tokens // (2 * layout.cp)
+    half = _zigzag_chunk(layout, row_tokens)
     chunk, offset = np.divmod(position, half)
     front = chunk < layout.cp
     cp = np.where(front, chunk, 2 * layout.cp - 1 - chunk)
@@ -90,10 +90,16 @@ def place_of(position: np.ndarray, layout: Layout, row_tokens: int) -> tuple[np.
     return cp, tp, index
 
 
+def _zigzag_chunk(layout: Layout, row_tokens: int) -> int:
+    """Length of the 2 cp chunks of a row; rank i holds the i-th and the i-th from the end.  cp = 1 cuts none."""
+    return row_tokens // (2 * layout.cp) if layout.cp > 1 else row_tokens
+
+
 def local_positions(layout: Layout, cp: int, row_tokens: int) -> np.ndarray:
     """Row positions that context-parallel rank `cp` holds, in its order: the inverse of `place_of` before tp splits."""
-    half = row_tokens // (2 * layout.cp)
-    back = 2 * layout.cp - 1 - cp
+    if layout.cp == 1:
+        return np.arange(row_tokens)
+    half, back = _zigzag_chunk(layout, row_tokens), 2 * layout.cp - 1 - cp
     return np.concatenate([np.arange(cp * half, (cp + 1) * half), np.arange(back * half, (back + 1) * half)])
 
 

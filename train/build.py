@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from parallel.encoder_engine import EncoderEngine
 
 from data.index import expand_shards, load_index
 from data.reader import ShardReader
 from data.stream import Stream, StreamConfig
 from data.text import Tokenizer
 from parallel import llm_shards
+from parallel.encoder_engine import EncoderEngine
 from parallel.exchange import Exchange
 from parallel.grid import Grid, build_grid
 from parallel.hybrid_step import Engines

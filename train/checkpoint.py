@@ -166,7 +166,7 @@ class Reader:
             files = dict(manifest["files"])
             if unknown := {box["file"] for box in manifest["boxes"]} - set(files):
                 raise ValueError(f"its boxes lie in {', '.join(sorted(unknown))}, which it does not list")
-            if manifest.get("digest") not in (None, _digest(manifest)):
+            if manifest["digest"] != _digest(manifest):
                 raise ValueError("its digest does not match what it says")
         except (OSError, KeyError, TypeError, ValueError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else error
@@ -215,8 +215,8 @@ def load(reader: Reader, engines: Engines, *, optimizer: bool) -> None:
     for name, engine in parts.items():
         if optimizer and engine.trainable and reader.state.optimizer_steps.get(name) is None:
             raise ValueError(
-                f"checkpoint {reader.path} has no optimizer state of the {name} (recipe {reader.state.recipe} froze it); "
-                "set checkpoint.load_optimizer=false to start with fresh moments"
+                f"checkpoint {reader.path} has no optimizer state of the {name}, frozen in its recipe "
+                f"{reader.state.recipe}; set checkpoint.load_optimizer=false to start with fresh moments"
             )
     for name, engine in parts.items():
         engine.load(reader.read, optimizer)

@@ -4,7 +4,6 @@ Hydra fills these dataclasses from recipes/ and the command line; an unknown key
 `Config.check` holds what types cannot say.  Full-scale values and their sources stand in recipes/.
 """
 
-import math
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -215,11 +214,11 @@ class Config:
                 f"dp*train.micro_batch_size = {layout.dp}*{t.micro_batch_size}"
             )
         row = t.seq_length * t.micro_batch_size
-        parts = layout.tp * 2 * layout.cp if layout.cp > 1 else math.lcm(layout.tp, 2)
+        parts = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
         if row % parts:
             raise ValueError(
                 f"train.seq_length*micro_batch_size = {row} is not divisible by {parts} "
-                f"(parallel.tp={layout.tp}, and twice parallel.cp={layout.cp}: rows are cut in halves)"
+                f"(parallel.tp={layout.tp}, and twice parallel.cp={layout.cp} where cp > 1)"
             )
         count = self.micro_batches(layout)
         if layout.vpp > 1 and count % layout.pp:

@@ -26,7 +26,6 @@ from train.feed import Feed, to_device
 from train.metrics import Logger, StepMetrics
 from train.schedule import learning_rate
 
-
 COLLECT_EVERY = 50  # steps between garbage collections, on all ranks at once
 
 
@@ -133,14 +132,18 @@ def _restore(config: Config, engines: Engines, data: Data, start, folder: Path) 
 def _agree_on_run_dir(config: Config) -> Path:
     """One directory for all ranks, named by rank 0; holds config.yaml."""
     name = config.run.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    agreed = [config.run.dir or f"runs/{name}"]
-    dist.broadcast_object_list(agreed, src=0)
-    run_dir = Path(agreed[0])
+    run_dir, problem = Path(config.run.dir or f"runs/{name}"), None
     if dist.get_rank() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    dist.barrier()
-    return run_dir
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        except OSError as error:
+            problem = f"run.dir={run_dir} cannot be written: {error}"
+    agreed = [run_dir, problem]
+    dist.broadcast_object_list(agreed, src=0)
+    if agreed[1]:
+        raise ValueError(agreed[1])
+    return agreed[0]
 
 
 @contextmanager

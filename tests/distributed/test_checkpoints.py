@@ -26,7 +26,7 @@ def run(corpus, folder, layout, *overrides, recipe="stage1"):
 
 def differences_after_loading(overrides, path):
     """Boxes of the state, once loaded, that differ from the checkpoint's, and how many were compared."""
-    _, engines, data, feed = build_run("stage1", overrides, steps=0)
+    _, engines, data, _ = build_run("stage1", overrides, steps=0)
     reader = checkpoint.Reader(path)
     checkpoint.load(reader, engines, optimizer=True)
     wrong, count = [], 0

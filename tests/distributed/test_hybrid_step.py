@@ -13,7 +13,7 @@ SMALL = ["train.seq_length=256", "train.global_batch_size=4", "data.max_patches=
 
 
 def count_elements(overrides):
-    config, engines, data, feed = build_run("stage2", overrides, steps=3)
+    config, engines, _, feed = build_run("stage2", overrides, steps=3)
     seen = []
     for prepared in feed:
         before = (engines.exchange.elements_delivered, engines.exchange.elements_returned)
@@ -37,7 +37,7 @@ def autograd_reference(overrides):
     """Gradient norms and loss of one step: the hybrid step against one plain autograd graph over everything."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    config, engines, data, feed = build_run("stage1", [*overrides, "optim.clip_norm=0"], steps=1)
+    config, engines, _, feed = build_run("stage1", [*overrides, "optim.clip_norm=0"], steps=1)
     prepared = next(feed)
     batch = to_device(prepared, config, engines.grid)
     tower, chunk = engines.encoder._run.module, engines.llm.chunks[0]
@@ -68,7 +68,7 @@ def test_one_autograd_graph_gives_the_same_gradients(corpus):
 
 
 def spoil_one_rank(overrides, where):
-    config, engines, data, feed = build_run("stage1", overrides, steps=2)
+    config, engines, _, feed = build_run("stage1", overrides, steps=2)
     before = weights_of(engines)
     first, second = list(feed)
     if dist.get_rank() == 1:
@@ -95,7 +95,7 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(corpus, wh
 
 
 def freeze(overrides):
-    config, engines, data, feed = build_run("stage0", overrides, steps=2)
+    config, engines, _, feed = build_run("stage0", overrides, steps=2)
     before = weights_of(engines)
     for prepared in feed:
         assert step_by_hand(config, engines, prepared).applied

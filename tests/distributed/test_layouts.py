@@ -64,6 +64,7 @@ LAYOUTS = {
     "dp2.zero2": (2, ["parallel.encoder.zero_stage=2"]),
     "pp2.dp2.zero3": (4, ["parallel.pp=2", "parallel.encoder.zero_stage=3"]),
     "unbalanced": (2, ["parallel.balance=false"]),
+    "deterministic": (2, ["train.deterministic=true"]),
     "dp4.groups-of-2": (4, ["parallel.balance_group_size=2"]),
     "replay.zero3": (2, ["parallel.encoder.recompute=replay", "parallel.encoder.zero_stage=3"]),
     "recompute": (2, ["parallel.pp=2", "parallel.encoder.recompute=full", "train.recompute=true"]),

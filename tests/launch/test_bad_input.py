@@ -75,7 +75,6 @@ REFUSED = {  # name: (overrides, what the sentence says); {corpus} and {files} a
     "no batch": (["train.micro_batch_size=0"], "train.micro_batch_size=0: must be at least 1"),
     "no log": (["logger.every=0"], "logger.every=0: must be at least 1"),
     "row that tp cannot cut": (["parallel.tp=2", "train.seq_length=255", "data.max_patches=64"], "= 255 is not"),
-    "row of odd length": (["train.seq_length=255", "data.max_patches=64"], "train.seq_length*micro_batch_size = 255"),
     "rows shorter than one image": (
         ["train.seq_length=64"],
         "train.seq_length=64 is shorter than one image of data.max_patches=256 (64 tokens)",
