@@ -247,9 +247,7 @@ def start_up(shards: Path) -> None:
         )
         whole = time.perf_counter() - begin
         first = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()[0])
-        print(
-            f"start-up of {RANKS} toy ranks: a run of one step takes {whole:.1f} s, the step {first['step_time_s']:.1f} s"
-        )
+        print(f"start-up, {RANKS} toy ranks: a run of one step {whole:.1f} s, the step {first['step_time_s']:.1f} s")
 
 
 if __name__ == "__main__":

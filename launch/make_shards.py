@@ -136,19 +136,26 @@ class Maker:
         return np.broadcast_to(paper + shade[None, :, None], (height, width, 3)).copy(), ink
 
     def draw(self, pixels: np.ndarray, ink: np.ndarray, scan: int, box: tuple[int, int, int, int]) -> None:
-        """Draw one scan into box = (x, y, width, height): smoothly enlarged, slightly turned, slanted and re-inked."""
+        """Draw one scan, smoothly enlarged and re-inked, into box = (x, y, width, height).
+
+        For training it is also turned, slanted and roughened a little, as there are few scans; held-out ones stay true.
+        """
         x, y, width, height = box
         smooth = Image.Resampling.BICUBIC if self.rng.random() < 0.5 else Image.Resampling.BILINEAR
-        glyph = Image.fromarray(self.sources.scans[scan]).resize((width, height), smooth)
-        glyph = np.asarray(glyph.transform(glyph.size, Image.Transform.AFFINE, self.slant(width, height), smooth))
-        stroke = (glyph[..., None] / 255) ** self.rng.uniform(0.6, 1.5)
+        pixels_88 = self.sources.scans[scan]
+        if not self.heldout:
+            pixels_88 = np.clip(pixels_88 + self.rng.normal(0, 14, pixels_88.shape), 0, 255).astype(np.uint8)
+        glyph = Image.fromarray(pixels_88).resize((width, height), smooth)
+        if not self.heldout:
+            glyph = glyph.transform(glyph.size, Image.Transform.AFFINE, self.slant(width, height), smooth)
+        stroke = (np.asarray(glyph)[..., None] / 255) ** self.rng.uniform(0.6, 1.5)
         cover = stroke * self.rng.uniform(0.75, 1)
         region = pixels[y : y + height, x : x + width]
         region += cover * (ink - region)
 
     def slant(self, width: int, height: int) -> tuple[float, ...]:
         """Pillow's affine coefficients of a small turn, slant and stretch about the middle of a glyph."""
-        turn, slant, across, down = self.rng.uniform((-0.18, -0.2, 0.9, 0.9), (0.18, 0.2, 1.15, 1.15))
+        turn, slant, across, down = self.rng.uniform((-0.2, -0.25, 0.9, 0.9), (0.2, 0.25, 1.2, 1.2))
         linear = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
         linear = linear @ np.array([[across, slant], [0, down]])
         middle = np.array([width, height]) / 2

@@ -93,10 +93,12 @@ def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -
 
 
 def _first_seen(plan: StepPlan, seen: set) -> np.ndarray:
-    keys = list(zip(plan.shard_S.tolist(), plan.index_S.tolist(), strict=True))
-    fresh_S = np.array([key not in seen for key in keys], dtype=bool)
-    seen.update(keys)
-    return fresh_S
+    """Which samples of a step were in none before, nor earlier in this one, where an epoch ends inside it."""
+    fresh = []
+    for key in zip(plan.shard_S.tolist(), plan.index_S.tolist(), strict=True):
+        fresh.append(key not in seen)
+        seen.add(key)
+    return np.array(fresh, dtype=bool)
 
 
 def _score(config: Config, engines: Engines, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
