@@ -21,6 +21,7 @@ LEAST = {
     "train.seq_length": 1,
     "optim.warmup_steps": 0,
     "data.max_skipped": 0,
+    "data.prefetch": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "logger.every": 1,

@@ -76,20 +76,29 @@ def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -
 
     Samples longer than a row are not scored; they are counted in Stream.refused.
     """
-    start, wanted = data.stream.state(), data.stream.samples_per_epoch
-    feed = Feed(data.stream, data.reader, config, engines.grid, substitute=exchange_images if exchanged else None)
+    steps = _steps_of_an_epoch(data)
+    substitute = exchange_images if exchanged else None
     scores = {name: Score() for name in data.stream.domains}
     seen: set[tuple[int, int]] = set()
-    for prepared in feed:
-        plan = prepared.plan
-        fresh_S = _first_seen(plan, seen)
-        _add(scores, data.stream.domains, plan, fresh_S, *_score(config, engines, prepared))
-        if len(seen) == wanted:
-            break
-    feed.close()
+    start = data.stream.state()
+    for prepared in Feed(data.stream, data.reader, config, engines.grid, steps=steps, substitute=substitute):
+        fresh_S = _first_seen(prepared.plan, seen)
+        _add(scores, data.stream.domains, prepared.plan, fresh_S, *_score(config, engines, prepared))
     data.stream.load_state(start)
     total = Score(*(sum(getattr(s, f.name) for s in scores.values()) for f in dataclasses.fields(Score)))
     return {**{name: score.numbers() for name, score in scores.items() if score.samples}, "all": total.numbers()}
+
+
+def _steps_of_an_epoch(data: Data) -> int:
+    """Steps until every sample was in one: plans alone, so that all ranks stop at the same step."""
+    start, wanted = data.stream.state(), data.stream.samples_per_epoch
+    seen: set[tuple[int, int]] = set()
+    steps = 0
+    while len(seen) < wanted:
+        _first_seen(data.stream.next_step(), seen)
+        steps += 1
+    data.stream.load_state(start)
+    return steps
 
 
 def _first_seen(plan: StepPlan, seen: set) -> np.ndarray:

@@ -47,8 +47,9 @@ class AgreedError(RuntimeError):
 
 
 class Feed:
-    """Iterator over prepared steps; `stop` ends it at the same step on every rank.
+    """Iterator over `steps` prepared steps, equal on every rank; `stop` ends it early, at the same step on all.
 
+    Consume it to its end: its thread enters collectives as long as there are steps to prepare.
     substitute: for evaluation, maps a plan to the one whose pixels are read instead (same shapes).
     """
 
@@ -59,7 +60,7 @@ class Feed:
         config: Config,
         grid: Grid,
         *,
-        steps: int | None = None,
+        steps: int,
         substitute: Callable[[StepPlan], StepPlan] | None = None,
     ):
         self._stream, self._reader, self._config, self._grid = stream, reader, config, grid
@@ -69,8 +70,7 @@ class Feed:
         )
         self._skipped_total = 0
         self._stop = threading.Event()
-        self._closed = threading.Event()
-        self._ready: queue.Queue = queue.Queue(maxsize=max(1, config.data.prefetch))
+        self._ready: queue.Queue = queue.Queue(maxsize=config.data.prefetch)
         self._thread = threading.Thread(target=self._run, name="tandem-feed", daemon=True)
         self._thread.start()
 
@@ -90,37 +90,16 @@ class Feed:
         """Asks all ranks to end before the next step that is not yet prepared.  Safe in a signal handler."""
         self._stop.set()
 
-    def close(self) -> None:
-        """Ends the thread; steps already agreed on are dropped."""
-        self._closed.set()
-        while self._thread.is_alive():
-            try:
-                self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
-
     def _run(self):
         try:
-            while self._steps is None or self._steps > 0:
+            for _ in range(self._steps):
                 prepared = self._prepare()
                 if prepared.stop:
                     break
-                self._put(prepared)
-                if self._closed.is_set():
-                    return
-                if self._steps is not None:
-                    self._steps -= 1
-            self._put(None)
+                self._ready.put(prepared)
+            self._ready.put(None)
         except BaseException as error:
-            self._put(error)
-
-    def _put(self, item):
-        while not self._closed.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
+            self._ready.put(error)
 
     def _prepare(self) -> PreparedStep:
         """Reads one step and agrees on it (collective on the control group, whatever happens here)."""

@@ -66,8 +66,8 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
     """Trains steps first_step .. train.steps - 1, saving checkpoints under `folder`."""
     metrics = StepMetrics(config, engines, data.stream.domains)
     timer = PhaseTimer(engines.grid.device)
-    feed = Feed(data.stream, data.reader, config, engines.grid, steps=config.train.steps - first_step)
     step, saved, position = first_step, None, data.stream.state()
+    feed = Feed(data.stream, data.reader, config, engines.grid, steps=config.train.steps - first_step)
     with _stops(feed), _quiet_collector():
         begin = time.perf_counter()
         for prepared in feed:
@@ -91,7 +91,6 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 saved = _save(config, engines, folder, step, position)
                 begin = time.perf_counter()
-    feed.close()
     if step > first_step and (saved is None or saved.name != f"step-{step:08d}"):
         saved = _save(config, engines, folder, step, position)
     logger.finish("finished" if step == config.train.steps else "stopped", saved)
