@@ -32,6 +32,7 @@ $(SHARDS)/tokenizer.json: | $(VENV)/installed
 
 # The main job at toy size: stage 2 under pipeline and expert parallelism on four ranks.
 toy: $(VENV)/installed $(SHARDS)/tokenizer.json
+	rm -rf runs/toy
 	$(BIN)/torchrun --standalone --nproc-per-node $(TOY_RANKS) launch/pretrain.py +recipe=stage2 scale=toy \
 		$(TOY_LAYOUT) run.dir=runs/toy optim.lr=1e-3
 

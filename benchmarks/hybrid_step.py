@@ -108,7 +108,7 @@ def worker() -> None:
             batch, before = to_device(prepared, config, engines.grid), engines.exchange.elements_delivered
             dist.barrier()
             begin = time.perf_counter()
-            hybrid_step(engines, batch, clip_norm=1.0, replay=False, timer=timer)
+            hybrid_step(engines, batch, clip_norm=1.0, replay=False, stop=False, timer=timer)
             dist.barrier()
             seconds = time.perf_counter() - begin
             spent = timer.take()

@@ -98,18 +98,18 @@ def evaluate_checkpoint(config: Config, path: Path) -> dict:
     layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
     if layout.cp > 1:
         raise ValueError(f"parallel.cp={layout.cp}: evaluation needs whole rows, set parallel.cp=1")
+    config.train.trainable = []  # forwards only: no gradients, no optimizer
     data, reader, device = open_data(config), checkpoint.Reader(path), local_device()
     start_world(device)
-    try:
-        engines = build_engines(config, layout, device, forward=answer_forward, loss=answer_report)
-        checkpoint.load(reader, engines, optimizer=False)
-        return {
-            "images": evaluate(config, engines, data, exchanged=False),
-            "exchanged images": evaluate(config, engines, data, exchanged=True),
-        }
-    finally:
-        data.reader.close()
-        dist.destroy_process_group()
+    engines = build_engines(config, layout, device, forward=answer_forward, loss=answer_report)
+    checkpoint.load(reader, engines, optimizer=False)
+    scores = {
+        "images": evaluate(config, engines, data, exchanged=False),
+        "exchanged images": evaluate(config, engines, data, exchanged=True),
+    }
+    data.reader.close()
+    dist.destroy_process_group()
+    return scores
 
 
 def table(scores: dict) -> Table:

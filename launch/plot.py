@@ -46,7 +46,7 @@ def draw(lines: list[dict], evaluation: dict | None, out: Path) -> None:
             bars = axes[0][1].bar([place + shift for place in range(len(names))], values, width=0.38, label=kind)
             axes[0][1].bar_label(bars, fmt="%.1f")
         axes[0][1].set_xticks(range(len(names)), names)
-        axes[0][1].set(ylabel="exact match, %", ylim=(0, 110), title="held-out scans")
+        axes[0][1].set(ylabel="exact match, %", ylim=(0, 130), yticks=range(0, 101, 20), title="held-out scans")
         axes[0][1].legend(loc="upper center", ncols=2)
     figure.tight_layout()
     figure.savefig(out, dpi=110)

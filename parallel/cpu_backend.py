@@ -11,8 +11,6 @@ import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
-import os
-import queue
 import sys
 import types
 
@@ -174,16 +172,6 @@ def _repair_mappings(module):
     module.torch = _Facade(_TORCH, distributed=distributed)
 
 
-def _repair_clip_grads(module):
-    _require(module, "clip_grad_by_total_norm_fp32")
-    module.clip_grad_by_total_norm_fp32 = _cuda_type_strings(module.clip_grad_by_total_norm_fp32)
-
-
-def _repair_optimizer(module):
-    cls = module.Float16OptimizerWithFloat16Params
-    cls.__init__ = _cuda_type_strings(cls.__init__)
-
-
 def _repair_distributed_optimizer(module):
     cls = module.DistributedOptimizer
     _require(cls, "_build_model_and_main_param_groups")
@@ -210,21 +198,13 @@ def _repair_jit(module):
     module.disable_jit_fuser()  # its torch.compile wants a C++ toolchain
 
 
-def _repair_filesystem_async(module):
-    _require(module, "_get_write_results_queue")
-    module._get_write_results_queue = lambda: queue.Queue()  # no manager process for a synchronous save
-
-
 _REPAIRS = {
     f"{PACKAGE}.jit": _repair_jit,
     f"{PACKAGE}.tensor_parallel.mappings": _repair_mappings,
     f"{PACKAGE}.tensor_parallel.random": _repair_random,
     f"{PACKAGE}.transformer.moe.moe_utils": _repair_moe_utils,
     f"{PACKAGE}.pipeline_parallel.p2p_communication": _repair_p2p,
-    f"{PACKAGE}.optimizer.clip_grads": _repair_clip_grads,
-    f"{PACKAGE}.optimizer.optimizer": _repair_optimizer,
     f"{PACKAGE}.optimizer.distrib_optimizer": _repair_distributed_optimizer,
-    f"{PACKAGE}.dist_checkpointing.strategies.filesystem_async": _repair_filesystem_async,
 }
 
 
@@ -266,7 +246,6 @@ def install() -> None:
         return
     if PACKAGE in sys.modules:
         raise RuntimeError("parallel.cpu_backend.install() must run before the first import of megatron.core")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     sys.meta_path.insert(0, _MegatronFinder())
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.record_stream = _nothing

@@ -1,6 +1,7 @@
 """Process groups of both grids, built once; with the LLM engine, the only reader of Megatron-core's global state."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,13 +10,15 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from parallel.layout import Coordinates, Layout
 
+SAVING_PATIENCE = timedelta(hours=2)  # between the first rank that has written its part and the last
+
 
 @dataclass(frozen=True)
 class Grid:
     """This rank's place and its process groups.
 
-    balance: the ranks among which images move.  control: gloo over the world, for plans and flags, never for tensors
-    of the step; the prefetch thread alone uses it.
+    balance: the ranks among which images move.  control: gloo over the world, for plans and flags; the prefetch thread
+    alone uses it.  saving: gloo over the world with the patience that writing a checkpoint takes.
     """
 
     layout: Layout
@@ -24,6 +27,7 @@ class Grid:
     device: torch.device
     balance: dist.ProcessGroup
     control: dist.ProcessGroup
+    saving: dist.ProcessGroup
 
     @property
     def is_first_stage(self) -> bool:
@@ -64,8 +68,9 @@ def build_grid(layout: Layout, device: torch.device, seed: int) -> Grid:
         handle = dist.new_group(ranks)
         if rank in ranks:
             mine = handle
-    control = dist.new_group(list(range(layout.world)), backend="gloo")
-    return Grid(layout=layout, rank=rank, place=place, device=device, balance=mine, control=control)
+    control = dist.new_group(backend="gloo")
+    saving = dist.new_group(backend="gloo", timeout=SAVING_PATIENCE)
+    return Grid(layout=layout, rank=rank, place=place, device=device, balance=mine, control=control, saving=saving)
 
 
 def destroy_grid() -> None:

@@ -21,6 +21,7 @@ from parallel.grid import Grid
 from parallel.llm_engine import Leaf, LLMEngine
 from parallel.phases import PhaseTimer
 from parallel.routes import Routes
+from parallel.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,23 @@ class StepInput:
 @dataclass(frozen=True)
 class StepOutput:
     """reports: of the micro-batches, on last-stage ranks.  Norms are of the whole gradients before clipping; `applied`
-    is False where a non-finite value anywhere made every rank skip the update."""
+    is False where a non-finite value anywhere made every rank skip the update; stop: any rank wished to stop."""
 
     reports: list
     grad_norm: float
     part_norms: dict[str, float]
     applied: bool
+    stop: bool
 
 
-def hybrid_step(engines: Engines, batch: StepInput, *, clip_norm: float, replay: bool, timer: PhaseTimer) -> StepOutput:
+def hybrid_step(
+    engines: Engines, batch: StepInput, *, clip_norm: float, replay: bool, stop: bool, timer: PhaseTimer
+) -> StepOutput:
     """Runs one training step (collective over the world).
 
     clip_norm: joint gradient norm above which both modules' gradients are scaled down; 0 turns clipping off.
     replay: encode without autograd first, and again chunk by chunk in the backward (memory of one chunk).
+    stop: this rank's wish to stop, which travels with the norms.
     """
     encoder, llm, exchange = engines.encoder, engines.llm, engines.exchange
 
@@ -80,12 +85,13 @@ def hybrid_step(engines: Engines, batch: StepInput, *, clip_norm: float, replay:
 
     with timer.phase("return"):
         grad_UD = llm.leaf_gradient(leaves, leaf_UD)
+        del leaves, leaf_UD
         grad_VD = exchange.give_back(grad_UD, batch.routes)
     with timer.phase("encoder_backward"):
         _encoder_backward(encoder, batch, kept, grad_VD)
 
     with timer.phase("update"):
-        norms = _joint_norms(engines)
+        norms, stop = _joint_norms(engines, stop)
         total = sum(value**2 for value in norms.values()) ** 0.5
         applied = total < float("inf")  # False for inf and for nan
         if applied:
@@ -95,7 +101,7 @@ def hybrid_step(engines: Engines, batch: StepInput, *, clip_norm: float, replay:
         else:
             encoder.discard()
             llm.discard()
-    return StepOutput(reports, total, norms, applied)
+    return StepOutput(reports, total, norms, applied, stop)
 
 
 @torch.no_grad()
@@ -120,7 +126,7 @@ def split_leaves(grid: Grid, leaf_UD: torch.Tensor, routes: Routes, *, requires_
     """One leaf a micro-batch on first-stage ranks, zero rows included, so that a frozen LLM still has a graph."""
     if not grid.is_first_stage:
         return [None] * len(routes.leaf_rows_M)
-    at_U = torch.from_numpy(routes.at_U).to(leaf_UD.device, non_blocking=True)
+    at_U = to_device(routes.at_U, leaf_UD.device)
     rows = leaf_UD.detach().split(routes.leaf_rows_M)
     places = at_U.split(routes.leaf_rows_M)
     return [Leaf(r.requires_grad_(requires_grad), at) for r, at in zip(rows, places, strict=True)]
@@ -138,9 +144,14 @@ def _encoder_backward(encoder: EncoderEngine, batch: StepInput, kept: list, grad
         place += count
 
 
-def _joint_norms(engines: Engines) -> dict[str, float]:
-    """Gradient norm of every part over the whole world, in one reduction; non-finite where any gradient is."""
+def _joint_norms(engines: Engines, stop: bool) -> tuple[dict[str, float], bool]:
+    """Gradient norm of every part over the world, non-finite where any gradient is; and whether any rank would stop.
+
+    One reduction for all of it.
+    """
     names = [*engines.encoder.part_names, "llm"]
-    squares = torch.cat([engines.encoder.squared_grad_norms(), engines.llm.squared_grad_norm().double()[None]])
-    dist.all_reduce(squares)
-    return dict(zip(names, squares.sqrt().tolist(), strict=True))
+    flag = torch.tensor([float(stop)], dtype=torch.float64, device=engines.grid.device)
+    sums = torch.cat([engines.encoder.squared_grad_norms(), engines.llm.squared_grad_norm().double()[None], flag])
+    dist.all_reduce(sums)
+    *norms, wishes = sums.sqrt().tolist()
+    return dict(zip(names, norms, strict=True)), wishes > 0

@@ -150,8 +150,9 @@ class LLMEngine:
             rows = leaf.rows_UD.shape[0]
             if leaf.rows_UD.grad is not None:
                 gradient_UD[place : place + rows] = leaf.rows_UD.grad
+                leaf.rows_UD.grad = None
             place += rows
-        return gradient_UD / (self.grid.layout.dp * self.grid.layout.cp)
+        return gradient_UD.div_(self.grid.layout.dp * self.grid.layout.cp)
 
     def squared_grad_norm(self) -> torch.Tensor:
         """This rank's share of the squared gradient norm, a 0-d fp32 tensor; the world's sum is the whole."""
@@ -303,6 +304,8 @@ class LLMEngine:
         for part in self._parts():
             if not isinstance(part.optimizer, torch.optim.AdamW):
                 part.init_state_fn(part.optimizer)
+                for group in part.optimizer.param_groups:
+                    group["step"] = 0  # fused AdamW of Transformer Engine and Apex counts here, from its first step on
                 continue
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:

@@ -16,7 +16,8 @@ from data.reader import RowBatch
 from parallel.balance import image_costs
 from parallel.layout import Coordinates, Layout
 from parallel.routes import VisualPlan, local_positions
-from train.models.llm import LLMConfig, PackedRow, pack_row
+from parallel.transfer import to_device
+from train.models.llm import PackedRow, pack_row
 from train.models.vit import ViTConfig
 
 
@@ -59,26 +60,25 @@ def micro_batch_of(
     text: RowBatch | None,
     layout: Layout,
     place: Coordinates,
-    llm: LLMConfig,
     device: torch.device,
 ) -> MicroBatch:
     """The micro-batch of `rows`, whose text (of these rows alone) is None on stages that need none."""
     lengths = np.concatenate([np.diff(row_cu_seqlens(plan, row)) for row in rows])
     positions_T = np.concatenate([row_positions(plan, row) for row in rows])
-    packed = pack_row(lengths[lengths > 0], positions_T, llm, layout, place.cp, device)
+    packed = pack_row(lengths[lengths > 0], positions_T, layout, place.cp, device)
     row_tokens = positions_T.size
     if text is None:
         return MicroBatch(None, None, None, None, packed, row_tokens)
     here = local_positions(layout, place.cp, row_tokens)
 
-    def to_device(array_RS):
-        return torch.from_numpy(array_RS.reshape(-1)[here][None]).to(device, non_blocking=True)
+    def cut(array_RS):
+        return to_device(array_RS.reshape(-1)[here][None], device)
 
     return MicroBatch(
-        tokens_1T=to_device(text.tokens),
-        labels_1T=to_device(text.labels),
-        loss_mask_1T=to_device(text.loss_mask),
-        domain_1T=to_device(text.domain),
+        tokens_1T=cut(text.tokens),
+        labels_1T=cut(text.labels),
+        loss_mask_1T=cut(text.loss_mask),
+        domain_1T=cut(text.domain),
         row=packed,
         row_tokens=row_tokens,
     )

@@ -47,15 +47,15 @@ def save(folder: Path, engines: Engines, state: TrainState, keep: int) -> Path:
     if rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    dist.barrier()
+    dist.barrier(engines.grid.saving)
     file = f"rank-{rank:05d}.safetensors"
     boxes = _write(staging / file, file, itertools.chain(engines.encoder.state(), engines.llm.state()))
     everyone = [None] * engines.grid.layout.world if rank == 0 else None
-    dist.gather_object(boxes, everyone)
+    dist.gather_object(boxes, everyone, group=engines.grid.saving)
     if rank == 0:
         _publish(staging, final, state, [box for part in everyone for box in part])
         _prune(folder, keep)
-    dist.barrier()
+    dist.barrier(engines.grid.saving)
     return final
 
 

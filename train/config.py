@@ -19,7 +19,12 @@ LEAST = {
     "train.global_batch_size": 1,
     "train.micro_batch_size": 1,
     "train.seq_length": 1,
+    "optim.lr": 0,
+    "optim.min_lr": 0,
     "optim.warmup_steps": 0,
+    "optim.eps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_norm": 0,
     "data.max_skipped": 0,
     "data.prefetch": 1,
     "checkpoint.every": 0,
@@ -247,5 +252,5 @@ class Config:
             raise ValueError(
                 f"train.trainable={list(self.train.trainable)}: must name adapter and may name encoder and llm"
             )
-        if len(self.optim.betas) != 2:
-            raise ValueError(f"optim.betas={list(self.optim.betas)}: must be two numbers")
+        if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise ValueError(f"optim.betas={list(self.optim.betas)}: must be two numbers from 0 to below 1")

@@ -60,14 +60,15 @@ def answer_report(logits_1TV: torch.Tensor, batch: MicroBatch) -> tuple[torch.Te
 def exchange_images(plan: StepPlan) -> StepPlan:
     """The plan that reads each image's pixels from another sample's image, of the same data domain where it can.
 
-    Images of a domain are shifted by half their number, so that a sample never keeps its own while the domain has
-    images of two samples; sizes stay as planned.
+    Images of a domain are shifted by the most that one of its samples has, so that no sample keeps one of its own while
+    it has at most half of the domain's images; sizes stay as planned.
     """
     source_I = np.arange(plan.tokens_I.size)
     domain_I = plan.domain_S[plan.image_sample_I]
     for domain in np.unique(domain_I):
         mine_J = np.flatnonzero(domain_I == domain)
-        source_I[mine_J] = np.roll(mine_J, max(1, mine_J.size // 2))
+        _, images_of_sample = np.unique(plan.image_sample_I[mine_J], return_counts=True)
+        source_I[mine_J] = np.roll(mine_J, images_of_sample.max())
     return replace_pixels(plan, source_I)
 
 

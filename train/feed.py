@@ -2,7 +2,7 @@
 
 Before a step is handed out, ranks compare a digest of its plan and tell each other, over a gloo group that only this
 thread uses, what went wrong: a sample that cannot be read is dropped on every rank (its shape stays, its loss does not
-count), an error on one rank stops all of them with the same sentence, and a wish to stop takes effect at the same step.
+count), and an error on one rank stops all of them with the same sentence.
 
 Legend: M micro-batches, S positions of a row.
 """
@@ -47,7 +47,7 @@ class AgreedError(RuntimeError):
 
 
 class Feed:
-    """Iterator over `steps` prepared steps, equal on every rank; `stop` ends it early, at the same step on all.
+    """Iterator over `steps` prepared steps, equal on every rank; `drain` ends it early.
 
     Consume it to its end: its thread enters collectives as long as there are steps to prepare.
     substitute: for evaluation, maps a plan to the one whose pixels are read instead (same shapes).
@@ -86,9 +86,11 @@ class Feed:
             raise prepared
         return prepared
 
-    def stop(self) -> None:
-        """Asks all ranks to end before the next step that is not yet prepared.  Safe in a signal handler."""
+    def drain(self) -> None:
+        """Ends the feed early; every rank calls this after the same step, and waits until all feeds have ended."""
         self._stop.set()
+        while self._ready.get() is not None:
+            pass
 
     def _run(self):
         try:
@@ -97,9 +99,9 @@ class Feed:
                 if prepared.stop:
                     break
                 self._ready.put(prepared)
-            self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)
+        self._ready.put(None)
 
     def _prepare(self) -> PreparedStep:
         """Reads one step and agrees on it (collective on the control group, whatever happens here)."""
@@ -196,7 +198,7 @@ def to_device(prepared: PreparedStep, config: Config, grid: Grid) -> StepInput:
     )
     text_M = prepared.text_M or [None] * len(rows_MB)
     micro_batches = [
-        micro_batch_of(plan, rows, text, grid.layout, grid.place, config.model.llm, grid.device)
+        micro_batch_of(plan, rows, text, grid.layout, grid.place, grid.device)
         for rows, text in zip(rows_MB, text_M, strict=True)
     ]
     return StepInput(prepared.routes, chunks, rows, micro_batches, prepared.trained_tokens)

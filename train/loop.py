@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import signal
+import threading
 import time
 from contextlib import contextmanager
 from datetime import datetime
@@ -22,7 +23,7 @@ from parallel.phases import PhaseTimer
 from train import checkpoint
 from train.build import Data, build_engines, local_device, open_data, start_world, train_forward, train_loss
 from train.config import Config
-from train.feed import Feed, to_device
+from train.feed import AgreedError, Feed, to_device
 from train.metrics import Logger, StepMetrics
 from train.schedule import learning_rate
 
@@ -37,12 +38,12 @@ def run(config: Config) -> None:
     layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
     data = open_data(config)
     start = checkpoint.Reader(checkpoint.resolve(config.checkpoint.load_from)) if config.checkpoint.load_from else None
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = local_device()
     start_world(device)
-    try:
-        run_in_world(config, layout, data, start, device)
-    finally:
-        dist.destroy_process_group()
+    run_in_world(config, layout, data, start, device)
+    dist.destroy_process_group()  # after success alone: NCCL's waits for ranks that may be in another collective
 
 
 def run_in_world(
@@ -50,27 +51,36 @@ def run_in_world(
 ) -> Path:
     """The run itself, in a world that has started (collective); returns its directory."""
     torch.use_deterministic_algorithms(config.train.deterministic)
-    run_dir = _agree_on_run_dir(config)
-    folder = Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
+    run_dir, folder, newest = _agree_on_places(config)
     loss = functools.partial(train_loss, domains=len(data.stream.domains))
     engines = build_engines(config, layout, device, forward=train_forward, loss=loss)
-    first_step = _restore(config, engines, data, start, folder)
+    first_step = _restore(config, engines, data, start, newest)
     logger = Logger(config, run_dir, engines.grid.rank, first_step)
-    logger.say(f"{config.recipe} on {layout.world} ranks, run directory {run_dir}")
+    logger.say(f"{config.recipe} at {config.scale['name']} scale on {layout.world} ranks, run directory {run_dir}")
     train(config, engines, data, logger, first_step, folder)
     data.reader.close()
     return run_dir
 
 
 def train(config: Config, engines: Engines, data: Data, logger: Logger, first_step: int, folder: Path) -> None:
-    """Trains steps first_step .. train.steps - 1, saving checkpoints under `folder`."""
+    """Trains steps first_step .. train.steps - 1, saving checkpoints under `folder`.
+
+    A wish to stop ends it after the same step on all ranks; what ends the feed on all ranks (AgreedError) does too, and
+    is raised once the steps so far are saved.
+    """
     metrics = StepMetrics(config, engines, data.stream.domains)
     timer = PhaseTimer(engines.grid.device)
-    step, saved, position = first_step, None, data.stream.state()
+    step, saved, position, failure = first_step, None, data.stream.state(), None
     feed = Feed(data.stream, data.reader, config, engines.grid, steps=config.train.steps - first_step)
-    with _stops(feed), _quiet_collector():
+    with _stop_signals() as stop, _quiet_collector():
         begin = time.perf_counter()
-        for prepared in feed:
+        while True:
+            try:
+                prepared = next(feed, None)
+            except AgreedError as error:
+                prepared, failure = None, error
+            if prepared is None:
+                break
             with timer.phase("to_device"):
                 batch = to_device(prepared, config, engines.grid)
             lr = _set_lr(config, engines, step)
@@ -79,6 +89,7 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
                 batch,
                 clip_norm=config.optim.clip_norm,
                 replay=config.parallel.encoder.recompute == "replay",
+                stop=stop.is_set(),
                 timer=timer,
             )
             for sentence in prepared.skipped:
@@ -91,9 +102,14 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 saved = _save(config, engines, folder, step, position)
                 begin = time.perf_counter()
-    if step > first_step and (saved is None or saved.name != f"step-{step:08d}"):
-        saved = _save(config, engines, folder, step, position)
-    logger.finish("finished" if step == config.train.steps else "stopped", saved)
+            if output.stop:
+                feed.drain()
+                break
+        if step > first_step and (saved is None or saved.name != f"step-{step:08d}"):
+            saved = _save(config, engines, folder, step, position)
+    logger.finish("failed" if failure else "finished" if step == config.train.steps else "stopped", saved)
+    if failure:
+        raise failure
 
 
 def _set_lr(config: Config, engines: Engines, step: int) -> float:
@@ -116,10 +132,15 @@ def _save(config: Config, engines: Engines, folder: Path, step: int, position: d
     return checkpoint.save(folder, engines, state, config.checkpoint.keep)
 
 
-def _restore(config: Config, engines: Engines, data: Data, start, folder: Path) -> int:
-    """Resumes from `folder` or starts from `checkpoint.load_from`; returns the first step to train."""
-    if config.checkpoint.resume and checkpoint.checkpoints(folder):
-        reader = checkpoint.Reader(checkpoint.resolve(folder))
+def _restore(config: Config, engines: Engines, data: Data, start, newest: Path | None) -> int:
+    """Resumes from `newest` or starts from `checkpoint.load_from`; returns the first step to train."""
+    if newest is not None:
+        reader = checkpoint.Reader(newest)
+        if reader.state.recipe != config.recipe:
+            raise ValueError(
+                f"checkpoint.resume=true, but {newest} is of recipe {reader.state.recipe}, not {config.recipe}; "
+                "start from it with checkpoint.load_from and another run.dir"
+            )
         checkpoint.load(reader, engines, optimizer=True)
         data.stream.load_state(reader.state.data)
         return reader.state.step
@@ -128,34 +149,46 @@ def _restore(config: Config, engines: Engines, data: Data, start, folder: Path) 
     return 0
 
 
-def _agree_on_run_dir(config: Config) -> Path:
-    """One directory for all ranks, named by rank 0; holds config.yaml."""
-    name = config.run.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    run_dir, problem = Path(config.run.dir or f"runs/{name}"), None
+def _agree_on_places(config: Config) -> tuple[Path, Path, Path | None]:
+    """(run directory with its config.yaml, folder of checkpoints, checkpoint to resume from): rank 0's, on all ranks.
+
+    Raises ValueError on all of them where the directory cannot be written or belongs to another run.
+    """
+    agreed: list = [None]
     if dist.get_rank() == 0:
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        except OSError as error:
-            problem = f"run.dir={run_dir} cannot be written: {error}"
-    agreed = [run_dir, problem]
+            agreed[0] = _places(config)
+        except (OSError, ValueError) as error:
+            agreed[0] = f"run.dir={config.run.dir}: {error}"
     dist.broadcast_object_list(agreed, src=0)
-    if agreed[1]:
-        raise ValueError(agreed[1])
+    if isinstance(agreed[0], str):
+        raise ValueError(agreed[0])
     return agreed[0]
 
 
+def _places(config: Config) -> tuple[Path, Path, Path | None]:
+    run_dir = Path(config.run.dir or f"runs/{config.run.name or f'{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}'}")
+    folder = Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
+    found = checkpoint.checkpoints(folder)
+    if found and not config.checkpoint.resume:
+        raise ValueError(f"{folder} holds checkpoints of a run; set checkpoint.resume=true or name another directory")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    return run_dir, folder, found[-1] if found else None
+
+
 @contextmanager
-def _stops(feed: Feed):
-    """Ctrl-C and SIGTERM end the run at the next step boundary on all ranks; a second Ctrl-C ends it at once."""
+def _stop_signals():
+    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
 
     def ask(number, frame):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        feed.stop()
+        stop.set()
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ Only rank 0 writes.  `StepMetrics` turns a step's results into the numbers; redu
 """
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class Logger:
             return
         self._config, self._dir = config, run_dir
         self._begin, self._last, self._steps = time.time(), {}, 0
-        self._file = (run_dir / "metrics.jsonl").open("a")
+        self._file = _reopen(run_dir / "metrics.jsonl", first_step)
         self._wandb = _start_wandb(config, run_dir)
         self._console = Console()
         self._progress = Progress(
@@ -107,7 +108,8 @@ class Logger:
         """Writes one step."""
         if not self._active:
             return
-        line = {**numbers, "phase_s": {name: round(value, 6) for name, value in phases.items()}}
+        line = _finite(numbers)
+        line["phase_s"] = {name: round(value, 6) for name, value in phases.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._last, self._steps = line, self._steps + 1
@@ -119,7 +121,7 @@ class Logger:
             self._console.print(
                 f"step {done}/{self._config.train.steps}  loss {numbers['loss']:.4f}  "
                 f"grad norm {numbers['grad_norm']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s  "
-                f"{numbers['step_time_s']:.2f} s"
+                f"{numbers['step_time_s']:.2f} s" + ("" if numbers["applied"] else "  skipped: a value was not finite")
             )
         if self._wandb:
             self._wandb.log({k: v for k, v in line.items() if v is not None}, step=numbers["step"])
@@ -148,6 +150,20 @@ class Logger:
             self._wandb.finish()
 
 
+def _finite(value):
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _reopen(path: Path, first_step: int):
+    """metrics.jsonl for appending, without lines of steps that a resumed run takes again."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step))
+    return path.open("a")
+
+
 def _start_wandb(config: Config, run_dir: Path):
     if config.logger.wandb == "disabled":
         return None
@@ -157,6 +173,8 @@ def _start_wandb(config: Config, run_dir: Path):
         mode=config.logger.wandb,
         project=config.logger.project,
         name=run_dir.name,
+        id=run_dir.name,
+        resume="allow",
         dir=run_dir,
         settings=wandb.Settings(silent=True),
     )

@@ -42,6 +42,7 @@ def step_by_hand(config, engines, prepared, lr: float = 1e-3):
         to_device(prepared, config, engines.grid),
         clip_norm=config.optim.clip_norm,
         replay=config.parallel.encoder.recompute == "replay",
+        stop=False,
         timer=PhaseTimer(engines.grid.device),
     )
 

@@ -19,6 +19,8 @@ COMMON = [
     "optim.lr=1e-3",
     "optim.warmup_steps=0",
     "parallel.encoder.chunk_patches=256",
+    "model.llm.aux_loss=0.1",  # strong enough for a wrong scale of the router's losses to show in the norms
+    "model.llm.z_loss=0.1",
 ]
 NORMS = ("grad_norm_encoder", "grad_norm_adapter", "grad_norm_llm")
 
@@ -63,6 +65,7 @@ LAYOUTS = {
     "dp4.zero1": (4, ["parallel.encoder.zero_stage=1"]),
     "dp2.zero2": (2, ["parallel.encoder.zero_stage=2"]),
     "pp2.dp2.zero3": (4, ["parallel.pp=2", "parallel.encoder.zero_stage=3"]),
+    "cp2.two-rows": (2, ["parallel.cp=2", "train.micro_batch_size=2"]),
     "unbalanced": (2, ["parallel.balance=false"]),
     "deterministic": (2, ["train.deterministic=true"]),
     "dp4.groups-of-2": (4, ["parallel.balance_group_size=2"]),
@@ -75,7 +78,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_trains_like_one_process(name, trained):
     world, overrides = LAYOUTS[name]
-    assert_same_training(trained(world, *overrides), trained(1))
+    rows = [override for override in overrides if override.startswith("train.micro_batch_size")]
+    assert_same_training(trained(world, *overrides), trained(1, *rows))
 
 
 @pytest.mark.parametrize("name", ["pp2.dp2.zero3", "tp2", "ep2"])

@@ -107,7 +107,7 @@ def test_the_template_trains_on_one_node(node, corpus):
     log = run_dir / "logs/4711-node0.log"
     assert job.returncode == 0, f"{job.stderr}\n{log.read_text()[-4000:] if log.is_file() else 'no log'}"
     assert "head node localhost" in job.stdout
-    assert "stage1 on 2 ranks" in log.read_text()
+    assert "stage1 at toy scale on 2 ranks" in log.read_text()
     assert [line["step"] for line in read_metrics(run_dir)] == [0, 1]
     assert (run_dir / "checkpoints/step-00000002/manifest.json").is_file()
     assert processes_of(node[MARK]) == []

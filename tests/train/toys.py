@@ -35,7 +35,7 @@ class ToyLLM:
     def losses(self, tokens_T: torch.Tensor, lengths_N, visual_UD=None, at_U=None) -> torch.Tensor:
         """Loss of every token, [T]; a token's label depends on that token alone, so that samples share nothing."""
         positions_T = np.concatenate([np.arange(length) for length in lengths_N]).astype(np.int32)
-        row = pack_row(lengths_N, positions_T, self.config, self.layout, 0, CPU)
+        row = pack_row(lengths_N, positions_T, self.layout, 0, CPU)
         if visual_UD is None:
             visual_UD, at_U = torch.zeros(0, self.config.width), torch.zeros(0, dtype=torch.long)
         labels_T = (7 * tokens_T + 3) % self.config.vocab_size

@@ -7,7 +7,7 @@ visual tokens are overwritten by rows that come from the encoder.
 Legend: S tokens of a micro-batch on this cp rank, U visual rows on this rank, H heads, G kv heads, K head width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.nn.functional import silu
 from parallel.attention import Segments, attention
 from parallel.layout import Layout
 from parallel.routes import local_positions
+from parallel.transfer import to_device
 from train.models.rotary import axis_angles, rotate, tables
 
 
@@ -73,6 +74,8 @@ class LLMConfig:
         for key, value, by, divisor in rules:
             if value % divisor:
                 raise ValueError(f"{key}={value} is not divisible by {by}={divisor}")
+        if self.num_experts and self.top_k == 1:
+            raise ValueError("model.llm.top_k=1: the weight of a single expert is 1, so its router would not learn")
         if self.num_experts and self.top_k > self.num_experts:
             raise ValueError(f"model.llm.top_k={self.top_k} is more than model.llm.num_experts={self.num_experts}")
         if not self.num_experts and layout.ep > 1:
@@ -81,34 +84,30 @@ class LLMConfig:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """What attention needs of one micro-batch on one cp rank: rotary tables, and which keys each query piece sees.
+    """What attention needs of one micro-batch on one cp rank: positions, and which keys each query piece sees.
 
-    pieces: (first query, one past the last, first key, one past the last, segments); keys are counted in the whole
-    row, queries on this rank.  whole_row_S: place of every row position in the cp-gathered order, None for cp = 1.
-    `qkv_format` is Megatron-core's word for an extra batch dimension of one.
+    positions_S: of this rank's tokens inside their samples.  pieces: (first query, one past the last, first key, one
+    past the last, segments); keys are counted in the whole row, queries on this rank.  whole_row_S: place of every row
+    position in the cp-gathered order, None for cp = 1.  tables_2SK: rotary cosines and sines, made in the forward, for
+    one micro-batch at a time.  `qkv_format` is Megatron-core's word for an extra batch dimension of one.
     """
 
-    cos_SK: torch.Tensor
-    sin_SK: torch.Tensor
+    positions_S: torch.Tensor
     pieces: list[tuple[int, int, int, int, Segments]]
     whole_row_S: torch.Tensor | None
+    tables_2SK: tuple[torch.Tensor, torch.Tensor] | None = None
     qkv_format: str = "thd"
 
 
-def pack_row(
-    lengths_N, positions_S: np.ndarray, config: LLMConfig, layout: Layout, cp: int, device: torch.device
-) -> PackedRow:
+def pack_row(lengths_N, positions_S: np.ndarray, layout: Layout, cp: int, device: torch.device) -> PackedRow:
     """Attention plan of a row of segments `lengths_N` for context-parallel rank `cp`.
 
     positions_S: position of every token of the whole row inside its own sample.
     """
     row = int(np.sum(lengths_N))
-    angles = axis_angles(
-        torch.from_numpy(positions_S[local_positions(layout, cp, row)]).to(device), config.head_width, config.rope_base
-    )
-    cos_SK, sin_SK = tables(angles)
+    mine_S = to_device(positions_S[local_positions(layout, cp, row)], device)
     if layout.cp == 1:
-        return PackedRow(cos_SK, sin_SK, [(0, row, 0, row, Segments.of(lengths_N, device=device))], None)
+        return PackedRow(mine_S, [(0, row, 0, row, Segments.of(lengths_N, device=device))], None)
     half = row // (2 * layout.cp)
     borders = np.concatenate([[0], np.cumsum(lengths_N)])
     pieces = []
@@ -120,8 +119,7 @@ def pack_row(
         segments = Segments.of(highs - np.maximum(lows, begin), highs - lows, device=device)
         pieces.append((place * half, (place + 1) * half, int(borders[first]), end, segments))
     gathered = np.concatenate([local_positions(layout, other, row) for other in range(layout.cp)])
-    whole_row_S = torch.from_numpy(np.argsort(gathered)).to(device)
-    return PackedRow(cos_SK, sin_SK, pieces, whole_row_S)
+    return PackedRow(mine_S, pieces, to_device(np.argsort(gathered), device))
 
 
 class MarkedRMSNorm(torch.nn.RMSNorm):
@@ -142,7 +140,7 @@ class PackedAttention(MegatronModule):
 
     def forward(self, q_SHK, k_SGK, v_SGK, attention_mask, packed_seq_params: PackedRow, **_):
         row = packed_seq_params
-        q_SHK, k_SGK = rotate(q_SHK, row.cos_SK, row.sin_SK), rotate(k_SGK, row.cos_SK, row.sin_SK)
+        q_SHK, k_SGK = rotate(q_SHK, *row.tables_2SK), rotate(k_SGK, *row.tables_2SK)
         if row.whole_row_S is not None:
             k_SGK, v_SGK = (
                 gather_from_sequence_parallel_region(x, group=self.cp_group).index_select(0, row.whole_row_S)
@@ -163,6 +161,8 @@ class VisualGPT(GPTModel):
 
         visual_UD: rows for this rank's slice of the sequence, at_U their local places; both None past the first stage.
         """
+        angles = axis_angles(row.positions_S, self.config.kv_channels, self.rotary_base)
+        row = replace(row, tables_2SK=tables(angles))
         embedded = None
         if self.pre_process:
             embedded = self.embedding(input_ids=tokens_1S, position_ids=None)  # [S / tp, 1, D]
@@ -253,6 +253,7 @@ def build_chunk(config: LLMConfig, megatron: TransformerConfig, *, vp_stage: int
         pre_process=first,
         post_process=last,
         position_embedding_type="none",
+        rotary_base=config.rope_base,
         share_embeddings_and_output_weights=False,
         vp_stage=vp_stage,
     )
