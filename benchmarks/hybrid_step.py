@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4
 REPEATS = 7
 SEQ, ROWS, SIDE = 512, 8, 16  # tokens a row, rows a step, patches a side of each image
-LAYOUT = ["parallel.pp=2", "parallel.ep=2"]
+LAYOUT = ["parallel.ep=2"]  # four replicas of one rank: all images of the skewed step belong to one of them
+TOY_LAYOUT = ["parallel.pp=2", "parallel.ep=2"]
 
 
 def main() -> None:
@@ -234,7 +235,7 @@ def start_up(shards: Path) -> None:
         print(f"start-up: {shards} is missing; make it with python launch/make_shards.py {shards}")
         return
     with tempfile.TemporaryDirectory() as folder:
-        settings = ["+recipe=stage2", "scale=toy", *LAYOUT, f"run.dir={folder}/run", "train.steps=1"]
+        settings = ["+recipe=stage2", "scale=toy", *TOY_LAYOUT, f"run.dir={folder}/run", "train.steps=1"]
         settings += [f"data.shards=['{ROOT / shards}/train/*.tar']", f"data.tokenizer={ROOT / shards}/tokenizer.json"]
         begin = time.perf_counter()
         subprocess.run(

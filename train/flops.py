@@ -113,7 +113,7 @@ def device_peak_tflops(device: torch.device) -> float:
     return _measure(device)
 
 
-def _measure(device: torch.device, size: int = 512, repeats: int = 5) -> float:
+def _measure(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
     x = torch.randn(size, size, device=device)
     best = float("inf")
     for _ in range(repeats):
