@@ -62,6 +62,8 @@ LAYOUTS = {
     "tp2.pp2.ep2": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]),
     "tp2.pp2.ep2.dp2": (8, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]),
     "tp2.cp2.pp2.vpp2.ep2": (8, ["parallel.tp=2", "parallel.cp=2", "parallel.pp=2", "parallel.vpp=2", "parallel.ep=2"]),
+    "pp4": (4, ["parallel.pp=4"]),
+    "tp2.pp2.vpp2.ep4": (8, ["parallel.tp=2", "parallel.pp=2", "parallel.vpp=2", "parallel.ep=4"]),
     "dp4.zero1": (4, ["parallel.encoder.zero_stage=1"]),
     "dp2.zero2": (2, ["parallel.encoder.zero_stage=2"]),
     "pp2.dp2.zero3": (4, ["parallel.pp=2", "parallel.encoder.zero_stage=3"]),
