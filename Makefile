@@ -6,7 +6,7 @@ SHARDS := shards/toy
 export OMP_NUM_THREADS ?= 1
 
 # One rank a GPU where there are GPUs; else CPU ranks.
-GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+GPUS := $(strip $(shell nvidia-smi -L 2>/dev/null | wc -l))
 ifeq ($(GPUS),0)
 TOY_RANKS := 4
 LEARN_RANKS := 2

@@ -1,6 +1,10 @@
-"""Session-wide fixtures."""
+"""Fixtures for all tests, which run on the CPU even where there is a GPU: worlds of up to eight gloo ranks anywhere."""
+
+import os
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from tests.support import make_corpus
 
