@@ -71,6 +71,18 @@ def test_a_checkpoint_is_scored_and_drawn(toy_run, corpus, tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
+def test_scores_do_not_depend_on_the_layout(toy_run, corpus):
+    """The same checkpoint scored in one process and under tensor parallelism."""
+    run_dir, _ = toy_run
+    arguments = ["launch/evaluate.py", str(run_dir), f"data.shards=['{corpus}/heldout/read-*.tar']"]
+    scores = []
+    for ranks, layout in ((1, "parallel.tp=1"), (2, "parallel.tp=2")):
+        done = run_torchrun(ranks, [*arguments, layout], timeout=120)
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads((run_dir / evaluate.RESULT).read_text())["images"]["all"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_ctrl_c_ends_cleanly(corpus, tmp_path, number):
     """The signal goes to torchrun alone, as from a terminal; all ranks end after the same step, with a checkpoint."""
