@@ -106,7 +106,7 @@ def worker() -> None:
         for balance in (True, False):
             prepared = skewed_step(config, engines.grid, balance)
             loads[balance] = prepared.routes.load_max_over_mean
-            batch, before = to_device(prepared, config, engines.grid), engines.exchange.elements_delivered
+            batch, before = to_device(prepared, engines.grid), engines.exchange.elements_delivered
             dist.barrier()
             begin = time.perf_counter()
             hybrid_step(engines, batch, clip_norm=1.0, replay=False, stop=False, timer=timer)
@@ -156,7 +156,11 @@ def skewed_step(config, grid, balance: bool):
     from train.feed import PreparedStep
 
     tokens = SIDE * SIDE // 4
-    rows = rows_of_replica(grid.layout, 0, config.micro_batches(grid.layout), config.train.micro_batch_size).ravel()
+    rows_RMB = [
+        rows_of_replica(grid.layout, replica, config.micro_batches(grid.layout), config.train.micro_batch_size)
+        for replica in range(grid.layout.dp)
+    ]
+    rows = rows_RMB[0].ravel()
     per_row = SEQ // tokens - 1
     row_I = np.repeat(np.sort(rows), per_row).astype(np.int32)
     start_I = np.tile(np.arange(per_row) * tokens, rows.size).astype(np.int32)
@@ -201,7 +205,9 @@ def skewed_step(config, grid, balance: bool):
         bytes_read=0,
         failures=[],
     )
-    return PreparedStep(plan, routes, images, [text] * config.micro_batches(grid.layout), trained_tokens=ROWS * SEQ)
+    return PreparedStep(
+        plan, routes, images, rows_RMB[grid.place.dp], [text] * config.micro_batches(grid.layout), ROWS * SEQ
+    )
 
 
 def print_steps(config, times, phases, loads, sent, expected) -> None:

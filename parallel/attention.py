@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from parallel.transfer import to_device
+from parallel.transfer import host_to_device
 
 try:  # torch >= 2.10
     from torch.nn.attention.varlen import varlen_attn
@@ -35,7 +35,7 @@ class Segments:
         """Segments from their lengths; keys as long as queries unless `k_lengths_N` is given."""
         q = np.asarray(q_lengths_N, dtype=np.int64)
         k = q if k_lengths_N is None else np.asarray(k_lengths_N, dtype=np.int64)
-        cu_q, cu_k = (to_device(np.concatenate([[0], x.cumsum()]).astype(np.int32), device) for x in (q, k))
+        cu_q, cu_k = (host_to_device(np.concatenate([[0], x.cumsum()]).astype(np.int32), device) for x in (q, k))
         return Segments(tuple(q.tolist()), tuple(k.tolist()), cu_q, cu_k)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.routes import Routes
-from parallel.transfer import to_device
+from parallel.transfer import host_to_device
 
 
 class Exchange:
@@ -23,19 +23,19 @@ class Exchange:
 
     def deliver(self, rows_VD: torch.Tensor, routes: Routes) -> torch.Tensor:
         """Sends every encoded row to its place; returns the rows of this rank's leaves, [U, D], by micro-batch."""
-        send_VD = rows_VD.index_select(0, to_device(routes.send_V, rows_VD.device))
+        send_VD = rows_VD.index_select(0, host_to_device(routes.send_V, rows_VD.device))
         got_UD = rows_VD.new_empty(sum(routes.receive_counts_G), rows_VD.shape[1])
         dist.all_to_all_single(got_UD, send_VD, routes.receive_counts_G, routes.send_counts_G, group=self.group)
         self.elements_delivered += send_VD.numel()
-        return got_UD.index_select(0, to_device(routes.take_U, got_UD.device))
+        return got_UD.index_select(0, host_to_device(routes.take_U, got_UD.device))
 
     def give_back(self, grad_UD: torch.Tensor, routes: Routes) -> torch.Tensor:
         """Sends the leaves' gradients home; returns the gradient of every row this rank encoded, [V, D]."""
         send_UD = torch.empty_like(grad_UD)
-        send_UD[to_device(routes.take_U, grad_UD.device)] = grad_UD
+        send_UD[host_to_device(routes.take_U, grad_UD.device)] = grad_UD
         got_VD = grad_UD.new_empty(sum(routes.send_counts_G), grad_UD.shape[1])
         dist.all_to_all_single(got_VD, send_UD, routes.send_counts_G, routes.receive_counts_G, group=self.group)
         self.elements_returned += send_UD.numel()
         home_VD = torch.empty_like(got_VD)
-        home_VD[to_device(routes.send_V, got_VD.device)] = got_VD
+        home_VD[host_to_device(routes.send_V, got_VD.device)] = got_VD
         return home_VD

@@ -21,7 +21,7 @@ from parallel.grid import Grid
 from parallel.llm_engine import Leaf, LLMEngine
 from parallel.phases import PhaseTimer
 from parallel.routes import Routes
-from parallel.transfer import to_device
+from parallel.transfer import host_to_device
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def split_leaves(grid: Grid, leaf_UD: torch.Tensor, routes: Routes, *, requires_
     """One leaf a micro-batch on first-stage ranks, zero rows included, so that a frozen LLM still has a graph."""
     if not grid.is_first_stage:
         return [None] * len(routes.leaf_rows_M)
-    at_U = to_device(routes.at_U, leaf_UD.device)
+    at_U = host_to_device(routes.at_U, leaf_UD.device)
     rows = leaf_UD.detach().split(routes.leaf_rows_M)
     places = at_U.split(routes.leaf_rows_M)
     return [Leaf(r.requires_grad_(requires_grad), at) for r, at in zip(rows, places, strict=True)]

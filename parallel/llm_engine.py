@@ -218,13 +218,11 @@ class LLMEngine:
             for kind in KINDS if self.trainable else KINDS[:1]:
                 whole = self._gather(shard, kind, group)
                 for piece in shard.pieces:
-                    start = [0] * len(shard.shape)
-                    start[piece.dim] = piece.start
                     yield StateChunk(
                         name=shard.name,
                         kind=kind,
                         shape=shard.shape,
-                        start=tuple(start),
+                        start=piece.corner(len(shard.shape)),
                         tensor=piece.of_local(whole).cpu(),
                         written_here=written,
                     )
@@ -237,9 +235,7 @@ class LLMEngine:
                 whole = torch.empty(shard.parameter.shape, dtype=torch.float32)
                 for piece in shard.pieces:
                     part = piece.of_local(whole)
-                    start = [0] * len(shard.shape)
-                    start[piece.dim] = piece.start
-                    part.copy_(read(shard.name, kind, tuple(start), tuple(part.shape)))
+                    part.copy_(read(shard.name, kind, piece.corner(part.dim()), tuple(part.shape)))
                 self._put(shard, kind, whole)
 
     def _shards(self) -> Iterator[Shard]:

@@ -22,6 +22,10 @@ class Piece:
     start: int
     length: int
 
+    def corner(self, dims: int) -> tuple[int, ...]:
+        """Global index of the piece's first entry in a tensor of `dims` dimensions."""
+        return tuple(self.start if dim == self.dim else 0 for dim in range(dims))
+
     def of_local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.narrow(self.dim, self.local, self.length)
 

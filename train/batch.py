@@ -16,7 +16,7 @@ from data.reader import RowBatch
 from parallel.balance import image_costs
 from parallel.layout import Coordinates, Layout
 from parallel.routes import VisualPlan, local_positions
-from parallel.transfer import to_device
+from parallel.transfer import host_to_device
 from train.models.llm import PackedRow, pack_row
 from train.models.vit import ViTConfig
 
@@ -72,7 +72,7 @@ def micro_batch_of(
     here = local_positions(layout, place.cp, row_tokens)
 
     def cut(array_RS):
-        return to_device(array_RS.reshape(-1)[here][None], device)
+        return host_to_device(array_RS.reshape(-1)[here][None], device)
 
     return MicroBatch(
         tokens_1T=cut(text.tokens),

@@ -69,11 +69,11 @@ def start_world(device: torch.device) -> None:
     """Joins the world that torchrun describes, or makes a world of one; NCCL on CUDA, gloo on the CPU."""
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
+    alone = {}
     if "MASTER_PORT" not in os.environ:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
-    else:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        alone = {"store": store, "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
 
 
 def build_engines(config: Config, layout: Layout, device: torch.device, *, forward, loss) -> Engines:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 from data.plan import StepPlan
 from parallel.hybrid_step import Engines, forward_only
-from train.batch import MicroBatch, rows_of_replica
-from train.build import Data
+from train.batch import MicroBatch
+from train.build import Data, train_forward
 from train.config import Config
 from train.feed import Feed, replace_pixels, to_device
 
@@ -41,13 +41,7 @@ class Score:
 
 def answer_forward(chunk, batch: MicroBatch, leaf) -> torch.Tensor:
     """Logits of the whole vocabulary [1, T, vocabulary] on the last stage, hidden states before."""
-    return chunk(
-        tokens_1S=batch.tokens_1T,
-        labels_1S=None,
-        row=batch.row,
-        visual_UD=leaf.rows_UD if leaf else None,
-        at_U=leaf.at_U if leaf else None,
-    )
+    return train_forward(chunk, dataclasses.replace(batch, labels_1T=None), leaf)
 
 
 def answer_report(logits_1TV: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +78,7 @@ def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -
     start = data.stream.state()
     for prepared in Feed(data.stream, data.reader, config, engines.grid, steps=steps, substitute=substitute):
         fresh_S = _first_seen(prepared.plan, seen)
-        _add(scores, data.stream.domains, prepared.plan, fresh_S, *_score(config, engines, prepared))
+        _add(scores, data.stream.domains, prepared.plan, fresh_S, *_score(engines, prepared))
     data.stream.load_state(start)
     total = Score(*(sum(getattr(s, f.name) for s in scores.values()) for f in dataclasses.fields(Score)))
     return {**{name: score.numbers() for name, score in scores.items() if score.samples}, "all": total.numbers()}
@@ -111,15 +105,14 @@ def _first_seen(plan: StepPlan, seen: set) -> np.ndarray:
     return np.array(fresh, dtype=bool)
 
 
-def _score(config: Config, engines: Engines, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _score(engines: Engines, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss sum, trained tokens and wrong tokens of every sample of a step, equal on all ranks (collective)."""
     grid, plan = engines.grid, prepared.plan
     totals_3S = torch.zeros(3, plan.length_S.size, dtype=torch.float64)
-    reports = forward_only(engines, to_device(prepared, config, grid))
+    reports = forward_only(engines, to_device(prepared, grid))
     if reports and grid.place.tp == 0:
         sample_RS = _sample_of_position(plan)
-        rows_MB = rows_of_replica(grid.layout, grid.place.dp, len(reports), config.train.micro_batch_size)
-        for report_2T, rows, text in zip(reports, rows_MB, prepared.text_M, strict=True):
+        for report_2T, rows, text in zip(reports, prepared.rows_MB, prepared.text_M, strict=True):
             mask_T = torch.from_numpy(text.loss_mask.reshape(-1))
             owner = torch.from_numpy(sample_RS[rows].reshape(-1))[mask_T]
             loss, right = report_2T.cpu().double()[:, mask_T]

@@ -31,15 +31,15 @@ from train.models.vit import PackedImages
 
 @dataclass
 class PreparedStep:
-    """One step on the host: its plan, this rank's routes, pixels and rows, and what the ranks agreed on."""
+    """One step on the host: its plan, this rank's routes, pixels, rows and their text, and what the ranks agreed on."""
 
     plan: StepPlan
     routes: Routes
     images: ImageBatch
+    rows_MB: np.ndarray
     text_M: list[RowBatch] | None
     trained_tokens: int = 0
     skipped: list[str] = field(default_factory=list)
-    stop: bool = False
 
 
 class AgreedError(RuntimeError):
@@ -78,7 +78,7 @@ class Feed:
         return self
 
     def __next__(self) -> PreparedStep:
-        """The next step; StopIteration after the last or after `stop`; AgreedError where any rank failed."""
+        """The next step; StopIteration after the last; AgreedError where any rank failed."""
         prepared = self._ready.get()
         if prepared is None:
             raise StopIteration
@@ -96,15 +96,15 @@ class Feed:
         try:
             for _ in range(self._steps):
                 prepared = self._prepare()
-                if prepared.stop:
+                if prepared is None:
                     break
                 self._ready.put(prepared)
         except BaseException as error:
             self._ready.put(error)
         self._ready.put(None)
 
-    def _prepare(self) -> PreparedStep:
-        """Reads one step and agrees on it (collective on the control group, whatever happens here)."""
+    def _prepare(self) -> PreparedStep | None:
+        """Reads one step and agrees on it; None where a rank drains (collective on the control group, always)."""
         digest, prepared, failures, error = 0, None, {}, None
         try:
             digest, prepared, failures = self._read()
@@ -121,7 +121,8 @@ class Feed:
         if (seen_W5[:, 0] != digest).any():
             odd = torch.nonzero(seen_W5[:, 0] != seen_W5[0, 0]).flatten().tolist()
             raise AgreedError(f"ranks {odd} planned step {prepared.plan.step} differently from rank 0")
-        prepared.stop = bool(seen_W5[:, 3].any())
+        if seen_W5[:, 3].any():
+            return None
         prepared.trained_tokens = int(seen_W5[:, 4].sum())
         if seen_W5[:, 1].any():
             self._drop(prepared, failures)
@@ -142,7 +143,7 @@ class Feed:
             text_M = [self._reader.read_rows(plan, rows) for rows in self._rows_MB]
             failures |= {sample: sentence for text in text_M for sample, sentence in text.failures}
         digest = (plan.digest() ^ visual.digest(owner_I)) & (2**62 - 1)
-        return digest, PreparedStep(plan, routes, images, text_M), failures
+        return digest, PreparedStep(plan, routes, images, self._rows_MB, text_M), failures
 
     def _count_trained(self, prepared: PreparedStep | None) -> int:
         """Trained tokens of this replica, counted by one rank of it."""
@@ -156,7 +157,7 @@ class Feed:
         dropped = {sample: sentence for told in self._tell(failures) for sample, sentence in told.items()}
         prepared.skipped = [dropped[sample] for sample in sorted(dropped)]
         plan = prepared.plan
-        for rows, text in zip(self._rows_MB, prepared.text_M or [], strict=False):
+        for rows, text in zip(prepared.rows_MB, prepared.text_M or [], strict=False):
             for sample in dropped:
                 for place in np.flatnonzero(rows == plan.row_S[sample]):
                     start = int(plan.start_S[sample])
@@ -177,7 +178,7 @@ class Feed:
         return everyone
 
 
-def to_device(prepared: PreparedStep, config: Config, grid: Grid) -> StepInput:
+def to_device(prepared: PreparedStep, grid: Grid) -> StepInput:
     """Moves a prepared step to the device as the hybrid step takes it."""
     plan, images = prepared.plan, prepared.images
     patches_I = images.grid_hw_I2.prod(axis=1, dtype=np.int64)
@@ -193,13 +194,10 @@ def to_device(prepared: PreparedStep, config: Config, grid: Grid) -> StepInput:
             chunks.append(PackedImages.blank(grid.device))
         rows.append(count // 4)
         image, patch = image + ids.size, patch + count
-    rows_MB = rows_of_replica(
-        grid.layout, grid.place.dp, len(prepared.routes.leaf_rows_M), config.train.micro_batch_size
-    )
-    text_M = prepared.text_M or [None] * len(rows_MB)
+    text_M = prepared.text_M or [None] * len(prepared.rows_MB)
     micro_batches = [
         micro_batch_of(plan, rows, text, grid.layout, grid.place, grid.device)
-        for rows, text in zip(rows_MB, text_M, strict=True)
+        for rows, text in zip(prepared.rows_MB, text_M, strict=True)
     ]
     return StepInput(prepared.routes, chunks, rows, micro_batches, prepared.trained_tokens)
 

@@ -82,7 +82,7 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
             if prepared is None:
                 break
             with timer.phase("to_device"):
-                batch = to_device(prepared, config, engines.grid)
+                batch = to_device(prepared, engines.grid)
             lr = _set_lr(config, engines, step)
             output = hybrid_step(
                 engines,

@@ -39,7 +39,7 @@ def step_by_hand(config, engines, prepared, lr: float = 1e-3):
     engines.llm.set_lr(lr)
     return hybrid_step(
         engines,
-        to_device(prepared, config, engines.grid),
+        to_device(prepared, engines.grid),
         clip_norm=config.optim.clip_norm,
         replay=config.parallel.encoder.recompute == "replay",
         stop=False,

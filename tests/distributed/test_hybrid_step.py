@@ -39,7 +39,7 @@ def autograd_reference(overrides):
 
     config, engines, _, feed = build_run("stage1", [*overrides, "optim.clip_norm=0"], steps=1)
     prepared = next(feed)
-    batch = to_device(prepared, config, engines.grid)
+    batch = to_device(prepared, engines.grid)
     tower, chunk = engines.encoder._run.module, engines.llm.chunks[0]
     rows_VD = torch.cat([tower(images)[:count] for images, count in zip(batch.chunks, batch.chunk_rows, strict=True)])
     rows_UD = rows_VD[torch.from_numpy(batch.routes.send_V)][torch.from_numpy(batch.routes.take_U)]

@@ -293,9 +293,9 @@ def train_and_tell(overrides, run_dir):
     """Trains; (trained tokens, samples skipped) of every step as this rank has them."""
     seen, to_device = [], loop.to_device
 
-    def watched(prepared, config, grid):
+    def watched(prepared, grid):
         seen.append((prepared.trained_tokens, prepared.skipped))
-        return to_device(prepared, config, grid)
+        return to_device(prepared, grid)
 
     loop.to_device = watched
     train_run("stage1", overrides, run_dir)

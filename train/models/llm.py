@@ -22,7 +22,7 @@ from torch.nn.functional import silu
 from parallel.attention import Segments, attention
 from parallel.layout import Layout
 from parallel.routes import local_positions
-from parallel.transfer import to_device
+from parallel.transfer import host_to_device
 from train.models.rotary import axis_angles, rotate, tables
 
 
@@ -105,7 +105,7 @@ def pack_row(lengths_N, positions_S: np.ndarray, layout: Layout, cp: int, device
     positions_S: position of every token of the whole row inside its own sample.
     """
     row = int(np.sum(lengths_N))
-    mine_S = to_device(positions_S[local_positions(layout, cp, row)], device)
+    mine_S = host_to_device(positions_S[local_positions(layout, cp, row)], device)
     if layout.cp == 1:
         return PackedRow(mine_S, [(0, row, 0, row, Segments.of(lengths_N, device=device))], None)
     half = row // (2 * layout.cp)
@@ -119,7 +119,7 @@ def pack_row(lengths_N, positions_S: np.ndarray, layout: Layout, cp: int, device
         segments = Segments.of(highs - np.maximum(lows, begin), highs - lows, device=device)
         pieces.append((place * half, (place + 1) * half, int(borders[first]), end, segments))
     gathered = np.concatenate([local_positions(layout, other, row) for other in range(layout.cp)])
-    return PackedRow(mine_S, pieces, to_device(np.argsort(gathered), device))
+    return PackedRow(mine_S, pieces, host_to_device(np.argsort(gathered), device))
 
 
 class MarkedRMSNorm(torch.nn.RMSNorm):

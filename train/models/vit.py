@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel.attention import Segments, attention
-from parallel.transfer import to_device
+from parallel.transfer import host_to_device
 from train.models.rotary import axis_angles, rotate, tables
 
 PATCH = 14
@@ -57,8 +57,8 @@ class PackedImages:
     def of(patches_NP: np.ndarray, positions_N2: np.ndarray, patches_I, device: torch.device) -> "PackedImages":
         """Moves packed patches to `device`; patches_I counts the patches of each image."""
         return PackedImages(
-            to_device(patches_NP, device),
-            to_device(positions_N2, device),
+            host_to_device(patches_NP, device),
+            host_to_device(positions_N2, device),
             Segments.of(patches_I, device=device),
         )
 
