@@ -20,7 +20,7 @@ DIGITS := read count
 comma := ,
 digit_shards = [$(subst $() ,$(comma),$(foreach task,$(DIGITS),$(SHARDS)/$(1)/$(task)-*.tar))]
 
-.PHONY: toy learn test lint clean
+.PHONY: toy learn test soak lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,10 @@ learn: $(VENV)/installed $(SHARDS)/tokenizer.json
 test: $(VENV)/installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest
+
+# Kills ranks at random moments, hundreds of times, and compares with a run without faults; up to an hour.
+soak: $(VENV)/installed
+	$(BIN)/python -m tests.faults.soak
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check --fix . && $(BIN)/python -m ruff format .

@@ -1,6 +1,7 @@
 """Trains one stage:  torchrun --nproc-per-node 8 launch/pretrain.py +recipe=stage2 scale=toy parallel.pp=2
 
 Every key of `recipes/` can be set on the command line; `--help` lists the groups, `--cfg job` prints the settings.
+Exit codes of a rank: 0 finished, 85 stopped on request with a checkpoint, anything else failed.
 """
 
 import os
@@ -14,6 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from train.config import Config
 from train.feed import AgreedError
+from train.stopping import STOPPED
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -42,9 +44,11 @@ def main(settings: DictConfig) -> None:
     from train.loop import run
 
     try:
-        run(read_config(settings))
+        status = run(read_config(settings))
     except (ValueError, AgreedError) as error:
         sys.exit(f"error: {error}")
+    if status == "stopped":
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

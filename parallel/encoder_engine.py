@@ -11,9 +11,10 @@ weights module by module in the order of calls, so every rank makes the same cal
 
 import contextlib
 import io
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -44,8 +45,8 @@ class EncoderEngine:
     """A vision tower with sharded gradients, optimizer state and, at stage 3, weights.
 
     tower: its forward turns one chunk of images into rows [V, D]; rank 0's weights become everyone's.
-    parts: disjoint named modules of the tower that hold all its trainable parameters; gradient norms are reported by
-        part.  Parameters with requires_grad=False are frozen: no gradient, no optimizer state.
+    parts: disjoint modules of the tower, by their names in it, that hold all its trainable parameters; gradient norms
+        are reported by part.  Parameters with requires_grad=False are frozen: no gradient, no optimizer state.
     precision: "fp32", or "bf16" for bf16 weights and activations with fp32 masters, reductions and accumulation.
 
     Raises ValueError for a stage, precision or set of parts that cannot be.
@@ -173,7 +174,7 @@ class EncoderEngine:
         self._zero.zero_grad()
         self._backwards, self._reduced = 0, False
 
-    # ---- state by names, whole tensors -------------------------------------------------------------------------------
+    # ---- state by names ----------------------------------------------------------------------------------------------
 
     @property
     def optimizer_steps(self) -> int:
@@ -186,41 +187,62 @@ class EncoderEngine:
             self._adam.state[master]["step"].fill_(steps)
 
     def state(self) -> Iterator[StateChunk]:
-        """Weights and, where trained, Adam moments: whole fp32 CPU tensors in a fixed order (collective).
+        """Weights (fp32) and, where trained, Adam moments that this rank saves: views of live memory where they can be.
 
-        Every rank gets every tensor, one at a time; the ranks take turns in writing.
+        Over the ranks every entry comes once.  No collective: this is on the way of the training loop.
         """
         for index, (name, parameter) in enumerate(self._parameters.items()):
+            shape = _whole_shape(parameter)
             for kind in KINDS if parameter.requires_grad else KINDS[:1]:
-                tensor = self._gather(parameter, kind).cpu()
-                yield StateChunk(
-                    name=name,
-                    kind=kind,
-                    shape=tuple(tensor.shape),
-                    start=(0,) * tensor.dim(),
-                    tensor=tensor,
-                    written_here=index % self._world == self._rank,
-                )
+                begin, tensor_N = self._mine(index, parameter, kind)
+                if tensor_N.numel():
+                    yield StateChunk(
+                        name=name,
+                        kind=kind,
+                        shape=shape,
+                        local_shape=shape,
+                        pieces=(),
+                        begin=begin,
+                        tensor_N=tensor_N,
+                    )
 
     @torch.no_grad()
-    def load(self, read: Callable, optimizer: bool) -> None:
-        """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor."""
+    def load(self, read: Callable, optimizer: bool, parts: Collection[str] | None = None) -> None:
+        """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor.
+
+        parts: those to load, None for all (collective).
+        """
         if self._stage == 3 and self.trainable:
             self._zero._partition_all_parameters()
         for name, parameter in self._parameters.items():
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if parts is not None and name.split(".")[0] not in parts:
+                continue
+            shape = _whole_shape(parameter)
             for kind in KINDS if optimizer and parameter.requires_grad else KINDS[:1]:
                 self._put(parameter, kind, read(name, kind, (0,) * len(shape), shape))
         if self.trainable:
             self._refresh_weights()
 
-    def _gather(self, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+    def _mine(self, index: int, parameter: nn.Parameter, kind: str) -> tuple[int, torch.Tensor]:
+        """The run of a parameter's entries that this rank saves: where it begins, and the entries, flat."""
+        numel = math.prod(_whole_shape(parameter))
+        if _is_sharded(parameter):
+            shard = parameter.ds_tensor.numel()  # the last one, or more, are padded
+            begin = min(self._rank * shard, numel)
+            if not parameter.requires_grad:
+                mine = parameter.ds_tensor.detach().float()
+            elif kind == "param":
+                mine = safe_get_local_fp32_param(parameter)
+            else:
+                mine = safe_get_local_optimizer_state(parameter, kind)
+            return begin, mine.flatten()[: max(0, min(shard, numel - begin))]
         if not parameter.requires_grad:
-            with deepspeed.zero.GatheredParameters([parameter], enabled=_is_sharded(parameter)):
-                return parameter.detach().to(torch.float32, copy=True)
-        if kind == "param":
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, kind)
+            whole = parameter.detach().float().flatten()
+            return 0, whole if index % self._world == self._rank else whole[:0]
+        fragment = parameter._hp_mapping
+        if fragment is None:
+            return 0, torch.empty(0)
+        return fragment.lp_fragment_address.start, fragment.get_hp_fragment(None if kind == "param" else kind).detach()
 
     def _put(self, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
         value = value.to(self._device)
@@ -332,3 +354,7 @@ def _prepare_frozen(tower: nn.Module, precision: str) -> None:
 
 def _is_sharded(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
+
+
+def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

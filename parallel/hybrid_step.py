@@ -10,6 +10,8 @@ library; both optimizers step or neither does.
 Legend: V visual rows this rank encodes, U rows this rank's leaves hold, D LLM width.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +54,12 @@ class StepInput:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """reports: of the micro-batches, on last-stage ranks.  Norms are of the whole gradients before clipping; `applied`
-    is False where a non-finite value anywhere made every rank skip the update; stop: any rank wished to stop."""
+    """reports: of the micro-batches, on last-stage ranks.  loss: mean over the trained tokens of the global batch.
+    Norms are of the whole gradients before clipping; `applied` is False where every rank skipped the update; stop: any
+    rank wished to stop."""
 
     reports: list
+    loss: float
     grad_norm: float
     part_norms: dict[str, float]
     applied: bool
@@ -63,13 +67,22 @@ class StepOutput:
 
 
 def hybrid_step(
-    engines: Engines, batch: StepInput, *, clip_norm: float, replay: bool, stop: bool, timer: PhaseTimer
+    engines: Engines,
+    batch: StepInput,
+    *,
+    clip_norm: float,
+    replay: bool,
+    stop: bool,
+    timer: PhaseTimer,
+    accept: Callable[[float, float], bool] = lambda loss, grad_norm: True,
 ) -> StepOutput:
     """Runs one training step (collective over the world).
 
     clip_norm: joint gradient norm above which both modules' gradients are scaled down; 0 turns clipping off.
     replay: encode without autograd first, and again chunk by chunk in the backward (memory of one chunk).
     stop: this rank's wish to stop, which travels with the norms.
+    accept: whether to update, from the loss and the gradient norm, which are equal on all ranks; asked where both are
+    finite, because no step with a non-finite value anywhere is ever applied.
     """
     encoder, llm, exchange = engines.encoder, engines.llm, engines.exchange
 
@@ -91,9 +104,10 @@ def hybrid_step(
         _encoder_backward(encoder, batch, kept, grad_VD)
 
     with timer.phase("update"):
-        norms, stop = _joint_norms(engines, stop)
-        total = sum(value**2 for value in norms.values()) ** 0.5
-        applied = total < float("inf")  # False for inf and for nan
+        loss, norms, stop = _agree(engines, reports, stop)
+        loss /= max(batch.trained_tokens, 1)
+        total = math.hypot(*norms.values())
+        applied = math.isfinite(loss) and math.isfinite(total) and accept(loss, total)
         if applied:
             scale = min(1.0, clip_norm / (total + 1e-6)) if clip_norm > 0 else 1.0
             encoder.step(scale)
@@ -101,7 +115,7 @@ def hybrid_step(
         else:
             encoder.discard()
             llm.discard()
-    return StepOutput(reports, total, norms, applied, stop)
+    return StepOutput(reports, loss, total, norms, applied, stop)
 
 
 @torch.no_grad()
@@ -144,14 +158,19 @@ def _encoder_backward(encoder: EncoderEngine, batch: StepInput, kept: list, grad
         place += count
 
 
-def _joint_norms(engines: Engines, stop: bool) -> tuple[dict[str, float], bool]:
-    """Gradient norm of every part over the world, non-finite where any gradient is; and whether any rank would stop.
+def _agree(engines: Engines, reports: list, stop: bool) -> tuple[float, dict[str, float], bool]:
+    """What decides about the update, over the world: loss summed over trained tokens, gradient norm of every part,
+    non-finite where any value is; and whether any rank would stop.
 
-    One reduction for all of it.
+    One reduction for all of it.  A report's first row holds sums of losses; ranks of a tensor-parallel group hold equal
+    ones.
     """
+    grid = engines.grid
     names = [*engines.encoder.part_names, "llm"]
-    flag = torch.tensor([float(stop)], dtype=torch.float64, device=engines.grid.device)
-    sums = torch.cat([engines.encoder.squared_grad_norms(), engines.llm.squared_grad_norm().double()[None], flag])
+    flag_2 = torch.tensor([0.0, float(stop)], dtype=torch.float64, device=grid.device)
+    if reports and grid.place.tp == 0:
+        flag_2[0] = torch.stack([report[0].sum() for report in reports]).sum()
+    sums = torch.cat([engines.encoder.squared_grad_norms(), engines.llm.squared_grad_norm().double()[None], flag_2])
     dist.all_reduce(sums)
-    *norms, wishes = sums.sqrt().tolist()
-    return dict(zip(names, norms, strict=True)), wishes > 0
+    *squares, loss, wishes = sums.tolist()
+    return loss, {name: math.sqrt(square) for name, square in zip(names, squares, strict=True)}, wishes > 0

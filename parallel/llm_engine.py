@@ -192,13 +192,11 @@ class LLMEngine:
 
     @property
     def optimizer_steps(self) -> int:
-        """Adam's step count, for its bias correction."""
+        """Adam's step count, for its bias correction; 0 on a rank that owns no optimizer state."""
         counts = [int(state["step"]) for state in self._states()] + [
             int(g["step"]) for g in self._groups() if "step" in g
         ]
-        mine = torch.tensor([max(counts, default=0)], device=self.grid.device)
-        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
-        return int(mine)
+        return max(counts, default=0)
 
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
@@ -209,23 +207,26 @@ class LLMEngine:
                 group["step"] = steps
 
     def state(self) -> Iterator[StateChunk]:
-        """Weights (fp32) and Adam moments of this rank's parameters, by global name (collective).
+        """Weights (fp32) and Adam moments that this rank saves, by global name: views of live memory where they can be.
 
-        A chunk is yielded on every rank of a data-parallel group and marked as written by one of them.
+        Over the ranks every entry comes once.  No collective: this is on the way of the training loop.
         """
         for shard in self._shards():
-            group, written = self._holder(shard)
-            for kind in KINDS if self.trainable else KINDS[:1]:
-                whole = self._gather(shard, kind, group)
-                for piece in shard.pieces:
-                    yield StateChunk(
-                        name=shard.name,
-                        kind=kind,
-                        shape=shard.shape,
-                        start=piece.corner(len(shard.shape)),
-                        tensor=piece.of_local(whole).cpu(),
-                        written_here=written,
-                    )
+            group, once = self._holder(shard)
+            owned = self._main(shard.parameter) if self.trainable else None
+            if not once or (owned is None and (self.trainable or dist.get_rank(group) != 0)):
+                continue
+            main, moments, where = owned or (shard.parameter.detach(), {}, slice(0, None))
+            for kind, tensor in (("param", main.detach()), *((kind, moments[kind]) for kind in KINDS[1:] if moments)):
+                yield StateChunk(
+                    name=shard.name,
+                    kind=kind,
+                    shape=shard.shape,
+                    local_shape=tuple(shard.parameter.shape),
+                    pieces=shard.pieces,
+                    begin=where.start,
+                    tensor_N=tensor.float().reshape(-1),
+                )
 
     @torch.no_grad()
     def load(self, read: Callable, optimizer: bool) -> None:
@@ -243,7 +244,7 @@ class LLMEngine:
             yield from shards_of(chunk)
 
     def _holder(self, shard: Shard):
-        """Data-parallel group that shares this parameter, and whether this rank writes it."""
+        """Data-parallel group that shares this parameter, and whether it, not another copy's group, saves it."""
         cut = any(piece.length != shard.shape[piece.dim] for piece in shard.pieces)
         if getattr(shard.parameter, "allreduce", True) and "local_experts" not in shard.name:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -251,7 +252,7 @@ class LLMEngine:
         else:
             group = parallel_state.get_expert_data_parallel_group()
             tensor_rank = parallel_state.get_expert_tensor_parallel_rank()
-        return group, dist.get_rank(group) == 0 and (cut or tensor_rank == 0)
+        return group, cut or tensor_rank == 0
 
     def _main(self, parameter):
         """(fp32 main parameter, its Adam state, its range in the local parameter) where this rank owns a part."""
@@ -262,18 +263,6 @@ class LLMEngine:
                 where = optimizer._get_model_param_range_map(parameter)["param"]
                 return main, optimizer.optimizer.state[main], slice(where.start, where.end)
         return None
-
-    def _gather(self, shard: Shard, kind: str, group) -> torch.Tensor:
-        parameter = shard.parameter
-        if not self.trainable:
-            return parameter.detach().float()
-        whole = torch.zeros(parameter.numel(), device=parameter.device)
-        owned = self._main(parameter)
-        if owned is not None:
-            main, state, where = owned
-            whole[where] = (main.detach() if kind == "param" else state[kind]).float()
-        dist.all_reduce(whole, group=group)
-        return whole.view(parameter.shape)
 
     def _put(self, shard: Shard, kind: str, whole: torch.Tensor) -> None:
         if kind == "param":

@@ -12,25 +12,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core import parallel_state
 
-
-@dataclass(frozen=True)
-class Piece:
-    """`length` entries along `dim`: local ones from `local`, global ones from `start`."""
-
-    dim: int
-    local: int
-    start: int
-    length: int
-
-    def corner(self, dims: int) -> tuple[int, ...]:
-        """Global index of the piece's first entry in a tensor of `dims` dimensions."""
-        return tuple(self.start if dim == self.dim else 0 for dim in range(dims))
-
-    def of_local(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.narrow(self.dim, self.local, self.length)
-
-    def of_global(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.narrow(self.dim, self.start, self.length)
+from parallel.state import Piece
 
 
 @dataclass(frozen=True)

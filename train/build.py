@@ -23,6 +23,7 @@ from train.batch import MicroBatch
 from train.config import Config
 from train.models import llm as llm_model
 from train.models import vision_tower
+from train.rendezvous import agent_store
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,12 @@ def start_world(device: torch.device) -> None:
     """Joins the world that torchrun describes, or makes a world of one; NCCL on CUDA, gloo on the CPU."""
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
-    alone = {}
-    if "MASTER_PORT" not in os.environ:
+    if "MASTER_PORT" in os.environ:
+        store = agent_store()
+    else:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        alone = {"store": store, "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+    where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **(where if store else {}))
 
 
 def build_engines(config: Config, layout: Layout, device: torch.device, *, forward, loss) -> Engines:

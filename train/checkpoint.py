@@ -2,129 +2,172 @@
 
     step-00000020/  manifest.json  rank-00000.safetensors  rank-00001.safetensors ...
 
-Every rank writes the boxes it holds into a staging folder; rank 0 writes the manifest and renames the folder, so a
-checkpoint is whole or not there.  A reader asks for any box of a tensor and gets it cut from whatever boxes were saved.
-Nothing is unpickled.
+The manifest says of every file its size and checksum, of every tensor its shape and boxes, and of itself a digest: one
+flipped bit anywhere is noticed.  A reader asks for any box of a tensor and gets it cut from whatever boxes were saved.
+Nothing is unpickled.  This module reads and checks; `train/saving.py` writes.
 """
 
 import hashlib
-import itertools
 import json
+import math
 import os
 import re
-import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+import zlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from parallel.hybrid_step import Engines
-from parallel.state import StateChunk
+from parallel import random_state
+from parallel.layout import Layout
 
-FORMAT = "tandem checkpoint 1"
-_NAME = re.compile(r"step-(\d{8})")
+if TYPE_CHECKING:  # launch/checkpoint.py reads checkpoints without Megatron-core and DeepSpeed
+    from parallel.hybrid_step import Engines
+
+FORMAT = "tandem checkpoint 2"
+MANIFEST = "manifest.json"
+MODULES = ("encoder", "adapter", "llm")
+RANDOM = "random/"  # keys of a rank's random states
+NAME = re.compile(r"step-(\d{8})")
+BLOCK = 1 << 22  # bytes; what was summed is still in the cache when it is written
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything of a run that is not a tensor: steps done, data position, Adam's counts, and the recipe it was."""
+    """Everything of a run that is not a tensor.
+
+    step: steps done.  data: position in the stream.  optimizer_steps: Adam's counts, by engine.  recipe, layout: of the
+    run that saved.  extra: what guards and counters want to find again, as JSON.
+    """
 
     step: int
     data: dict
     optimizer_steps: dict[str, int]
     recipe: str
+    layout: dict[str, int] = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)
 
 
-def save(folder: Path, engines: Engines, state: TrainState, keep: int) -> Path:
-    """Writes checkpoint `step-N` under `folder` (collective), then removes all but the newest `keep`."""
-    rank = engines.grid.rank
-    final = folder / f"step-{state.step:08d}"
-    staging = folder / f".{final.name}.partial"
-    if rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier(engines.grid.saving)
-    file = f"rank-{rank:05d}.safetensors"
-    boxes = _write(staging / file, file, itertools.chain(engines.encoder.state(), engines.llm.state()))
-    everyone = [None] * engines.grid.layout.world if rank == 0 else None
-    dist.gather_object(boxes, everyone, group=engines.grid.saving)
-    if rank == 0:
-        _publish(staging, final, state, [box for part in everyone for box in part])
-        _prune(folder, keep)
-    dist.barrier(engines.grid.saving)
-    return final
+def layout_of(layout: Layout) -> dict[str, int]:
+    """The sizes of a layout, as a checkpoint records them."""
+    return {key: getattr(layout, key) for key in ("world", "tp", "cp", "pp", "vpp", "ep", "etp")}
 
 
-def _write(path: Path, file: str, chunks: Iterable[StateChunk]) -> list[dict]:
-    tensors, boxes = {}, []
-    for chunk in chunks:  # state() is collective: every rank goes through all of it
-        if chunk.written_here:
-            key = f"{len(boxes)}"
-            tensors[key] = chunk.tensor.contiguous()
-            boxes.append(
-                {
-                    "name": chunk.name,
-                    "kind": chunk.kind,
-                    "shape": list(chunk.shape),
-                    "start": list(chunk.start),
-                    "size": list(chunk.tensor.shape),
-                    "file": file,
-                    "key": key,
-                }
-            )
-    save_file(tensors, path)
-    _flush(path)
-    return boxes
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def _publish(staging: Path, final: Path, state: TrainState, boxes: list[dict]) -> None:
-    files = {path.name: path.stat().st_size for path in sorted(staging.glob("*.safetensors"))}
-    manifest = {
-        "format": FORMAT,
-        "step": state.step,
-        "data": state.data,
-        "optimizer_steps": state.optimizer_steps,
-        "recipe": state.recipe,
-        "files": files,
-        "boxes": boxes,
-    }
-    manifest["digest"] = _digest(manifest)
-    (staging / "manifest.json").write_text(json.dumps(manifest))
-    _flush(staging / "manifest.json")
-    shutil.rmtree(final, ignore_errors=True)
-    staging.rename(final)
-    _flush(final.parent)
+def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> dict:
+    """Writes CPU tensors as a safetensors file, flushed to disk; returns its {"bytes", "crc32"}, summed on the way."""
+    header, place = {"__metadata__": metadata} if metadata else {}, 0
+    for key, tensor in tensors.items():
+        end = place + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    size, crc = 8 + len(text) + place, 0
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little") + text, *map(_bytes_of, tensors.values())):
+            for begin in range(0, len(part), BLOCK):
+                block = part[begin : begin + BLOCK]
+                crc = zlib.crc32(block, crc)
+                file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "crc32": f"{crc:08x}"}
 
 
-def _digest(manifest: dict) -> str:
-    """Of all that a manifest says, so that a flipped bit in it is noticed."""
-    said = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def crc32_of(path: Path) -> str:
+    """Checksum of a file, by blocks."""
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        block = memoryview(bytearray(BLOCK))
+        while count := file.readinto(block):
+            crc = zlib.crc32(block[:count], crc)
+    return f"{crc:08x}"
+
+
+def manifest_text(said: dict) -> str:
+    """The manifest's one way of being written, with its digest: a reader refuses any other."""
+    digest = hashlib.sha256(_canonical(said).encode()).hexdigest()
+    return _canonical({**said, "digest": digest})
+
+
+def _canonical(value: dict) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a checkpoint.  Raises ValueError where it is missing, damaged or of another format."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        text = (path / MANIFEST).read_text()
+        said = json.loads(text)
+        if said["format"] != FORMAT:
+            raise ValueError(f"its format is {said['format']!r}, this version reads {FORMAT!r}")
+        if text != manifest_text({key: value for key, value in said.items() if key != "digest"}):
+            raise ValueError("its digest does not match what it says")
+        said["state"] = TrainState(**said["state"])
+        names = list(said["files"])
+        for file, facts in said["files"].items():
+            if Path(file).name != file:
+                raise ValueError(f"it lists {file}, which is not a file name")
+            facts["bytes"], facts["crc32"]
+        for name, tensor in said["tensors"].items():
+            for place, start, size in tensor["boxes"]:
+                if not (0 <= place < len(names) and len(start) == len(size) == len(tensor["shape"])):
+                    raise ValueError(f"a box of {name} cannot be")
+            tensor["kinds"] = tuple(tensor["kinds"])
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"checkpoint {path}: {MANIFEST} cannot be used: {why}") from error
+    return said
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in checkpoints(folder)[: -max(keep, 1)]:
-        shutil.rmtree(old)
+def damage(path: Path, share: int = 0, of: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, one sentence a file; of its files, every `of`-th from `share` on is read."""
+    try:
+        files = read_manifest(path)["files"]
+    except ValueError as error:
+        return [str(error)]
+    found = ((name, _damage_of(path / name, files[name])) for name in sorted(files)[share::of])
+    return [f"checkpoint {path}: {name} {what}" for name, what in found if what]
+
+
+def _damage_of(file: Path, facts: dict) -> str | None:
+    try:
+        if (size := file.stat().st_size) != facts["bytes"]:
+            return f"is {size} bytes long, not {facts['bytes']}"
+        return None if crc32_of(file) == facts["crc32"] else "is damaged: its checksum is not that of the manifest"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error}"
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def named(folder: Path) -> list[Path]:
+    """Everything under `folder` that has a checkpoint's name, oldest first; unlike `checkpoints`, damaged or not."""
+    return sorted(path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints under `folder`, oldest first."""
-    found = [
-        path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / "manifest.json").is_file()
-    ]
-    return sorted(found)
+    """Published checkpoints under `folder`, oldest first.  The newest is the last: no file says which, none can lie."""
+    return [path for path in named(folder) if (path / MANIFEST).is_file()]
 
 
 def resolve(path: str | Path) -> Path:
@@ -134,101 +177,125 @@ def resolve(path: str | Path) -> Path:
     """
     path = Path(path)
     for folder in (path, path / "checkpoints"):
-        if (folder / "manifest.json").is_file():
+        if (folder / MANIFEST).is_file():
             return folder
         if found := checkpoints(folder):
             return found[-1]
     raise ValueError(f"there is no checkpoint at {path}: give a run directory or a step-* folder")
 
 
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
 class Reader:
     """Reads boxes of tensors from one checkpoint.
 
-    Raises ValueError, naming the file or tensor, for a damaged, foreign or incomplete checkpoint.
+    tensors: {name: {"shape", "kinds", ...}}.  Raises ValueError, naming the file or tensor, for a damaged, foreign or
+    incomplete checkpoint; checksums are `damage`'s to compare, not this one's.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._open: dict[str, object] = {}
-        try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            if manifest["format"] != FORMAT:
-                raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT!r}")
-            self.state = TrainState(
-                step=manifest["step"],
-                data=manifest["data"],
-                optimizer_steps=manifest["optimizer_steps"],
-                recipe=manifest["recipe"],
-            )
-            self._boxes: dict[tuple[str, str], list[dict]] = {}
-            for box in manifest["boxes"]:
-                self._boxes.setdefault((box["name"], box["kind"]), []).append(box)
-            files = dict(manifest["files"])
-            if unknown := {box["file"] for box in manifest["boxes"]} - set(files):
-                raise ValueError(f"its boxes lie in {', '.join(sorted(unknown))}, which it does not list")
-            if manifest["digest"] != _digest(manifest):
-                raise ValueError("its digest does not match what it says")
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            why = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"checkpoint {path}: manifest.json cannot be used: {why}") from error
-        for file, size in files.items():
-            if Path(file).name != file or not (path / file).is_file() or (path / file).stat().st_size != size:
-                raise ValueError(f"checkpoint {path}: {file} is missing or not {size} bytes long")
+        manifest = read_manifest(path)
+        self.state: TrainState = manifest["state"]
+        self.tensors: dict[str, dict] = manifest["tensors"]
+        self._files = list(manifest["files"])
+        for file, facts in manifest["files"].items():
+            if not (path / file).is_file() or (path / file).stat().st_size != facts["bytes"]:
+                raise ValueError(f"checkpoint {path}: {file} is missing or not {facts['bytes']} bytes long")
 
     def read(self, name: str, kind: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """The box of `size` at `start` of a global tensor, fp32 on the CPU."""
-        boxes = self._boxes.get((name, kind))
-        if boxes is None:
+        tensor = self.tensors.get(name)
+        if tensor is None or kind not in tensor["kinds"]:
             raise ValueError(f"checkpoint {self.path} has no {kind} of {name}")
-        shape = boxes[0]["shape"]
+        shape = tensor["shape"]
         if len(shape) != len(size) or any(s + n > whole for s, n, whole in zip(start, size, shape, strict=True)):
             raise ValueError(f"checkpoint {self.path}: {name} has shape {shape}, the model wants {size} from {start}")
         out, filled = torch.empty(size), torch.zeros(size, dtype=torch.bool)
-        for box in boxes:
-            low = [max(a, b) for a, b in zip(start, box["start"], strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(start, size, box["start"], box["size"], strict=True)]
+        for file, corner, extent in tensor["boxes"]:
+            low = [max(a, b) for a, b in zip(start, corner, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(start, size, corner, extent, strict=True)]
             if any(lo >= hi for lo, hi in zip(low, high, strict=True)):
                 continue
-            there = tuple(slice(lo - b, hi - b) for lo, hi, b in zip(low, high, box["start"], strict=True))
+            there = tuple(slice(lo - b, hi - b) for lo, hi, b in zip(low, high, corner, strict=True))
             here = tuple(slice(lo - a, hi - a) for lo, hi, a in zip(low, high, start, strict=True))
-            out[here] = self._slice(box, there)
+            out[here] = self._slice(self._files[file], box_key(name, kind, corner), there)
             filled[here] = True
         if not filled.all():
             raise ValueError(f"checkpoint {self.path}: {kind} of {name} is not complete")
         return out
 
-    def _slice(self, box: dict, where: tuple[slice, ...]) -> torch.Tensor:
+    def numel(self, name: str) -> int:
+        return math.prod(self.tensors[name]["shape"])
+
+    def whole(self, name: str, kind: str = "param") -> torch.Tensor:
+        """One global tensor."""
+        shape = tuple(self.tensors[name]["shape"]) if name in self.tensors else ()
+        return self.read(name, kind, (0,) * len(shape), shape)
+
+    def random_state(self, rank: int) -> dict[str, torch.Tensor]:
+        """The random states that a rank saved."""
+        file = file_of(rank)
         try:
-            if box["file"] not in self._open:
-                self._open[box["file"]] = safe_open(self.path / box["file"], framework="pt")
-            return self._open[box["file"]].get_slice(box["key"])[where]
+            handle = self._handle(file)
+            keys = [key for key in handle.keys() if key.startswith(RANDOM)]  # noqa: SIM118  (it is no mapping)
+            return {key.removeprefix(RANDOM): handle.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"checkpoint {self.path}: {box['file']} is damaged: {error}") from error
+            raise ValueError(f"checkpoint {self.path}: {file} is damaged: {error}") from error
+
+    def _slice(self, file: str, key: str, where: tuple[slice, ...]) -> torch.Tensor:
+        try:
+            return self._handle(file).get_slice(key)[where]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"checkpoint {self.path}: {file} is damaged: {error}") from error
+
+    def _handle(self, file: str):
+        if file not in self._open:
+            self._open[file] = safe_open(self.path / file, framework="pt")
+        return self._open[file]
 
 
-def load(reader: Reader, engines: Engines, *, optimizer: bool) -> None:
-    """Takes weights, and with `optimizer` Adam's moments and counts, into both engines (collective).
+def file_of(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def box_key(name: str, kind: str, corner: Collection[int]) -> str:
+    """Key of a box in its file."""
+    return f"{name}/{kind}/{','.join(map(str, corner))}"
+
+
+# ---- into the engines -----------------------------------------------------------------------------------------------
+
+
+def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collection[str] = MODULES) -> None:
+    """Takes weights of `modules`, and with `optimizer` Adam's moments and counts, into the engines (collective).
 
     Raises ValueError where moments are asked for that were not saved, as from a stage that froze the module.
     """
-    parts = {"llm": engines.llm, "encoder": engines.encoder}
-    for name, engine in parts.items():
-        if optimizer and engine.trainable and reader.state.optimizer_steps.get(name) is None:
+    wanted = {
+        "llm": (engines.llm, "llm" in modules),
+        "encoder": (engines.encoder, bool({"encoder", "adapter"} & set(modules))),
+    }
+    for name, (engine, here) in wanted.items():
+        if here and optimizer and engine.trainable and reader.state.optimizer_steps.get(name) is None:
             raise ValueError(
                 f"checkpoint {reader.path} has no optimizer state of the {name}, frozen in its recipe "
                 f"{reader.state.recipe}; set checkpoint.load_optimizer=false to start with fresh moments"
             )
-    for name, engine in parts.items():
-        engine.load(reader.read, optimizer)
-        if optimizer and engine.trainable:
+    if wanted["llm"][1]:
+        engines.llm.load(lambda name, *box: reader.read(f"llm.{name}", *box), optimizer)
+    if wanted["encoder"][1]:
+        engines.encoder.load(reader.read, optimizer, modules)
+    for name, (engine, here) in wanted.items():
+        if here and optimizer and engine.trainable:
             engine.optimizer_steps = reader.state.optimizer_steps[name]
 
 
-def train_state(engines: Engines, step: int, data: dict, recipe: str) -> TrainState:
-    """The non-tensor state after `step` steps (collective)."""
-    steps = {
-        name: engine.optimizer_steps
-        for name, engine in (("encoder", engines.encoder), ("llm", engines.llm))
-        if engine.trainable
-    }
-    return TrainState(step=step, data=data, optimizer_steps=steps, recipe=recipe)
+def restore_random(reader: Reader, engines: "Engines") -> bool:
+    """Sets this rank's random states to those saved, if the layout is the one that saved them."""
+    same = reader.state.layout == layout_of(engines.grid.layout)
+    if same:
+        random_state.restore(reader.random_state(engines.grid.rank))
+    return same

@@ -29,7 +29,17 @@ LEAST = {
     "data.prefetch": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
     "logger.every": 1,
+    "watchdog.timeout_s": 0,
+    "guard.window": 2,
+    "guard.spike_loss": 0,
+    "guard.spike_norm": 0,
+    "guard.consecutive": 1,
+    "guard.total": 1,
+    "guard.rollbacks": 0,
+    "health.every": 0,
+    "health.slow_factor": 1,
 }
 
 
@@ -120,14 +130,17 @@ class DataConfig:
 @dataclass
 class CheckpointConfig:
     """dir: null for <run.dir>/checkpoints.  every: steps between checkpoints, 0 for only the last.  keep: newest ones
-    kept.  resume: go on from the newest checkpoint in dir.  load_from: a run or checkpoint to start from, under any
-    layout; load_optimizer: its Adam moments too."""
+    kept; keep_every: and those whose step is a multiple of it.  resume: go on from the newest valid checkpoint in dir.
+    load_from: a run or checkpoint to start from, under any layout; load_modules: which of encoder, adapter and llm to
+    take; load_optimizer: their Adam moments too."""
 
     dir: str | None
     every: int
     keep: int
+    keep_every: int
     resume: bool
     load_from: str | None
+    load_modules: list[str]
     load_optimizer: bool
 
 
@@ -140,6 +153,41 @@ class LoggerConfig:
     wandb: str
     project: str
     peak_tflops: float | None
+
+
+@dataclass
+class WatchdogConfig:
+    """timeout_s: silence of a rank inside a step after which the run is aborted, 0 for no watchdog; longer than any
+    phase of a step.  patience_s: the same until the first step is done, while a checkpoint is written or loaded, and in
+    evaluations."""
+
+    timeout_s: float
+    patience_s: float
+
+
+@dataclass
+class GuardConfig:
+    """window: steps looked back at; values are judged once half of it is seen.  spike_loss, spike_norm: robust standard
+    deviations above the median from which a step is skipped, 0 for never.  consecutive, total: skipped steps in a row,
+    or in the window, after which the run goes back to its last checkpoint.  rollbacks: to one checkpoint, after which
+    the run ends.  replay: compute a suspicious step again to see whether the fault is transient."""
+
+    window: int
+    spike_loss: float
+    spike_norm: float
+    consecutive: int
+    total: int
+    rollbacks: int
+    replay: bool
+
+
+@dataclass
+class HealthConfig:
+    """every: steps between looks at slow ranks, memory and disk, 0 for none.  slow_factor: times the median of the
+    ranks from which a phase of a rank is reported."""
+
+    every: int
+    slow_factor: float
 
 
 @dataclass
@@ -160,6 +208,9 @@ class Config:
     data: DataConfig
     checkpoint: CheckpointConfig
     logger: LoggerConfig
+    watchdog: WatchdogConfig
+    guard: GuardConfig
+    health: HealthConfig
     run: RunConfig
     scale: dict[str, Any] = field(default_factory=dict)
 
@@ -191,6 +242,11 @@ class Config:
         self._check_parallel(layout)
         self._check_batch(layout)
         self._check_choices()
+        if self.watchdog.patience_s < self.watchdog.timeout_s:
+            raise ValueError(
+                f"watchdog.patience_s={self.watchdog.patience_s} is shorter than watchdog.timeout_s="
+                f"{self.watchdog.timeout_s}"
+            )
         if not self.data.shards:
             raise ValueError("data.shards is empty: name one or more WebDataset shards (paths or brace patterns)")
         return layout
@@ -252,5 +308,19 @@ class Config:
             raise ValueError(
                 f"train.trainable={list(self.train.trainable)}: must name adapter and may name encoder and llm"
             )
+        self._check_loading()
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ValueError(f"optim.betas={list(self.optim.betas)}: must be two numbers from 0 to below 1")
+
+    def _check_loading(self) -> None:
+        modules, trainable = set(self.checkpoint.load_modules), set(self.train.trainable)
+        if not modules or modules - set(PARTS):
+            raise ValueError(
+                f"checkpoint.load_modules={list(self.checkpoint.load_modules)}: must name one or more of "
+                f"{', '.join(PARTS)}"
+            )
+        if self.checkpoint.load_optimizer and trainable - modules:
+            raise ValueError(
+                f"checkpoint.load_optimizer=true with checkpoint.load_modules={list(self.checkpoint.load_modules)}: "
+                f"must name all of train.trainable={list(self.train.trainable)}; set checkpoint.load_optimizer=false"
+            )

@@ -6,77 +6,116 @@
 import functools
 import gc
 import os
-import signal
-import threading
 import time
 from contextlib import contextmanager
-from datetime import datetime
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
-from parallel.hybrid_step import Engines, hybrid_step
+from parallel.hybrid_step import Engines, StepOutput, hybrid_step
 from parallel.layout import Layout
 from parallel.phases import PhaseTimer
-from train import checkpoint
+from train import checkpoint, guards, watchdog
 from train.build import Data, build_engines, local_device, open_data, start_world, train_forward, train_loss
 from train.config import Config
 from train.feed import AgreedError, Feed, to_device
+from train.health import Health
 from train.metrics import Logger, StepMetrics
+from train.saving import Saver
 from train.schedule import learning_rate
+from train.start import Places, Position, agree_on_places, go_back, restore
+from train.stopping import end_launcher, follow_launcher, stop_wish
+from train.watchdog import Heartbeat
 
 COLLECT_EVERY = 50  # steps between garbage collections, on all ranks at once
 
 
-def run(config: Config) -> None:
-    """Sets up one run on this rank and trains it to the end.
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    config: Config
+    engines: Engines
+    data: Data
+    places: Places
+    saver: Saver
+    logger: Logger
+    heartbeat: Heartbeat
+
+
+def run(config: Config) -> str:
+    """Sets up one run on this rank and trains it to the end; returns how it ended, "finished" or "stopped".
 
     Raises ValueError, before the world starts, for settings or data that cannot work.
     """
     layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
-    data = open_data(config)
-    start = checkpoint.Reader(checkpoint.resolve(config.checkpoint.load_from)) if config.checkpoint.load_from else None
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    device = local_device()
-    start_world(device)
-    run_in_world(config, layout, data, start, device)
-    dist.destroy_process_group()  # after success alone: NCCL's waits for ranks that may be in another collective
+    launcher = follow_launcher()
+    with watchdog.watch(config.watchdog.timeout_s, config.watchdog.patience_s) as heartbeat:
+        data = open_data(config)
+        load_from = config.checkpoint.load_from
+        start = checkpoint.Reader(checkpoint.resolve(load_from)) if load_from else None
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        device = local_device()
+        start_world(device)
+        status = run_in_world(config, layout, data, start, device, heartbeat)
+        if status == "stopped":
+            end_launcher(launcher)
+            dist.barrier()  # no rank ends before every torchrun knows that it is meant
+        dist.destroy_process_group()  # after success alone: NCCL's waits for ranks that may be in another collective
+    return status
 
 
 def run_in_world(
-    config: Config, layout: Layout, data: Data, start: checkpoint.Reader | None, device: torch.device
-) -> Path:
-    """The run itself, in a world that has started (collective); returns its directory."""
+    config: Config,
+    layout: Layout,
+    data: Data,
+    start: checkpoint.Reader | None,
+    device: torch.device,
+    heartbeat: Heartbeat,
+) -> str:
+    """The run itself, in a world that has started (collective); returns how it ended."""
     torch.use_deterministic_algorithms(config.train.deterministic)
-    run_dir, folder, newest = _agree_on_places(config)
+    places = agree_on_places(config)
+    heartbeat.place(places.run_dir, places.attempt)
+    heartbeat.beat("build")
     loss = functools.partial(train_loss, domains=len(data.stream.domains))
     engines = build_engines(config, layout, device, forward=train_forward, loss=loss)
-    first_step = _restore(config, engines, data, start, newest)
-    logger = Logger(config, run_dir, engines.grid.rank, first_step)
-    logger.say(f"{config.recipe} at {config.scale['name']} scale on {layout.world} ranks, run directory {run_dir}")
-    train(config, engines, data, logger, first_step, folder)
+    keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
+    saver = Saver(places.folder, engines, recipe=config.recipe, **keep)
+    heartbeat.beat("restore")
+    position, damaged = restore(config, engines, data, start, saver, places)
+    logger = Logger(config, places, engines.grid.rank, position)
+    logger.say(
+        f"{config.recipe} at {config.scale['name']} scale on {layout.world} ranks, run directory {places.run_dir}"
+    )
+    for sentence in damaged:
+        logger.say(f"DAMAGED, an older one is used: {sentence}")
+    status = train(Run(config, engines, data, places, saver, logger, heartbeat), position)
     data.reader.close()
-    return run_dir
+    return status
 
 
-def train(config: Config, engines: Engines, data: Data, logger: Logger, first_step: int, folder: Path) -> None:
-    """Trains steps first_step .. train.steps - 1, saving checkpoints under `folder`.
+def train(run: Run, position: Position) -> str:
+    """Trains from `position` to train.steps, saving checkpoints on the way; returns "finished" or "stopped".
 
     A wish to stop ends it after the same step on all ranks; what ends the feed on all ranks (AgreedError) does too, and
-    is raised once the steps so far are saved.
+    is raised once the steps so far are saved.  Steps that the guards refuse are skipped on all ranks; too many of them
+    send the run back to its last checkpoint.
     """
-    metrics = StepMetrics(config, engines, data.stream.domains)
-    timer = PhaseTimer(engines.grid.device)
-    step, saved, position, failure = first_step, None, data.stream.state(), None
-    feed = Feed(data.stream, data.reader, config, engines.grid, steps=config.train.steps - first_step)
-    with _stop_signals() as stop, _quiet_collector():
+    config, engines, saver, logger, heartbeat = run.config, run.engines, run.saver, run.logger, run.heartbeat
+    metrics = StepMetrics(config, engines, run.data.stream.domains)
+    timer = PhaseTimer(engines.grid.device, begins=heartbeat.beat)
+    health = Health(run.places.folder, engines.grid.device)
+    step, saved, data, record = position.step, position.step, position.data, position.record
+    feed, failure = _open_feed(run, step), None
+    with stop_wish() as stop, _quiet_collector():
         begin = time.perf_counter()
         while True:
             try:
-                prepared = next(feed, None)
+                with timer.phase("wait"):
+                    prepared = next(feed, None)
             except AgreedError as error:
                 prepared, failure = None, error
             if prepared is None:
@@ -84,32 +123,105 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
             with timer.phase("to_device"):
                 batch = to_device(prepared, engines.grid)
             lr = _set_lr(config, engines, step)
-            output = hybrid_step(
-                engines,
-                batch,
-                clip_norm=config.optim.clip_norm,
-                replay=config.parallel.encoder.recompute == "replay",
-                stop=stop.is_set(),
-                timer=timer,
-            )
+            output = _step(run, batch, record, timer, stop.is_set())
+            if not output.applied:
+                _tell_skipped(run, step, batch, record, output, timer)
+            record = guards.after(config.guard, record, output.loss, output.grad_norm, output.applied)
             for sentence in prepared.skipped:
                 logger.say(f"skipped: {sentence}")
-            now = time.perf_counter()
-            logger.log(metrics.numbers(step, lr, now - begin, prepared, output), timer.take())
-            begin, step, position = now, step + 1, prepared.plan.state_after
+            heartbeat.beat("metrics")
+            now, phases = time.perf_counter(), timer.take()
+            logger.log(metrics.numbers(step, lr, now - begin, prepared, output), phases)
+            health.add(phases)
+            begin, step, data = now, step + 1, prepared.plan.state_after
+            heartbeat.step_done(step)
             if step % COLLECT_EVERY == 0:
                 gc.collect(1)
+            if config.health.every and step % config.health.every == 0:
+                logger.tell_health(*health.look(config.health.slow_factor))
+            if (why := guards.past_limit(config.guard, record)) and not output.stop:
+                feed.drain()
+                try:
+                    position = _roll_back(run, why, step, data)
+                except AgreedError as error:
+                    failure = error
+                    break
+                step, saved, data, record = position.step, position.step, position.data, position.record
+                feed, begin = _open_feed(run, step), time.perf_counter()
+                continue
             if config.checkpoint.every and step % config.checkpoint.every == 0:
-                saved = _save(config, engines, folder, step, position)
-                begin = time.perf_counter()
+                _save(run, step, data, record)
+                saved, begin = step, time.perf_counter()
+            if sentence := saver.poll():
+                logger.say(sentence)
             if output.stop:
+                stop.set()
                 feed.drain()
                 break
-        if step > first_step and (saved is None or saved.name != f"step-{step:08d}"):
-            saved = _save(config, engines, folder, step, position)
-    logger.finish("failed" if failure else "finished" if step == config.train.steps else "stopped", saved)
+        if step != saved:
+            _save(run, step, data, record)
+        with heartbeat.patient("save"):
+            newest = saver.wait()
+        if sentence := saver.poll():
+            logger.say(sentence)
+        status = "failed" if failure else "finished" if step == config.train.steps else "stopped"
+        logger.finish(status, step, newest)
     if failure:
         raise failure
+    return status
+
+
+def _open_feed(run: Run, step: int) -> Feed:
+    config, data = run.config, run.data
+    return Feed(data.stream, data.reader, config, run.engines.grid, steps=config.train.steps - step)
+
+
+def _step(run: Run, batch, record: guards.Record, timer: PhaseTimer, stop: bool, update: bool = True) -> StepOutput:
+    """One hybrid step, applied if the guards have nothing against it."""
+    config = run.config
+    return hybrid_step(
+        run.engines,
+        batch,
+        clip_norm=config.optim.clip_norm,
+        replay=config.parallel.encoder.recompute == "replay",
+        stop=stop,
+        timer=timer,
+        accept=lambda loss, norm: update and guards.verdict(config.guard, record, loss, norm) is None,
+    )
+
+
+def _tell_skipped(run: Run, step: int, batch, record: guards.Record, output: StepOutput, timer: PhaseTimer) -> None:
+    """Records why a step was skipped and, where asked for, what computing it again says (collective)."""
+    guard, first = run.config.guard, (output.loss, output.grad_norm)
+    finding = None
+    if guard.replay:
+        again = _step(run, batch, record, timer, stop=False, update=False)
+        second = (again.loss, again.grad_norm)
+        finding = guards.replay_finding(first, second, guards.verdict(guard, record, *second))
+    run.logger.skipped(step, output, guards.verdict(guard, record, *first), finding)
+
+
+def _roll_back(run: Run, why: str, step: int, data: dict) -> Position:
+    """Back to the last checkpoint, with the data after this step (collective); AgreedError where that cannot help."""
+    with run.heartbeat.patient("roll back"):
+        run.saver.wait()
+        newest, _ = run.saver.newest_valid()
+        if newest is None:
+            raise AgreedError(f"{why}, and there is no checkpoint to go back to; see guard.* and checkpoint.every")
+        target = checkpoint.step_of(newest)
+        before = sum(to_step == target for to_step, _ in run.places.rollbacks)
+        if before >= run.config.guard.rollbacks:
+            raise AgreedError(f"{why} after {before} rollbacks to step {target}; guard.rollbacks allows no more")
+        run.places.rollbacks.append((target, data))
+        position = go_back(run.config, run.engines, run.data, newest, run.places.rollbacks)
+        run.logger.rolled_back(why, step, position)
+        cleared = guards.Record(position.record.losses, position.record.norms)
+        return Position(position.step, position.data, cleared, newest)
+
+
+def _save(run: Run, step: int, data: dict, record: guards.Record) -> None:
+    with run.heartbeat.patient("save"):  # it may have to wait for the write before
+        run.saver.save(step, data, {"guard": record.state()})
 
 
 def _set_lr(config: Config, engines: Engines, step: int) -> float:
@@ -125,73 +237,6 @@ def _set_lr(config: Config, engines: Engines, step: int) -> float:
     engines.encoder.set_lr(lr)
     engines.llm.set_lr(lr)
     return lr
-
-
-def _save(config: Config, engines: Engines, folder: Path, step: int, position: dict) -> Path:
-    state = checkpoint.train_state(engines, step, position, config.recipe)
-    return checkpoint.save(folder, engines, state, config.checkpoint.keep)
-
-
-def _restore(config: Config, engines: Engines, data: Data, start, newest: Path | None) -> int:
-    """Resumes from `newest` or starts from `checkpoint.load_from`; returns the first step to train."""
-    if newest is not None:
-        reader = checkpoint.Reader(newest)
-        if reader.state.recipe != config.recipe:
-            raise ValueError(
-                f"checkpoint.resume=true, but {newest} is of recipe {reader.state.recipe}, not {config.recipe}; "
-                "start from it with checkpoint.load_from and another run.dir"
-            )
-        checkpoint.load(reader, engines, optimizer=True)
-        data.stream.load_state(reader.state.data)
-        return reader.state.step
-    if start is not None:
-        checkpoint.load(start, engines, optimizer=config.checkpoint.load_optimizer)
-    return 0
-
-
-def _agree_on_places(config: Config) -> tuple[Path, Path, Path | None]:
-    """(run directory with its config.yaml, folder of checkpoints, checkpoint to resume from): rank 0's, on all ranks.
-
-    Raises ValueError on all of them where the directory cannot be written or belongs to another run.
-    """
-    agreed: list = [None]
-    if dist.get_rank() == 0:
-        try:
-            agreed[0] = _places(config)
-        except (OSError, ValueError) as error:
-            agreed[0] = f"run.dir={config.run.dir}: {error}"
-    dist.broadcast_object_list(agreed, src=0)
-    if isinstance(agreed[0], str):
-        raise ValueError(agreed[0])
-    return agreed[0]
-
-
-def _places(config: Config) -> tuple[Path, Path, Path | None]:
-    run_dir = Path(config.run.dir or f"runs/{config.run.name or f'{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}'}")
-    folder = Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
-    found = checkpoint.checkpoints(folder)
-    if found and not config.checkpoint.resume:
-        raise ValueError(f"{folder} holds checkpoints of a run; set checkpoint.resume=true or name another directory")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    return run_dir, folder, found[-1] if found else None
-
-
-@contextmanager
-def _stop_signals():
-    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-
-    def ask(number, frame):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

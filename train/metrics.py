@@ -1,4 +1,5 @@
-"""What a run writes down, one way: metrics.jsonl (one object a step), summary.json at the end, wandb, and the console.
+"""What a run writes down, one way: metrics.jsonl (one object a step), history.jsonl (one object an event), summary.json
+at the end, wandb, and the console.
 
 Only rank 0 writes.  `StepMetrics` turns a step's results into the numbers; reductions over ranks happen there.
 """
@@ -6,6 +7,7 @@ Only rank 0 writes.  `StepMetrics` turns a step's results into the numbers; redu
 import json
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from parallel.hybrid_step import Engines, StepOutput
+from train import history
 from train.config import Config
 from train.feed import PreparedStep
 from train.flops import device_peak_tflops, step_flops
+from train.health import Slow
+from train.history import History
+from train.start import Places, Position
+from train.stopping import launch_id
 
 
 class StepMetrics:
@@ -81,14 +88,27 @@ class StepMetrics:
 class Logger:
     """Files, wandb and progress of one run; does nothing on ranks other than 0."""
 
-    def __init__(self, config: Config, run_dir: Path, rank: int, first_step: int):
+    def __init__(self, config: Config, places: Places, rank: int, position: Position):
         self._active = rank == 0
         if not self._active:
             return
-        self._config, self._dir = config, run_dir
+        self._config, self._dir = config, places.run_dir
         self._begin, self._last, self._steps = time.time(), {}, 0
-        self._file = _reopen(run_dir / "metrics.jsonl", first_step)
-        self._wandb = _start_wandb(config, run_dir)
+        (self._dir / "summary.json").unlink(missing_ok=True)  # of an attempt before this one
+        self._file, lost = self._reopen(position.step)
+        self._history = History(self._dir)
+        self._happened(
+            "start",
+            began=history.process_began(),
+            attempt=places.attempt,
+            launch=launch_id(),
+            world=dist.get_world_size(),
+            step=position.step,
+            checkpoint=str(position.checkpoint) if position.checkpoint else None,
+            cause=places.cause,
+            lost_steps=lost,
+        )
+        self._wandb = _start_wandb(config, places.run_dir)
         self._console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -101,14 +121,15 @@ class Logger:
         )
         self._progress.start()
         self._bar = self._progress.add_task(
-            config.recipe, total=config.train.steps, completed=first_step, loss=float("nan"), speed=0.0
+            config.recipe, total=config.train.steps, completed=position.step, loss=float("nan"), speed=0.0
         )
 
     def log(self, numbers: dict, phases: dict[str, float]) -> None:
         """Writes one step."""
         if not self._active:
             return
-        line = _finite(numbers)
+        self._useful_s += numbers["step_time_s"] if numbers["applied"] else 0.0
+        line = _finite(numbers) | self._book()
         line["phase_s"] = {name: round(value, 6) for name, value in phases.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -121,7 +142,7 @@ class Logger:
             self._console.print(
                 f"step {done}/{self._config.train.steps}  loss {numbers['loss']:.4f}  "
                 f"grad norm {numbers['grad_norm']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s  "
-                f"{numbers['step_time_s']:.2f} s" + ("" if numbers["applied"] else "  skipped: a value was not finite")
+                f"{numbers['step_time_s']:.2f} s" + ("" if numbers["applied"] else "  skipped")
             )
         if self._wandb:
             self._wandb.log({k: v for k, v in line.items() if v is not None}, step=numbers["step"])
@@ -131,10 +152,40 @@ class Logger:
         if self._active:
             self._console.print(text, highlight=False, soft_wrap=True)
 
-    def finish(self, status: str, checkpoint: Path | None) -> None:
+    def skipped(self, step: int, output: StepOutput, why: str, finding: str | None) -> None:
+        """A step that the guards refused."""
+        if self._active:
+            numbers = _finite({"loss": output.loss, "grad_norm": output.grad_norm})
+            self._happened("skipped", step=step, **numbers, why=why, replay=finding)
+            self.say(f"step {step + 1} SKIPPED: {why}" + (f"; {finding}" if finding else ""))
+
+    def rolled_back(self, why: str, step: int, position: Position) -> None:
+        """The run goes back from `step` to an earlier position; its lines since then are taken again."""
+        if not self._active:
+            return
+        self._file.close()
+        self._file, lost = self._reopen(position.step)
+        facts = {"from_step": step, "to_step": position.step, "data": position.data, "lost_steps": lost}
+        self._happened("rollback", why=why, **facts)
+        self.say(
+            f"ROLLED BACK from step {step} to {position.checkpoint.name}, the data goes on after step {step}: {why}"
+        )
+        self._progress.update(self._bar, completed=position.step)
+
+    def tell_health(self, slow: list[Slow], warnings: list[str]) -> None:
+        """Slow ranks, and what is about to run out."""
+        for rank in slow:
+            self._happened("slow", **asdict(rank))
+            self.say(f"SLOW: {rank}")
+        for sentence in warnings:
+            self._happened("warning", text=sentence)
+            self.say(f"WARNING: {sentence}")
+
+    def finish(self, status: str, step: int, checkpoint: Path | None) -> None:
         """Writes summary.json and closes everything."""
         if not self._active:
             return
+        self._happened("end", status=status, step=step)
         self._progress.stop()
         self._file.close()
         summary = {
@@ -143,11 +194,40 @@ class Logger:
             "steps_this_run": self._steps,
             "elapsed_s": time.time() - self._begin,
             "checkpoint": str(checkpoint) if checkpoint else None,
+            **self._book(),
+            "causes": list(self._totals.causes),
             "last": self._last,
         }
         (self._dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if self._wandb:
             self._wandb.finish()
+
+    def _happened(self, event: str, **fields) -> None:
+        self._history.append(event, **fields)
+        self._totals, self._counted_at = history.totals(self._history.events, time.time()), time.time()
+
+    def _book(self) -> dict:
+        """What the run has cost so far, over all its starts."""
+        elapsed = self._totals.elapsed_s + time.time() - self._counted_at
+        return {
+            "effective_time": self._useful_s / max(elapsed, self._useful_s, 1e-9),
+            "restarts": self._totals.restarts,
+            "lost_steps": self._totals.lost_steps,
+            "skipped_steps": self._totals.skipped_steps,
+            "rollbacks": self._totals.rollbacks,
+        }
+
+    def _reopen(self, first_step: int):
+        """metrics.jsonl for appending, without lines of steps that are taken again, and how many these were."""
+        path = self._dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        whole = {line: json.loads(line) for line in lines if line.endswith("\n")}
+        kept = {line: said for line, said in whole.items() if said["step"] < first_step}
+        self._useful_s = sum(said["step_time_s"] for said in kept.values() if said["applied"])
+        staged = path.with_suffix(".partial")
+        staged.write_text("".join(kept))
+        staged.replace(path)  # whoever dies here leaves the old file or the new one
+        return path.open("a"), len(whole) - len(kept)
 
 
 def _finite(value):
@@ -155,13 +235,6 @@ def _finite(value):
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _reopen(path: Path, first_step: int):
-    """metrics.jsonl for appending, without lines of steps that a resumed run takes again."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step))
-    return path.open("a")
 
 
 def _start_wandb(config: Config, run_dir: Path):

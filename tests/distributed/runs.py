@@ -13,6 +13,7 @@ from train import checkpoint
 from train.build import build_engines, open_data, train_forward, train_loss
 from train.feed import Feed, to_device
 from train.loop import run_in_world
+from train.watchdog import Heartbeat
 
 
 def train_run(recipe: str, overrides: list[str], run_dir: str) -> None:
@@ -20,7 +21,7 @@ def train_run(recipe: str, overrides: list[str], run_dir: str) -> None:
     config = settings(recipe, f"run.dir={run_dir}", "logger.wandb=disabled", "logger.peak_tflops=1", *overrides)
     layout = config.check(dist.get_world_size())
     start = config.checkpoint.load_from and checkpoint.Reader(checkpoint.resolve(Path(config.checkpoint.load_from)))
-    run_in_world(config, layout, open_data(config), start, torch.device("cpu"))
+    run_in_world(config, layout, open_data(config), start, torch.device("cpu"), Heartbeat())
 
 
 def build_run(recipe: str, overrides: list[str], steps: int):
@@ -48,6 +49,20 @@ def step_by_hand(config, engines, prepared, lr: float = 1e-3):
 
 
 def weights_of(engines) -> dict[str, torch.Tensor]:
-    """Every weight box this rank sees, by name and place (collective)."""
+    """Every weight that this rank saves, by name and place, copied."""
     chunks = [*engines.encoder.state(), *engines.llm.state()]
-    return {f"{c.name}@{c.start}": c.tensor.clone() for c in chunks if c.kind == "param"}
+    return {f"{c.name}@{c.begin}/{c.pieces}": c.tensor_N.clone() for c in chunks if c.kind == "param"}
+
+
+def whole_state(engine) -> dict[tuple[str, str], torch.Tensor]:
+    """All weights and moments of one engine by (name, kind), put together from every rank's boxes (collective)."""
+    mine = [(c.name, c.kind, c.shape, corner, values.cpu()) for c in engine.state() for corner, values in c.boxes()]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    wholes, times = {}, {}
+    for name, kind, shape, corner, values in (box for part in everyone for box in part):
+        where = tuple(slice(at, at + size) for at, size in zip(corner, values.shape, strict=True))
+        wholes.setdefault((name, kind), torch.empty(shape))[where] = values
+        times.setdefault((name, kind), torch.zeros(shape))[where] += 1
+    assert all((count == 1).all() for count in times.values()), "every entry is saved once, by one rank"
+    return wholes

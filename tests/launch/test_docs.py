@@ -19,8 +19,16 @@ from train.config import Config
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = ("stage0", "stage1", "stage2")
 GROUPS = {"recipe", "scale", "model", "parallel", "optim", "data", "logger"}
-OUTPUTS = ("runs/", "shards/", "checkpoints/", "wandb/")  # written by a run
-OUTPUT_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "manifest.json", "tokenizer.json")
+OUTPUTS = ("runs/", "shards/", "checkpoints/", "wandb/", "stacks/", "ends/")  # written by a run
+OUTPUT_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "history.jsonl",
+    "summary.json",
+    "evaluation.json",
+    "manifest.json",
+    "tokenizer.json",
+)
 SUFFIXES = (".py", ".md", ".yaml", ".sbatch", ".sh", ".json", ".jsonl", ".png", ".toml")
 CODE_NAME = re.compile(r"(data|parallel|train)(\.\w+)+")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.faults.ranks import steps_done, until
 from tests.support import ROOT, corpus_overrides, read_metrics
 
 TEMPLATE = ROOT / "launch/slurm/pretrain.sbatch"
@@ -29,8 +31,10 @@ exec "$@" >"${log//%n/0}" 2>&1
 """
 
 SCONTROL = """#!/usr/bin/env bash
-[[ "$1 $2 $3" == "show hostnames node[0]" ]] && echo localhost
+if [[ "$1 $2 $3" == "show hostnames node[0]" ]]; then echo localhost; fi
+if [[ "$1" == requeue ]]; then echo "$2" >"$RUN_DIR/requeued"; fi
 """
+STOPPED = 85
 
 
 def processes_of(job: str) -> list[psutil.Process]:
@@ -89,11 +93,11 @@ def test_the_template_is_valid_bash():
     subprocess.run(["bash", "-n", str(TEMPLATE)], check=True)
 
 
-def test_the_template_trains_on_one_node(node, corpus):
+def test_the_template_stops_on_request_is_requeued_and_goes_on(node, corpus):
+    """The request is a signal to one rank; the job runs a second time as SLURM would run it."""
     overrides = [
         "+recipe=stage1",
         "scale=toy",
-        "train.steps=2",
         "train.seq_length=256",
         "train.global_batch_size=4",
         "data.max_patches=64",
@@ -101,13 +105,35 @@ def test_the_template_trains_on_one_node(node, corpus):
         "logger.peak_tflops=1",
         *corpus_overrides(corpus),
     ]
-    command = ["bash", str(TEMPLATE), *overrides]
-    job = subprocess.run(command, env=node, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     run_dir = Path(node["RUN_DIR"])
     log = run_dir / "logs/4711-node0.log"
-    assert job.returncode == 0, f"{job.stderr}\n{log.read_text()[-4000:] if log.is_file() else 'no log'}"
-    assert "head node localhost" in job.stdout
+    with subprocess.Popen(
+        ["bash", str(TEMPLATE), *overrides, "train.steps=100000"],
+        env=node,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    ) as job:
+        until(lambda: steps_done(run_dir) >= 2, 200, "step 2", alive=lambda: job.poll() is None)
+        first_rank(node[MARK]).send_signal(signal.SIGUSR1)
+        said, _ = job.communicate(timeout=120)
+    assert job.returncode == STOPPED, f"{said}\n{log.read_text()[-4000:]}"
+    assert "head node localhost" in said
     assert "stage1 at toy scale on 2 ranks" in log.read_text()
-    assert [line["step"] for line in read_metrics(run_dir)] == [0, 1]
-    assert (run_dir / "checkpoints/step-00000002/manifest.json").is_file()
+    assert (run_dir / "requeued").read_text() == "4711\n"
     assert processes_of(node[MARK]) == []
+    done = steps_done(run_dir)
+    command = ["bash", str(TEMPLATE), *overrides, f"train.steps={done + 1}"]
+    again = subprocess.run(
+        command, env={**node, "SLURM_RESTART_COUNT": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 0, f"{again.stderr}\n{log.read_text()[-4000:]}"
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(done + 1))
+    assert (run_dir / f"checkpoints/step-{done + 1:08d}/manifest.json").is_file()
+    assert processes_of(node[MARK]) == []
+
+
+def first_rank(job: str) -> psutil.Process:
+    ranks = [process for process in processes_of(job) if "launch/pretrain.py" in process.cmdline()]
+    return next(process for process in ranks if process.environ().get("RANK") == "0")

@@ -5,38 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from parallel.state import StateChunk
+from tests.support import settings
+from tests.train.folders import HALVES, STATE, WHOLE, flip, truncate, write
 from train import checkpoint
-from train.checkpoint import Reader, TrainState, resolve
-
-STATE = TrainState(step=3, data={"epoch": 1, "row": 7}, optimizer_steps={"llm": 3}, recipe="stage1")
-WHOLE = torch.arange(24.0).view(4, 6)
-HALVES = [[("w", "param", WHOLE, (slice(0, 2), slice(0, 6)))], [("w", "param", WHOLE, (slice(2, 4), slice(0, 6)))]]
-
-
-def write(folder, pieces_of_rank, state=STATE):
-    """Publishes `step-N` under `folder`; pieces_of_rank: for each rank (name, kind, whole tensor, slices of it)."""
-    final = folder / f"step-{state.step:08d}"
-    staging, boxes = folder / f".{final.name}.partial", []
-    staging.mkdir(parents=True)
-    for rank, pieces in enumerate(pieces_of_rank):
-        file = f"rank-{rank:05d}.safetensors"
-        chunks = [
-            StateChunk(
-                name=name,
-                kind=kind,
-                shape=tuple(whole.shape),
-                start=tuple(part.start for part in where),
-                tensor=whole[where],
-                written_here=True,
-            )
-            for name, kind, whole, where in pieces
-        ]
-        boxes += checkpoint._write(staging / file, file, chunks)
-    checkpoint._publish(staging, final, state, boxes)
-    return final
-
+from train.checkpoint import Reader, resolve
 
 # ---- any box out of any boxes ---------------------------------------------------------------------------------------
 
@@ -62,15 +36,17 @@ def box_at_random(generator, shape):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_box_is_cut_from_any_boxes(seed, tmp_path):
-    """Three tensors, two of one name, cut at random over up to four files, read back in random boxes."""
+    """Three tensors, two of one name and one cut, cut at random over up to four files, read back in random boxes."""
     generator = np.random.default_rng(seed)
     pieces_of_rank = [[] for _ in range(int(generator.integers(1, 5)))]
     wholes = {}
-    for name, kind in (("a", "param"), ("a", "exp_avg"), ("b.weight", "param")):
+    for name, kinds in (("a", ("param", "exp_avg")), ("b.weight", ("param",))):
         shape = generator.integers(1, 9, int(generator.integers(1, 4))).tolist()
-        whole = wholes[name, kind] = torch.from_numpy(generator.standard_normal(shape, np.float32))
+        for kind in kinds:
+            wholes[name, kind] = torch.from_numpy(generator.standard_normal(shape, np.float32))
         for where in cut_at_random(generator, tuple(slice(0, size) for size in shape)):
-            pieces_of_rank[generator.integers(len(pieces_of_rank))].append((name, kind, whole, where))
+            rank = generator.integers(len(pieces_of_rank))
+            pieces_of_rank[rank] += [(name, kind, wholes[name, kind], where) for kind in kinds]
     reader = Reader(write(tmp_path, pieces_of_rank))
     assert reader.state == STATE
     for (name, kind), whole in wholes.items():
@@ -80,11 +56,25 @@ def test_any_box_is_cut_from_any_boxes(seed, tmp_path):
             assert torch.equal(reader.read(name, kind, tuple(start), tuple(size)), whole[where])
 
 
-def test_only_what_is_marked_as_written_here_is_saved(tmp_path):
-    (tmp_path / "staging").mkdir()
-    chunks = [StateChunk("w", "param", (4, 6), (0, 0), WHOLE, written) for written in (True, False)]
-    boxes = checkpoint._write(tmp_path / "staging/rank-00000.safetensors", "rank-00000.safetensors", chunks)
-    assert [box["start"] for box in boxes] == [[0, 0]]
+def test_files_are_plain_safetensors(tmp_path):
+    """Written here while they are summed, read by the library: every dtype, and what is empty or a number."""
+    tensors = {
+        "a": torch.randn(3, 5),
+        "turned": torch.randn(4, 6).t(),
+        "number": torch.tensor(7.0),
+        "nothing": torch.zeros(0, 3),
+        "random": torch.randint(0, 255, (11,), dtype=torch.uint8),
+        "counts": torch.arange(5),
+        "half": torch.randn(2, 3).bfloat16(),
+        "long": torch.randn(checkpoint.BLOCK // 2 + 3),
+    }
+    facts = checkpoint.write_file(tmp_path / "some.safetensors", tensors, {"said": "so"})
+    read = load_file(tmp_path / "some.safetensors")
+    assert all(torch.equal(read[key], tensor) and read[key].dtype == tensor.dtype for key, tensor in tensors.items())
+    assert facts == {
+        "bytes": (tmp_path / "some.safetensors").stat().st_size,
+        "crc32": checkpoint.crc32_of(tmp_path / "some.safetensors"),
+    }
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
@@ -100,30 +90,26 @@ def edit_manifest(folder, change, sign=True):
     manifest = json.loads(path.read_text())
     change(manifest)
     if sign:
-        manifest["digest"] = checkpoint._digest(manifest)
-    path.write_text(json.dumps(manifest))
+        manifest.pop("digest")
+        path.write_text(checkpoint.manifest_text(manifest))
+    else:
+        path.write_text(json.dumps(manifest, sort_keys=True, separators=(",", ":")))
 
 
-def rename_file(folder, name):
+def rename_file(name):
+    """Puts `name` where the second rank's file stands."""
+
     def change(manifest):
-        manifest["files"][name] = manifest["files"].pop("rank-00001.safetensors")
-        manifest["boxes"][1]["file"] = name
+        manifest["files"] = {"rank-00000.safetensors": manifest["files"]["rank-00000.safetensors"], name: FACTS}
 
-    edit_manifest(folder, change)
-
-
-def set_box(key, value, place=1):
-    return lambda folder: edit_manifest(folder, lambda manifest: manifest["boxes"][place].update({key: value}))
+    return lambda folder: edit_manifest(folder, change)
 
 
-def flip(path, at):
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 4
-    path.write_bytes(raw)
+FACTS = {"bytes": 0, "crc32": "0"}
 
 
-def truncate(path, size):
-    path.write_bytes(path.read_bytes()[:size])
+def edit_boxes(change):
+    return lambda folder: edit_manifest(folder, lambda manifest: change(manifest["tensors"]["w"]["boxes"]))
 
 
 DAMAGE = {
@@ -134,38 +120,40 @@ DAMAGE = {
     "manifest that is no text": (lambda f: (f / "manifest.json").write_bytes(b"\xff"), "manifest.json cannot be used"),
     "another format": (
         lambda f: edit_manifest(f, lambda manifest: manifest.update(format="tandem checkpoint 9")),
-        "its format is 'tandem checkpoint 9', this version reads 'tandem checkpoint 1'",
+        "its format is 'tandem checkpoint 9', this version reads 'tandem checkpoint 2'",
     ),
     "no list of files": (lambda f: edit_manifest(f, lambda manifest: manifest.pop("files")), "it has no 'files'"),
-    "no step": (lambda f: edit_manifest(f, lambda manifest: manifest.pop("step")), "it has no 'step'"),
+    "no step": (lambda f: edit_manifest(f, lambda m: m["state"].pop("step")), "missing 1 required positional argument"),
     "changed by hand": (
-        lambda f: edit_manifest(f, lambda manifest: manifest.update(step=4), sign=False),
+        lambda f: edit_manifest(f, lambda manifest: manifest["state"].update(step=4), sign=False),
+        "its digest does not match what it says",
+    ),
+    "written with spaces": (
+        lambda f: (f / "manifest.json").write_text(json.dumps(json.loads((f / "manifest.json").read_text()))),
         "its digest does not match what it says",
     ),
     "missing file": (
         lambda f: (f / "rank-00001.safetensors").unlink(),
-        "rank-00001.safetensors is missing or not 120 bytes long",
+        "rank-00001.safetensors is missing or not 128 bytes long",
     ),
     "truncated file": (
         lambda f: truncate(f / "rank-00001.safetensors", 100),
-        "rank-00001.safetensors is missing or not 120 bytes long",
+        "rank-00001.safetensors is missing or not 128 bytes long",
     ),
     "damaged header of a file": (
         lambda f: flip(f / "rank-00001.safetensors", 0),
         "rank-00001.safetensors is damaged",
     ),
-    "file name with a path": (lambda f: rename_file(f, "../outside.safetensors"), "../outside.safetensors is missing"),
-    "file name that is absolute": (lambda f: rename_file(f, "/etc/passwd"), "/etc/passwd is missing"),
-    "box in a file that is not listed": (
-        set_box("file", "../outside.safetensors"),
-        "its boxes lie in ../outside.safetensors, which it does not list",
+    "file name with a path": (
+        rename_file("../outside.safetensors"),
+        "../outside.safetensors, which is not a file name",
     ),
-    "box under an unknown key": (set_box("key", "9"), "rank-00001.safetensors is damaged"),
-    "boxes that leave a hole": (
-        lambda f: edit_manifest(f, lambda manifest: manifest["boxes"].pop()),
-        "param of w is not complete",
-    ),
-    "boxes that lie on each other": (set_box("start", [0, 0]), "param of w is not complete"),
+    "file name that is absolute": (rename_file("/etc/passwd"), "/etc/passwd, which is not a file name"),
+    "box in a file that is not listed": (edit_boxes(lambda boxes: boxes[1].__setitem__(0, 2)), "a box of w cannot be"),
+    "box in the last file but one": (edit_boxes(lambda boxes: boxes[1].__setitem__(0, -1)), "a box of w cannot be"),
+    "box that is not in its file": (edit_boxes(lambda boxes: boxes[1].__setitem__(0, 0)), "is damaged"),
+    "boxes that leave a hole": (edit_boxes(lambda boxes: boxes.pop()), "param of w is not complete"),
+    "boxes that lie on each other": (edit_boxes(lambda b: b.__setitem__(1, b[0])), "param of w is not complete"),
 }
 
 
@@ -182,18 +170,39 @@ def test_damage_is_named_in_one_sentence(kind, tmp_path):
 
 
 def test_no_flipped_bit_of_the_manifest_passes_as_something_else(tmp_path):
-    """One bit in every byte: either it is refused, or what is read is what was written (a space became a tab, say)."""
+    """One bit in every byte is refused by the reader and named by `damage`."""
     folder = write(tmp_path, HALVES)
-    raw, refused = (folder / "manifest.json").read_bytes(), 0
+    raw = (folder / "manifest.json").read_bytes()
     for at in range(len(raw)):
-        (folder / "manifest.json").write_bytes(raw[:at] + bytes([raw[at] ^ 1 << at % 7]) + raw[at + 1 :])
-        try:
-            reader = Reader(folder)
-            assert reader.state == STATE and torch.equal(reader.read("w", "param", (0, 0), (4, 6)), WHOLE), at
-        except ValueError as error:
-            assert str(folder) in str(error)
-            refused += 1
-    assert refused > 0.9 * len(raw)
+        (folder / "manifest.json").write_bytes(raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1 :])
+        with pytest.raises(ValueError, match="manifest.json cannot be used") as error:
+            Reader(folder)
+        assert checkpoint.damage(folder) == [str(error.value)]
+
+
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "rank-00001.safetensors"])
+def test_a_flipped_bit_of_any_byte_of_a_file_is_named(file, tmp_path):
+    folder = write(tmp_path, HALVES)
+    assert checkpoint.damage(folder) == []
+    for at in range((folder / file).stat().st_size):
+        flip(folder / file, at)
+        found = checkpoint.damage(folder)
+        assert found == [f"checkpoint {folder}: {file} is damaged: its checksum is not that of the manifest"]
+        flip(folder / file, at)
+    truncate(folder / file, 50)
+    assert checkpoint.damage(folder) == [f"checkpoint {folder}: {file} is 50 bytes long, not 128"]
+    (folder / file).unlink()
+    assert checkpoint.damage(folder) == [f"checkpoint {folder}: {file} is missing"]
+
+
+def test_shares_of_the_check_are_the_whole_of_it(tmp_path):
+    folder = write(tmp_path, HALVES)
+    for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
+        flip(folder / name, 100)
+    for world in range(1, 5):
+        shares = [checkpoint.damage(folder, rank, world) for rank in range(world)]
+        assert sorted(sentence for share in shares for sentence in share) == sorted(checkpoint.damage(folder))
+        assert max(len(share) for share in shares) == (2 if world == 1 else 1)
 
 
 @pytest.mark.parametrize(
@@ -214,16 +223,12 @@ def test_what_is_not_there_is_named(wanted, words, tmp_path):
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
-def state_of(step):
-    return TrainState(step=step, data={}, optimizer_steps={}, recipe="stage1")
-
-
 @pytest.fixture
 def run_dir(tmp_path):
     """A run with checkpoints of steps 5 and 20, a half-written one of step 25 and a folder without a manifest."""
     folder = tmp_path / "run" / "checkpoints"
     for step in (20, 5):
-        write(folder, HALVES, state_of(step))
+        write(folder, HALVES, step=step)
     (folder / ".step-00000025.partial").mkdir()
     (folder / ".step-00000025.partial" / "manifest.json").write_text("{}")
     (folder / "step-00000030").mkdir()
@@ -247,21 +252,25 @@ def test_a_path_to_nothing_is_named(where, run_dir):
     assert str(run_dir.parent / where) in str(error.value)
 
 
-def test_pruning_keeps_the_newest_and_touches_nothing_else(run_dir):
-    folder = run_dir / "checkpoints"
-    for step in (100, 7):
-        write(folder, HALVES, state_of(step))
-    others = {path.name for path in folder.iterdir()} - {path.name for path in checkpoint.checkpoints(folder)}
-    checkpoint._prune(folder, keep=2)
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-00000020", "step-00000100"]
-    checkpoint._prune(folder, keep=5)
-    assert len(checkpoint.checkpoints(folder)) == 2
-    checkpoint._prune(folder, keep=1)
-    assert {path.name for path in folder.iterdir()} == others | {"step-00000100"}
-
-
 def test_saving_a_step_again_replaces_it(tmp_path):
     write(tmp_path, HALVES)
     doubled = [[(name, kind, 2 * whole, where) for name, kind, whole, where in pieces] for pieces in HALVES]
     assert torch.equal(read_all(write(tmp_path, doubled)), 2 * WHOLE)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "words"),
+    [
+        ("stage1", "checkpoint.load_modules=[encoder,head]", "must name one or more of encoder, adapter, llm"),
+        ("stage1", "checkpoint.load_modules=[]", "must name one or more of encoder, adapter, llm"),
+        ("stage2", "checkpoint.load_modules=[llm]", "must name all of train.trainable"),
+        ("stage1", "checkpoint.keep_every=-1", "checkpoint.keep_every=-1: must be at least 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(recipe, override, words):
+    with pytest.raises(ValueError, match=words):
+        settings(recipe, override).check(1)

@@ -1,0 +1,41 @@
+"""Small checkpoint folders for tests, written without engines."""
+
+import dataclasses
+
+import torch
+
+from train.checkpoint import TrainState, box_key, file_of, write_file
+from train.saving import publish
+
+STATE = TrainState(
+    step=3, data={"epoch": 1, "row": 7}, optimizer_steps={"llm": 3}, recipe="stage1", layout={"world": 2, "tp": 2}
+)
+WHOLE = torch.arange(24.0).view(4, 6)
+HALVES = [[("w", "param", WHOLE, (slice(0, 2), slice(0, 6)))], [("w", "param", WHOLE, (slice(2, 4), slice(0, 6)))]]
+
+
+def write(folder, pieces_of_rank, *, step=STATE.step, state=STATE):
+    """Publishes `step-N` under `folder`; pieces_of_rank: for each rank (name, kind, whole tensor, slices of it)."""
+    final = folder / f"step-{step:08d}"
+    staging, reports = folder / f".{final.name}.partial", []
+    staging.mkdir(parents=True)
+    for rank, pieces in enumerate(pieces_of_rank):
+        tensors, boxes = {}, []
+        for name, kind, whole, where in pieces:
+            corner, values = tuple(part.start for part in where), whole[where]
+            tensors[box_key(name, kind, corner)] = values
+            boxes.append((name, kind, tuple(whole.shape), corner, tuple(values.shape)))
+        reports.append((boxes, write_file(staging / file_of(rank), tensors), {"llm": 3 * (rank == 0)}, None))
+    publish(staging, final, dataclasses.replace(state, step=step), reports)
+    return final
+
+
+def flip(path, at):
+    """Turns one bit of one byte."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 4
+    path.write_bytes(raw)
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])

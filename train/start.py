@@ -1,0 +1,122 @@
+"""Where a run lives and where it goes on: its directory, its history so far, and the checkpoint it starts from."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from parallel.hybrid_step import Engines
+from train import checkpoint, history, watchdog
+from train.build import Data
+from train.config import Config
+from train.guards import Record
+from train.saving import Saver, verify_together
+from train.stopping import launch_id
+
+RUNS = Path("runs")
+LOOKED_AT = 20  # newest run directories among which a restarted rank looks for its own
+
+
+@dataclass(frozen=True)
+class Places:
+    """run_dir has config.yaml and history.jsonl; folder holds the checkpoints.  attempt: starts before this one; cause:
+    why the one before ended.  rollbacks: of all attempts, (to step, where the data went on)."""
+
+    run_dir: Path
+    folder: Path
+    attempt: int
+    cause: str
+    rollbacks: list[tuple[int, dict]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training goes on: steps done, place in the stream, and what the guards remember."""
+
+    step: int
+    data: dict
+    record: Record
+    checkpoint: Path | None = None
+
+
+def agree_on_places(config: Config) -> Places:
+    """Rank 0's places, on all ranks.
+
+    Raises ValueError on all of them where the directory cannot be written or belongs to another run.
+    """
+    agreed: list = [None]
+    if dist.get_rank() == 0:
+        try:
+            agreed[0] = _places(config)
+        except (OSError, ValueError) as error:
+            agreed[0] = f"run.dir={config.run.dir}: {error}"
+    dist.broadcast_object_list(agreed, src=0)
+    if isinstance(agreed[0], str):
+        raise ValueError(agreed[0])
+    return agreed[0]
+
+
+def _places(config: Config) -> Places:
+    new = RUNS / (config.run.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
+    run_dir = Path(config.run.dir) if config.run.dir else _of_this_launch() or new
+    folder = Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
+    events = history.read(run_dir)
+    restarted = launch_id() is not None and history.last_launch(events) == launch_id()
+    if checkpoint.checkpoints(folder) and not config.checkpoint.resume and not restarted:
+        raise ValueError(f"{folder} holds checkpoints of a run; set checkpoint.resume=true or name another directory")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    attempt = history.attempts(events)
+    for alarm in (run_dir / watchdog.STACKS).glob("alarm-*"):
+        alarm.unlink()
+    rollbacks = [(event["to_step"], event["data"]) for event in events if event["event"] == "rollback"]
+    return Places(run_dir, folder, attempt, history.cause_of_start(events, history.take_ends(run_dir)), rollbacks)
+
+
+def _of_this_launch() -> Path | None:
+    """The run that this torchrun has started before, so that a restart finds it without a run.dir."""
+    if launch_id() is None:
+        return None
+    found = sorted(RUNS.glob(f"*/{history.FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    same = [path.parent for path in found[:LOOKED_AT] if history.last_launch(history.read(path.parent)) == launch_id()]
+    return same[0] if same else None
+
+
+def restore(
+    config: Config,
+    engines: Engines,
+    data: Data,
+    start: checkpoint.Reader | None,
+    saver: Saver,
+    places: Places,
+) -> tuple[Position, list[str]]:
+    """(position to go on from, sentences about damaged checkpoints): resumes, or starts from `checkpoint.load_from`."""
+    newest, damaged = saver.newest_valid()
+    if newest is not None:
+        return go_back(config, engines, data, newest, places.rollbacks), damaged
+    if start is not None:
+        if wrong := verify_together(start.path, engines):
+            raise ValueError(f"checkpoint.load_from={config.checkpoint.load_from}: {'; '.join(wrong)}")
+        wanted = config.checkpoint
+        checkpoint.load(start, engines, optimizer=wanted.load_optimizer, modules=wanted.load_modules)
+    return Position(0, data.stream.state(), Record()), damaged
+
+
+def go_back(config: Config, engines: Engines, data: Data, path: Path, rollbacks: list[tuple[int, dict]]) -> Position:
+    """Takes everything from a checkpoint of this run; the data goes on behind what rollbacks to it left out."""
+    reader = checkpoint.Reader(path)
+    state = reader.state
+    if state.recipe != config.recipe:
+        raise ValueError(
+            f"checkpoint.resume=true, but {path} is of recipe {state.recipe}, not {config.recipe}; "
+            "start from it with checkpoint.load_from and another run.dir"
+        )
+    checkpoint.load(reader, engines, optimizer=True)
+    checkpoint.restore_random(reader, engines)
+    skipped = [position for step, position in rollbacks if step == state.step]
+    position = skipped[-1] if skipped else state.data
+    data.stream.load_state(position)
+    record = Record.of(state.extra["guard"]) if "guard" in state.extra else Record()
+    return Position(state.step, position, record, path)
