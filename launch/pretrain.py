@@ -15,7 +15,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from train.config import Config
 from train.feed import AgreedError
 
-ConfigStore.instance().store(name="schema", node=Config)
+# Names alone: `read_config` checks types. A typed dictionary would not take +data.sources.NAME.shards=[...].
+ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config)))
 
 
 def read_config(settings: DictConfig) -> Config:

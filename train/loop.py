@@ -23,9 +23,10 @@ from parallel.phases import PhaseTimer
 from train import checkpoint
 from train.build import Data, build_engines, local_device, open_data, start_world, train_forward, train_loss
 from train.config import Config
-from train.feed import AgreedError, Feed, to_device
+from train.feed import AgreedError, Feed
 from train.metrics import Logger, StepMetrics
 from train.schedule import learning_rate
+from train.staging import Staging
 
 COLLECT_EVERY = 50  # steps between garbage collections, on all ranks at once
 
@@ -72,17 +73,18 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
     timer = PhaseTimer(engines.grid.device)
     step, saved, position, failure = first_step, None, data.stream.state(), None
     feed = Feed(data.stream, data.reader, config, engines.grid, steps=config.train.steps - first_step)
+    staging = Staging(feed, engines.grid)
     with _stop_signals() as stop, _quiet_collector():
         begin = time.perf_counter()
         while True:
             try:
-                prepared = next(feed, None)
-            except AgreedError as error:
-                prepared, failure = None, error
-            if prepared is None:
+                with timer.phase("wait"):
+                    prepared, batch = next(staging)
+            except StopIteration:
                 break
-            with timer.phase("to_device"):
-                batch = to_device(prepared, engines.grid)
+            except AgreedError as error:
+                failure = error
+                break
             lr = _set_lr(config, engines, step)
             output = hybrid_step(
                 engines,
@@ -92,8 +94,9 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
                 stop=stop.is_set(),
                 timer=timer,
             )
-            for sentence in prepared.skipped:
-                logger.say(f"skipped: {sentence}")
+            prepared.release()
+            for skipped in prepared.skipped:
+                logger.say(f"skipped: {skipped.sentence}")
             now = time.perf_counter()
             logger.log(metrics.numbers(step, lr, now - begin, prepared, output), timer.take())
             begin, step, position = now, step + 1, prepared.plan.state_after
@@ -103,11 +106,12 @@ def train(config: Config, engines: Engines, data: Data, logger: Logger, first_st
                 saved = _save(config, engines, folder, step, position)
                 begin = time.perf_counter()
             if output.stop:
-                feed.drain()
+                staging.drain()
                 break
         if step > first_step and (saved is None or saved.name != f"step-{step:08d}"):
             saved = _save(config, engines, folder, step, position)
-    logger.finish("failed" if failure else "finished" if step == config.train.steps else "stopped", saved)
+    status = "failed" if failure else "finished" if step == config.train.steps else "stopped"
+    logger.finish(status, saved, feed.skipped)
     if failure:
         raise failure
 

@@ -6,6 +6,7 @@ Only rank 0 writes.  `StepMetrics` turns a step's results into the numbers; redu
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,9 @@ class StepMetrics:
             "encoder_load_max_over_mean": prepared.routes.load_max_over_mean,
             "images": len(plan.tokens_I),
             "visual_tokens": int(plan.tokens_I.sum()),
+            "cut": int(plan.cut_S.sum()),
+            "refused": sum(plan.state_after["refused"].values()),
+            "bytes_read": prepared.bytes_read,
             "skipped": self._skipped,
             "loss_by_domain": {
                 name: float(loss / count)
@@ -131,8 +135,8 @@ class Logger:
         if self._active:
             self._console.print(text, highlight=False, soft_wrap=True)
 
-    def finish(self, status: str, checkpoint: Path | None) -> None:
-        """Writes summary.json and closes everything."""
+    def finish(self, status: str, checkpoint: Path | None, skipped: Counter[tuple[str, str]]) -> None:
+        """Writes summary.json and closes everything.  skipped: (shard, reason) -> samples."""
         if not self._active:
             return
         self._progress.stop()
@@ -143,6 +147,7 @@ class Logger:
             "steps_this_run": self._steps,
             "elapsed_s": time.time() - self._begin,
             "checkpoint": str(checkpoint) if checkpoint else None,
+            "skipped": [{"shard": s, "reason": r, "samples": n} for (s, r), n in sorted(skipped.items())],
             "last": self._last,
         }
         (self._dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
