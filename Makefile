@@ -40,9 +40,9 @@ toy: $(VENV)/installed $(SHARDS)/tokenizer.json
 learn: $(VENV)/installed $(SHARDS)/tokenizer.json
 	rm -rf runs/learn
 	$(BIN)/torchrun --standalone --nproc-per-node $(LEARN_RANKS) launch/pretrain.py +recipe=stage1 scale=toy \
-		run.dir=runs/learn 'data.shards=$(call digit_shards,train)' train.steps=3500 train.micro_batch_size=4 \
+		run.dir=runs/learn 'data.sources.main.shards=$(call digit_shards,train)' train.steps=3500 train.micro_batch_size=4 \
 		optim.lr=1e-3 optim.min_lr=1e-5 optim.warmup_steps=100 logger.every=100
-	$(BIN)/python launch/evaluate.py runs/learn 'data.shards=$(call digit_shards,heldout)' \
+	$(BIN)/python launch/evaluate.py runs/learn 'data.sources.main.shards=$(call digit_shards,heldout)' \
 		--at-least 0.9 --exchanged-at-most 0.25
 	$(BIN)/python launch/plot.py runs/learn
 

@@ -92,7 +92,7 @@ def worker() -> None:
     from parallel.hybrid_step import hybrid_step
     from parallel.phases import PhaseTimer
     from train.build import build_engines, start_world, train_forward, train_loss
-    from train.feed import to_device
+    from train.staging import to_device
 
     config = settings()
     device = torch.device("cpu")
@@ -150,9 +150,9 @@ def skewed_step(config, grid, balance: bool):
     import numpy as np
 
     from data.plan import StepPlan
-    from data.reader import ImageBatch, RowBatch
+    from data.reader import ImageBatch
     from parallel.routes import assign_owners, build_routes
-    from train.batch import rows_of_replica, visual_plan
+    from train.batch import RowText, rows_of_replica, visual_plan
     from train.feed import PreparedStep
 
     tokens = SIDE * SIDE // 4
@@ -175,14 +175,17 @@ def skewed_step(config, grid, balance: bool):
         length_S=np.full(ROWS, SEQ, np.int32),
         domain_S=np.zeros(ROWS, np.int16),
         image_sample_I=row_I,
-        image_member_I=0 * row_I,
+        cut_S=np.zeros(ROWS, bool),
+        image_media_I=0 * row_I,
+        time_I=np.full(row_I.size, -1, np.int32),
         grid_hw_I2=np.full((row_I.size, 2), SIDE, np.int32),
         tokens_I=np.full(row_I.size, tokens, np.int32),
         row_I=row_I,
         start_I=start_I,
         state_after={},
     )
-    visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.model.encoder)
+    chunk_patches = config.parallel.encoder.chunk_patches
+    visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.model.encoder, chunk_patches)
     owner_I = assign_owners(visual, grid.layout, balance)
     routes = build_routes(
         visual,
@@ -190,20 +193,18 @@ def skewed_step(config, grid, balance: bool):
         grid.layout,
         grid.rank,
         config.micro_batches(grid.layout),
-        config.parallel.encoder.chunk_patches,
+        chunk_patches,
     )
     mine = int(visual.patches_I[owner_I == grid.rank].sum())
     draw = np.random.default_rng(grid.rank)
     grids = np.full((mine // (SIDE * SIDE), 2), SIDE, np.int32)
     images = ImageBatch(draw.integers(0, 256, (mine, 588), dtype=np.uint8), grids, 0, [])
     shape = (config.train.micro_batch_size, SEQ)
-    text = RowBatch(
+    text = RowText(
         tokens=draw.integers(0, 200, shape),
         labels=draw.integers(0, 200, shape),
         loss_mask=np.ones(shape, bool),
         domain=np.zeros(shape, np.int16),
-        bytes_read=0,
-        failures=[],
     )
     return PreparedStep(
         plan, routes, images, rows_RMB[grid.place.dp], [text] * config.micro_batches(grid.layout), ROWS * SEQ
@@ -242,7 +243,10 @@ def start_up(shards: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         settings = ["+recipe=stage2", "scale=toy", *TOY_LAYOUT, f"run.dir={folder}/run", "train.steps=1"]
-        settings += [f"data.shards=['{ROOT / shards}/train/*.tar']", f"data.tokenizer={ROOT / shards}/tokenizer.json"]
+        settings += [
+            f"data.sources.main.shards=['{ROOT / shards}/train/*.tar']",
+            f"data.tokenizer={ROOT / shards}/tokenizer.json",
+        ]
         begin = time.perf_counter()
         subprocess.run(
             torchrun("launch/pretrain.py", *settings),

@@ -2,7 +2,7 @@
 
 The block is the lookahead. Its worst-filled row is not emitted: those samples are carried into the next block, where
 they open the first row, so nearly every emitted row is full and no sample waits more than one block once it can be
-placed (unless a block is too small to open a second row).
+placed (unless a block is too small to open a second row). A sample is never split, and so is no image.
 
 Shapes: N samples of a block.
 """
@@ -22,20 +22,22 @@ def pack_block(length_N: np.ndarray, carried: int, seq_length: int) -> tuple[np.
     if len(length_N) == 0:
         return row_N, -1
     lengths = length_N.tolist()
-    rooms = [(seq_length - sum(lengths[:carried]), 0)] if carried else []  # (free tokens, row), ascending
+    bits = len(lengths).bit_length()
+    rooms = [seq_length - sum(lengths[:carried]) << bits] if carried else []  # free tokens << bits | row, ascending
     n_rows = len(rooms)
-    fresh = np.argsort(-length_N[carried:], kind="stable") + carried
-    for sample in fresh.tolist():
-        length = lengths[sample]
-        place = bisect_left(rooms, (length, -1))
+    fresh = (np.argsort(-length_N[carried:], kind="stable") + carried).tolist()
+    rows = []
+    for length in (length_N[fresh] << bits).tolist():
+        place = bisect_left(rooms, length)
         if place < len(rooms):
-            room, row = rooms.pop(place)
+            room = rooms.pop(place)
         else:
-            room, row = seq_length, n_rows
+            room = seq_length << bits | n_rows
             n_rows += 1
-        row_N[sample] = row
-        insort(rooms, (room - length, row))
-    return row_N, _row_to_carry(rooms, carried > 0)
+        rows.append(room)
+        insort(rooms, room - length)
+    row_N[fresh] = np.array(rows, np.int64) & ((1 << bits) - 1)
+    return row_N, _row_to_carry([(room >> bits, room & ((1 << bits) - 1)) for room in rooms], carried > 0)
 
 
 def _row_to_carry(rooms: list[tuple[int, int]], first_was_carried: bool) -> int:

@@ -3,12 +3,14 @@
     row 0:  | sample 0: text  [SOI] visual visual [EOI] text | sample 1: text | padding |
 
 Every rank computes the same plan; the exchange of embeddings, the attention borders and the reads all follow from it.
+A frame of a video is an image with a time.
 
-Shapes: S samples of the step, I images of the step, P positions of a row.
+Shapes: S samples of the step, I images of the step, P positions of a row, R rows asked for.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -20,14 +22,16 @@ class StepPlan:
 
     step: int
     seq_length: int
-    shard_S: np.ndarray  # int32, number of the shard in the stream's list
+    shard_S: np.ndarray  # int32, number of the shard in the corpus
     index_S: np.ndarray  # int32, sample in the shard's index
     row_S: np.ndarray  # int32
     start_S: np.ndarray  # int32, first token's position in the row
     length_S: np.ndarray  # int32, tokens, visual ones included
     domain_S: np.ndarray  # int16, into Stream.domains
+    cut_S: np.ndarray  # bool, the sample is longer and its end is left out
     image_sample_I: np.ndarray  # int32, into S
-    image_member_I: np.ndarray  # int32, image in the shard's index
+    image_media_I: np.ndarray  # int32, medium in the shard's index
+    time_I: np.ndarray  # int32, milliseconds into the video, -1 for a still image
     grid_hw_I2: np.ndarray  # int32, patches down and across
     tokens_I: np.ndarray  # int32, visual tokens
     row_I: np.ndarray  # int32
@@ -55,3 +59,33 @@ def row_positions(plan: StepPlan, row: int) -> np.ndarray:
     """Position of each token in its own segment, int32 [P]: restarts at every sample and at the padding."""
     cu = row_cu_seqlens(plan, row)
     return np.arange(plan.seq_length, dtype=np.int32) - np.repeat(cu[:-1], np.diff(cu))
+
+
+def row_samples(plan: StepPlan, rows: Sequence[int]) -> np.ndarray:
+    """Sample of the plan at every position of these rows, int32 [R, P]; -1 on padding."""
+    sample_RP = np.full((len(rows), plan.seq_length), -1, np.int32)
+    for place, row in enumerate(rows):
+        first, last = np.searchsorted(plan.row_S, [row, row + 1])
+        filled = np.repeat(np.arange(first, last, dtype=np.int32), plan.length_S[first:last])
+        sample_RP[place, : len(filled)] = filled
+    return sample_RP
+
+
+def row_labels(
+    plan: StepPlan, rows: Sequence[int], tokens_RP: np.ndarray, trained_RP: np.ndarray, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(labels int64, loss_mask bool), both [R, P]: the next token of the same sample, pad_id where there is none, and
+    whether that token is trained."""
+    sample_RP = row_samples(plan, rows)
+    followed_RP = (sample_RP[:, :-1] == sample_RP[:, 1:]) & (sample_RP[:, :-1] >= 0)
+    labels_RP = np.full(sample_RP.shape, pad_id, np.int64)
+    labels_RP[:, :-1] = np.where(followed_RP, tokens_RP[:, 1:], pad_id)
+    loss_mask_RP = np.zeros(sample_RP.shape, bool)
+    loss_mask_RP[:, :-1] = followed_RP & trained_RP[:, 1:]
+    return labels_RP, loss_mask_RP
+
+
+def row_domains(plan: StepPlan, rows: Sequence[int]) -> np.ndarray:
+    """Domain at every position of these rows, int16 [R, P]; -1 on padding."""
+    sample_RP = row_samples(plan, rows)
+    return np.where(sample_RP < 0, np.int16(-1), plan.domain_S[sample_RP])

@@ -1,67 +1,77 @@
 """The stream of training steps, computed from the indexes alone.
 
-    order (seed, epoch, window) -> blocks of samples -> rows of seq_length -> steps of rows_per_step rows
+    slots 0, 1, 2 ...  -> which source (mixture) -> which of its samples (order)
+    blocks of slots    -> rows of seq_length     -> steps of rows_per_step rows
 
 Every rank computes the same steps without talking to the others, whatever the world size, and reads later only what it
-uses. The state is the place where the current block begins, the samples carried into it, and how many of its rows are
-spent; from a state the continuation is always the same. Epochs repeat for ever, each with its own shuffle.
+uses. The state is the slot where the current block begins, the samples carried into it, and how many of its rows are
+spent; from a state the continuation is always the same. Every source repeats its epochs for ever, each with its own
+shuffle.
 
-Shapes: S samples of a step, I images of a step, N samples of a block.
+Shapes: S samples of a step, I images of a step, N samples of a block, R rows of a block.
 """
 
 import hashlib
 import json
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from fractions import Fraction
 
 import numpy as np
 
-from data.image import grid_hw, visual_tokens
-from data.index import ShardIndex
-from data.order import ROWS, permutation, samples_of_window, shards_of_window, windows_per_epoch
+from data.corpus import Corpus, Source
+from data.image import visual_tokens
+from data.mixture import Mixture
+from data.order import ROWS, SourceOrder, permutation
 from data.packing import pack_block
 from data.plan import StepPlan
+from data.view import IMAGE_TOO_LONG, REASONS, Resolution, Views
 
-TOO_LONG = "samples longer than a row"
-IMAGE_TOO_LONG = "rows shorter than one image"
+CHUNK_SLOTS = 8192  # slots looked up together, whole blocks of them
+_KEYS = {"seq_length": "train.seq_length", "rows_per_step": "train.global_batch_size", "seed": "train.seed"}
 
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What decides the stream, besides the indexes."""
+    """What decides the stream, besides the corpus. Raises ValueError for a value that cannot work."""
 
     seq_length: int
     rows_per_step: int  # the global batch
     seed: int
     min_patches: int  # of one image, 14x14 pixels each
     max_patches: int
+    video_budget: int = 81920  # visual tokens of one video
+    video_levels: tuple[int, ...] = (640, 512, 384, 256, 160, 128)  # tokens of a frame, falling
     block_samples: int = 1024  # lookahead of the packing
-    window_shards: int = 32  # shards shuffled together
+    window_shards: int = 32  # shards of a source shuffled together
+    too_long: str = "refuse"  # or cut
 
     def __post_init__(self):
-        keys = {"seq_length": "train.seq_length", "rows_per_step": "train.global_batch_size", "seed": "train.seed"}
+        levels = self.video_levels
         for field in fields(self):
-            key, value = keys.get(field.name, f"data.{field.name}"), getattr(self, field.name)
+            if field.name in ("video_levels", "too_long"):
+                continue
+            key, value = (
+                _KEYS.get(field.name, f"data.{field.name}").replace("video_", "video."),
+                getattr(self, field.name),
+            )
             least = {"seed": 0, "max_patches": 4}.get(field.name, 1)
             if not isinstance(value, int) or not least <= value < 1 << 62:
                 raise ValueError(f"{key} is {value!r}; it must be a whole number, at least {least}")
         if self.min_patches > self.max_patches:
             raise ValueError(f"data.min_patches is {self.min_patches}, above data.max_patches, {self.max_patches}")
+        if not levels or list(levels) != sorted(set(levels), reverse=True) or levels[-1] < 1:
+            raise ValueError(f"data.video.levels is {list(levels)}; it must be tokens of a frame, falling, at least 1")
+        if self.video_budget < levels[-1]:
+            raise ValueError(
+                f"data.video.budget is {self.video_budget}, below the last of data.video.levels, {levels[-1]}"
+            )
+        if self.too_long not in ("refuse", "cut"):
+            raise ValueError(f"data.too_long is {self.too_long!r}; it must be refuse or cut")
 
-
-@dataclass(frozen=True)
-class _ShardView:
-    """One shard's index at the stream's resolution."""
-
-    length_N: np.ndarray  # tokens, visual ones included
-    largest_image_N: np.ndarray  # visual tokens of the sample's largest image, 0 without images
-    first_image_N: np.ndarray
-    images_N: np.ndarray
-    domain_N: np.ndarray  # global ids
-    grid_hw_I2: np.ndarray
-    image_at_I: np.ndarray
+    @property
+    def resolution(self) -> Resolution:
+        return Resolution(**{field.name: getattr(self, field.name) for field in fields(Resolution)})
 
 
 @dataclass(frozen=True)
@@ -76,29 +86,36 @@ class _Block:
 
 
 class Stream:
-    """Iterator over steps. Raises ValueError at once if no sample of any shard fits a row."""
+    """Iterator over steps. stamp_lengths: tokens of the stamps of times in milliseconds (Tokenizer.stamp_lengths).
 
-    def __init__(self, indexes: Sequence[ShardIndex], config: StreamConfig):
-        if not indexes:
-            raise ValueError("the stream has no shards; set data.shards")
-        self.indexes = tuple(indexes)
-        self.config = config
-        self.domains = tuple(sorted({domain for index in indexes for domain in index.domains}))
-        self._views: OrderedDict[int, _ShardView] = OrderedDict()
+    Raises ValueError at once if a source has no sample that fits a row.
+    """
+
+    def __init__(self, corpus: Corpus, config: StreamConfig, stamp_lengths: Callable[[np.ndarray], np.ndarray]):
+        self.corpus, self.config, self.domains = corpus, config, corpus.domains
+        windows = sum(min(config.window_shards, source.catalog.n_shards) for source in corpus.sources)
+        # A step can hold the end of one window of every source and the beginning of its next.
+        self._views = Views(corpus, config.resolution, stamp_lengths, 2 * windows)
+        self._orders = [self._order(number, source) for number, source in enumerate(corpus.sources)]
+        self._mixture = Mixture(
+            [
+                weight_of(source, order.samples_per_epoch)
+                for source, order in zip(corpus.sources, self._orders, strict=True)
+            ]
+        )
+        for source in corpus.sources:
+            self._check_something_fits(source)
         self._fingerprint = self._decides_order()
-        self._check_something_fits()
         self._state = {
             "step": 0,
-            "epoch": 0,
-            "window": 0,
-            "sample": 0,  # where the current block begins in the window's order
+            "slot": 0,  # where the current block begins, a multiple of block_samples
             "carried": [],  # [shard, index] of samples carried into the current block
             "row": 0,  # rows of the current block already spent
             "refused": {},  # in blocks before the current one, by reason
             "fingerprint": self._fingerprint,
         }
         self._block: _Block | None = None
-        self._window: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
+        self._chunk: tuple[int, tuple[np.ndarray, ...]] | None = None
 
     def state(self) -> dict:
         """Plain ints and lists, fit for JSON."""
@@ -110,18 +127,18 @@ class Stream:
             raise ValueError(f"the data state has keys {sorted(state)}; expected {sorted(self._state)}")
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
-                "the data state belongs to another stream: the shards, train.seed, train.seq_length, data.min_patches, "
-                "data.max_patches, data.block_samples or data.window_shards changed since it was saved; "
-                "restore them or start the data anew"
+                "the data state belongs to another stream: data.sources (shards, weight, repeat, max_samples, "
+                "entity_cap, rare_domain_copies, fps), data.tokenizer, train.seed, train.seq_length, data.min_patches, "
+                "data.max_patches, data.video, data.block_samples, data.window_shards or data.too_long changed since "
+                "it was saved; restore them or start the data anew"
             )
         self._state = json.loads(json.dumps(state))
         self._block = None
 
     @property
     def samples_per_epoch(self) -> int:
-        """Samples of all shards that fit a row: what one epoch holds, each once."""
-        counts = enumerate(index.n_samples for index in self.indexes)
-        return sum(len(self._fitting(np.full(n, shard), np.arange(n))[0]) for shard, n in counts)
+        """Distinct samples that can be in a row, of all sources. Looks at every shard."""
+        return sum(int((self._views.of(shard).refused_N == 0).sum()) for shard in range(self.corpus.n_shards))
 
     @property
     def refused(self) -> dict[str, int]:
@@ -162,133 +179,102 @@ class Stream:
         self._block = None
 
     def _make_block(self) -> _Block:
-        """The block at the cursor: a run of one window's samples, packed; its rows shuffled."""
-        config, epoch, window, begin = self.config, *(self._state[key] for key in ("epoch", "window", "sample"))
-        shard_W, index_W = self._window_order(epoch, window)
-        end = min(begin + config.block_samples, len(shard_W))
-        shard_N, index_N, refused = self._fitting(shard_W[begin:end], index_W[begin:end])
+        """The block at the cursor: a run of slots, packed with the carried samples; its rows shuffled."""
+        config, slot = self.config, self._state["slot"]
+        shard_N, index_N, length_N, refused_N = self._slots(slot)
+        refused = np.bincount(refused_N, minlength=len(REASONS)).tolist()
         carried = np.array(self._state["carried"], np.int64).reshape(-1, 2)
-        shard_N, index_N = np.concatenate([carried[:, 0], shard_N]), np.concatenate([carried[:, 1], index_N])
+        fits_N, carried_length = refused_N == 0, self._views.gather(*carried.T, "length_N")[0]
+        shard_N = np.concatenate([carried[:, 0], shard_N[fits_N]])
+        index_N = np.concatenate([carried[:, 1], index_N[fits_N]])
+        length_N = np.concatenate([carried_length, length_N[fits_N]])
 
-        length_N = self._gather(shard_N, index_N, "length_N")
         row_N, open_row = pack_block(length_N, len(carried), config.seq_length)
         open_N = row_N == open_row
-        following = {"epoch": epoch, "window": window, "sample": end}
-        following["carried"] = np.stack([shard_N, index_N], 1)[open_N].tolist()
-        if end == len(shard_W):
-            last = window + 1 == windows_per_epoch(len(self.indexes), config.window_shards)
-            following |= {"epoch": epoch + last, "window": 0 if last else window + 1, "sample": 0}
-
+        following = {"slot": slot + config.block_samples, "carried": np.stack([shard_N, index_N], 1)[open_N].tolist()}
         kept_N = np.flatnonzero(~open_N)
-        rows = np.unique(row_N[kept_N])
-        rank = np.zeros(int(row_N.max(initial=0)) + 1, np.int64)
-        rank[rows] = permutation(len(rows), config.seed, epoch, window, begin, ROWS)
-        order_N = kept_N[np.argsort(rank[row_N[kept_N]], kind="stable")]
-        row_start_R1 = np.concatenate([[0], np.cumsum(np.bincount(rank[row_N[kept_N]], minlength=len(rows)))])
-        return _Block(shard_N[order_N], index_N[order_N], row_start_R1, refused, following)
+        rows, row_N = np.unique(row_N[kept_N], return_inverse=True)
+        rank_R = permutation(len(rows), config.seed, 0, slot // config.block_samples, 0, ROWS)
+        order_N = kept_N[np.argsort(rank_R[row_N], kind="stable")]
+        row_start_R1 = np.concatenate([[0], np.cumsum(np.bincount(rank_R[row_N], minlength=len(rows)))])
+        counts = {reason: count for reason, count in zip(REASONS[1:], refused[1:], strict=True) if count}
+        return _Block(shard_N[order_N], index_N[order_N], row_start_R1, counts, following)
 
-    def _window_order(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._window is None or self._window[0] != (epoch, window):
-            config = self.config
-            shards = shards_of_window(len(self.indexes), config.window_shards, config.seed, epoch, window)
-            counts = [self.indexes[shard].n_samples for shard in shards]
-            self._window = ((epoch, window), *samples_of_window(shards, counts, config.seed, epoch, window))
-        return self._window[1:]
+    def _slots(self, slot: int) -> tuple[np.ndarray, ...]:
+        """(shard, index, tokens, reason of refusal) of the samples of the block that begins at this slot."""
+        block = self.config.block_samples
+        blocks = max(CHUNK_SLOTS // block, 1)
+        number, within = divmod(slot // block, blocks)
+        if self._chunk is None or self._chunk[0] != number:
+            shard_N, index_N = self._samples(number * blocks * block, blocks * block)
+            self._chunk = (number, (shard_N, index_N, *self._views.gather(shard_N, index_N, "length_N", "refused_N")))
+        return tuple(column[within * block : (within + 1) * block] for column in self._chunk[1])
 
-    def _fitting(self, shard_N: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-        """The samples that fit a row, and how many do not, by reason."""
-        image_fits_N = self._gather(shard_N, index_N, "largest_image_N") <= self.config.seq_length
-        fits_N = self._gather(shard_N, index_N, "length_N") <= self.config.seq_length
-        counts = {IMAGE_TOO_LONG: int((~image_fits_N).sum()), TOO_LONG: int((image_fits_N & ~fits_N).sum())}
-        return shard_N[fits_N], index_N[fits_N], {reason: count for reason, count in counts.items() if count}
+    def _samples(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(shard, index) of the samples at the slots first .. first + count."""
+        source_N = self._mixture.block(first, count)
+        shard_N, index_N = np.empty(count, np.int64), np.empty(count, np.int64)
+        for number, before in enumerate(self._mixture.counts(first)):
+            here_N = np.flatnonzero(source_N == number)
+            local_n, index_N[here_N] = self._orders[number].take(before, len(here_N))
+            shard_N[here_N] = local_n + self.corpus.sources[number].first_shard
+        return shard_N, index_N
 
-    def _check_something_fits(self) -> None:
-        smallest, smallest_image = None, None
-        for shard, index in enumerate(self.indexes):
-            view = self._view(shard)
-            if len(view.length_N) == 0:
-                continue
-            sample = int(view.length_N.argmin())
-            if view.length_N[sample] <= self.config.seq_length:
+    def _order(self, number: int, source: Source) -> SourceOrder:
+        return SourceOrder(
+            source.catalog,
+            source.settings.entity_cap,
+            source.settings.rare_domain_copies,
+            self.config.seed,
+            self.config.window_shards,
+            number,
+            lambda shard: self.corpus.index(source.first_shard + shard),
+        )
+
+    def _check_something_fits(self, source: Source) -> None:
+        smallest = None
+        for shard in range(source.first_shard, source.first_shard + source.catalog.n_shards):
+            view = self._views.of(shard)
+            if (view.refused_N == 0).any():
                 return
-            if smallest is None or view.length_N[sample] < smallest[0]:
-                smallest = (int(view.length_N[sample]), sample, index.shard)
-                smallest_image = int(view.largest_image_N[sample])
-        if smallest is None:
-            raise ValueError(f"the {len(self.indexes)} shards hold no usable sample")
-        why = f"{IMAGE_TOO_LONG}: " if smallest_image > self.config.seq_length else ""
+            if len(view.length_N) and (smallest is None or view.length_N.min() < smallest[0]):
+                sample = int(view.length_N.argmin())
+                smallest = (int(view.length_N[sample]), sample, shard, REASONS[view.refused_N[sample]])
+        length, sample, shard, reason = smallest
         raise ValueError(
-            f"{why}train.seq_length is {self.config.seq_length}, but the smallest sample (number {smallest[1]} of "
-            f"{smallest[2]}) needs {smallest[0]} tokens, {smallest_image} of them for its largest image; "
-            "raise train.seq_length or lower data.max_patches"
+            f"{reason}: train.seq_length is {self.config.seq_length}, but the smallest sample of data.sources."
+            f"{source.settings.name} (number {sample} of {self.corpus.shard_name(shard)}) needs {length} tokens; raise "
+            + ("train.seq_length or lower data.max_patches" if reason == IMAGE_TOO_LONG else "train.seq_length")
         )
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Shards at this resolution
-
-    def _view(self, shard: int) -> _ShardView:
-        if shard in self._views:
-            self._views.move_to_end(shard)
-            return self._views[shard]
-        index = self.indexes[shard]
-        samples, images = np.asarray(index.samples), np.asarray(index.images)
-        grid_hw_I2 = grid_hw(images["height"], images["width"], self.config.min_patches, self.config.max_patches)
-        tokens_I = visual_tokens(grid_hw_I2)
-        owner_I = np.repeat(np.arange(len(samples)), samples["images"])
-        visual_N = np.bincount(owner_I, tokens_I, len(samples)).astype(np.int64)
-        largest_N = np.zeros(len(samples), np.int64)
-        np.maximum.at(largest_N, owner_I, tokens_I)
-        names = np.array([self.domains.index(name) for name in index.domains] or [0], np.int16)
-        view = _ShardView(
-            length_N=samples["text_tokens"] + visual_N,
-            largest_image_N=largest_N,
-            first_image_N=samples["first_image"].astype(np.int64),
-            images_N=samples["images"].astype(np.int64),
-            domain_N=names[samples["domain"]],
-            grid_hw_I2=grid_hw_I2,
-            image_at_I=images["image_at"].astype(np.int64),
-        )
-        self._views[shard] = view
-        while len(self._views) > 2 * self.config.window_shards + 2:
-            self._views.popitem(last=False)
-        return view
-
-    def _gather(self, shard_N: np.ndarray, index_N: np.ndarray, name: str) -> np.ndarray:
-        """One column of the samples' views."""
-        out_N = np.zeros(len(shard_N), np.int64)
-        for shard in np.unique(shard_N).tolist():
-            here_N = shard_N == shard
-            out_N[here_N] = getattr(self._view(shard), name)[index_N[here_N]]
-        return out_N
 
     def _decides_order(self) -> int:
         """63 bits of what fixes the order of rows. The batch size is not part: a state counts rows, not steps."""
-        settings = {key: value for key, value in asdict(self.config).items() if key != "rows_per_step"}
-        shards = [(Path(i.shard).name, i.shard_bytes, i.n_samples, i.n_images) for i in self.indexes]
-        raw = json.dumps([settings, shards, self.indexes[0].tokenizer_sha256], sort_keys=True).encode()
+        config = {key: value for key, value in asdict(self.config).items() if key != "rows_per_step"}
+        undecisive = ("name", "shards", "train_roles")
+        sources = [
+            (
+                {key: value for key, value in asdict(source.settings).items() if key not in undecisive},
+                source.catalog.digest,
+            )
+            for source in self.corpus.sources
+        ]
+        raw = json.dumps([config, sources, self.corpus.tokenizer_sha256], sort_keys=True).encode()
         return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") >> 1
 
     # -----------------------------------------------------------------------------------------------------------------
     # The plan
 
     def _plan(self, shard_S: np.ndarray, index_S: np.ndarray, row_S: np.ndarray) -> StepPlan:
-        length_S = self._gather(shard_S, index_S, "length_N")
+        length_S, domain_S, cut_S, first_S, images_S = self._views.gather(
+            shard_S, index_S, "length_N", "domain_N", "cut_N", "first_image_N", "images_N"
+        )
         before_S = np.cumsum(length_S) - length_S
-        first_of_row_S = np.searchsorted(row_S, row_S)
-        start_S = before_S - before_S[first_of_row_S]
-
-        images_S = self._gather(shard_S, index_S, "images_N")
+        start_S = before_S - before_S[np.searchsorted(row_S, row_S)]
         sample_I = np.repeat(np.arange(len(shard_S)), images_S)
         within_I = np.arange(len(sample_I)) - np.repeat(np.cumsum(images_S) - images_S, images_S)
-        member_I = self._gather(shard_S, index_S, "first_image_N")[sample_I] + within_I
-        grid_hw_I2, at_I = np.zeros((len(sample_I), 2), np.int64), np.zeros(len(sample_I), np.int64)
-        shard_I = shard_S[sample_I]
-        for shard in np.unique(shard_I).tolist():
-            here_I, view = shard_I == shard, self._view(shard)
-            grid_hw_I2[here_I], at_I[here_I] = view.grid_hw_I2[member_I[here_I]], view.image_at_I[member_I[here_I]]
-        tokens_I = visual_tokens(grid_hw_I2)
-        visual_before_I = np.cumsum(tokens_I) - tokens_I
-        earlier_I = visual_before_I - visual_before_I[np.arange(len(sample_I)) - within_I]
+        media_I, time_I, grid_hw_I2, offset_I = self._views.gather(
+            shard_S[sample_I], first_S[sample_I] + within_I, "media_I", "time_I", "grid_hw_I2", "offset_I"
+        )
 
         def narrow(values: np.ndarray) -> np.ndarray:
             return values.astype(np.int32)
@@ -301,12 +287,23 @@ class Stream:
             row_S=narrow(row_S),
             start_S=narrow(start_S),
             length_S=narrow(length_S),
-            domain_S=self._gather(shard_S, index_S, "domain_N").astype(np.int16),
+            domain_S=domain_S,
+            cut_S=cut_S,
             image_sample_I=narrow(sample_I),
-            image_member_I=narrow(member_I),
-            grid_hw_I2=narrow(grid_hw_I2),
-            tokens_I=narrow(tokens_I),
+            image_media_I=narrow(media_I),
+            time_I=narrow(time_I),
+            grid_hw_I2=narrow(grid_hw_I2.reshape(-1, 2)),
+            tokens_I=narrow(visual_tokens(grid_hw_I2.reshape(-1, 2))),
             row_I=narrow(row_S[sample_I]),
-            start_I=narrow(start_S[sample_I] + at_I + earlier_I),
+            start_I=narrow(start_S[sample_I] + offset_I),
             state_after=self.state(),
         )
+
+
+def weight_of(source: Source, samples_per_epoch: int) -> Fraction:
+    """Weight of a source in the mixture: as set, or else the samples that it gives while others give an epoch."""
+    settings = source.settings
+    if settings.weight is not None:
+        return Fraction(str(settings.weight))
+    most = samples_per_epoch if settings.max_samples is None else min(samples_per_epoch, settings.max_samples)
+    return most * Fraction(str(settings.repeat))

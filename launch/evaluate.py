@@ -1,6 +1,6 @@
 """Scores a checkpoint on held-out shards, with the right images and, as a control, with exchanged ones:
 
-    python launch/evaluate.py RUN data.shards='[shards/toy/heldout/read-0000.tar]'
+    python launch/evaluate.py RUN data.sources.main.shards='[shards/toy/heldout/read-0000.tar]'
 
 RUN is a run directory or one of its checkpoints; settings come from the run's config.yaml and can be overridden by
 key=value.  Runs in one process, or under torchrun in any layout with cp = 1.  Prints a table and writes
@@ -32,7 +32,7 @@ ONE_PROCESS = ("tp", "pp", "vpp", "ep", "cp")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run directory or checkpoint")
-    parser.add_argument("overrides", nargs="*", help="settings as key=value, such as data.shards='[a.tar]'")
+    parser.add_argument("overrides", nargs="*", help="settings as key=value, as in data.sources.main.shards='[a.tar]'")
     parser.add_argument("--at-least", type=float, default=0.0, help="exact match over all that fails the command below")
     parser.add_argument("--exchanged-at-most", type=float, default=1.0, help="the same, above, with exchanged images")
     arguments = parser.parse_args(argv)
@@ -55,9 +55,8 @@ def report(run: str, overrides: list[str]) -> dict:
     scores = evaluate_checkpoint(config, path)
     if int(os.environ.get("RANK", "0")) == 0:
         target = run_directory(path) / RESULT
-        target.write_text(
-            json.dumps({"checkpoint": str(path), "shards": config.data.shards, **scores}, indent=2) + "\n"
-        )
+        shards = {name: source.shards for name, source in config.data.sources.items()}
+        target.write_text(json.dumps({"checkpoint": str(path), "shards": shards, **scores}, indent=2) + "\n")
         Console().print(table(scores))
         print(f"written to {target}")
     return scores

@@ -2,52 +2,150 @@
 
     python launch/index_shards.py 'corpus/train-{0000..0099}.tar' --tokenizer corpus/tokenizer.json --workers 8
 
-Run it again after changing a shard or the tokenizer. Damaged samples are left out of the index and reported.
+Run it again after changing a shard or the tokenizer, or after an interruption: shards whose index is current are left
+alone. Damaged samples are left out of the index and reported. Remote shards (s3://, https://, ...) need --index-dir,
+where their indexes go, and --catalog, the file that training names in their place.
 """
 
 import argparse
 import functools
+import multiprocessing
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.index import IndexReport, build_index, expand_shards
+from data.catalog import CATALOG_SUFFIX, expand_shards, gather_catalog, write_catalog
+from data.index import SUFFIX, load_index
+from data.indexing import IndexReport, build_index, is_current
+from data.storage import base_name, is_url, shown
 from data.text import Tokenizer
 
 
-def index_shards(shards: list[str], tokenizer_file: str, workers: int) -> list[IndexReport]:
-    """Index every shard, `workers` at a time; reports in the order of the shards. Raises ValueError."""
-    tokenizer = Tokenizer(tokenizer_file)
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one shard: a report, `made` now or before, or the sentence that says why there is none."""
+
+    report: IndexReport | None
+    made: bool
+    error: str = ""
+
+
+def index_shards(
+    shards: list[str], paths: list[str], tokenizer_file: str, workers: int, force: bool
+) -> Iterator[Outcome]:
+    """Index every shard, `workers` at a time, into its path; outcomes in the order of the shards. Raises ValueError."""
+    Tokenizer(tokenizer_file)  # a bad one is told once
+    act = functools.partial(_index_one, tokenizer_file=tokenizer_file, force=force)
     if workers == 1 or len(shards) == 1:
-        return [build_index(shard, tokenizer) for shard in shards]
-    with ProcessPoolExecutor(min(workers, len(shards))) as pool:
-        return list(pool.map(functools.partial(_index_one, tokenizer_file=tokenizer_file), shards))
+        yield from map(act, shards, paths)
+        return
+    context = multiprocessing.get_context("spawn")  # neither tokenizers nor fsspec is safe to fork
+    with ProcessPoolExecutor(min(workers, len(shards)), context, _leave_interrupts_to_the_parent) as pool:
+        try:
+            yield from pool.map(act, shards, paths)
+        except KeyboardInterrupt:
+            print("interrupted: waiting for the shards at hand", file=sys.stderr, flush=True)
+            raise
+        except BrokenProcessPool as error:
+            raise ValueError("a worker process ended abruptly, perhaps for want of memory; run it again") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _index_one(shard: str, tokenizer_file: str) -> IndexReport:
-    return build_index(shard, Tokenizer(tokenizer_file))
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _index_one(shard: str, path: str, tokenizer_file: str, force: bool) -> Outcome:
+    tokenizer = _tokenizer(tokenizer_file)
+    try:
+        if not force and is_current(shard, tokenizer, path):
+            return Outcome(IndexReport.of(load_index(shard, tokenizer.sha256, path)), made=False)
+        return Outcome(build_index(shard, tokenizer, path), made=True)
+    except (ValueError, OSError) as error:
+        return Outcome(None, False, str(error))
+
+
+@functools.cache
+def _tokenizer(file: str) -> Tokenizer:
+    return Tokenizer(file)
+
+
+def index_paths(shards: list[str], folder: str | None) -> list[str]:
+    """Where the index of each shard goes: beside it, or into a folder. Raises ValueError where two would collide."""
+    if folder is None:
+        return [shard + SUFFIX for shard in shards]
+    first: dict[str, str] = {}
+    for shard in shards:
+        other = first.setdefault(base_name(shard), shard)
+        if other != shard:
+            both = f"{shown(other)} and {shown(shard)}"
+            raise ValueError(f"--index-dir {folder} would hold one index for both {both}; index them into two folders")
+    return [os.path.join(folder, base_name(shard) + SUFFIX) for shard in shards]
+
+
+def _check(arguments: argparse.Namespace, shards: list[str]) -> None:
+    remote = next((shard for shard in shards if is_url(shard)), None)
+    if arguments.workers < 1:
+        raise ValueError(f"--workers is {arguments.workers}; it must be at least 1")
+    if remote and not (arguments.index_dir and arguments.catalog):
+        raise ValueError(f"shard {shown(remote)} is remote: --index-dir and --catalog say where to keep what is known")
+    if arguments.catalog and not arguments.catalog.endswith(CATALOG_SUFFIX):
+        raise ValueError(f"--catalog is {arguments.catalog}; its name must end in {CATALOG_SUFFIX}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="+", help="tar files or URLs; {0000..0099} is understood, in paths * too")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer.json that training will use")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one shard each at a time)")
+    parser.add_argument("--index-dir", help="folder for the indexes; without it each goes beside its shard")
+    parser.add_argument("--catalog", help="file ending in .catalog for all shards; use it where there are thousands")
+    parser.add_argument("--force", action="store_true", help="index also shards whose index is current")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", nargs="+", help="tar files; {0000..0099} and * are understood")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer.json that training will use")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one shard each at a time)")
+    parser = _parser()
     arguments = parser.parse_args(argv)
+    outcomes = []
     try:
-        if arguments.workers < 1:
-            raise ValueError(f"--workers is {arguments.workers}; it must be at least 1")
-        reports = index_shards(expand_shards(arguments.shards), arguments.tokenizer, arguments.workers)
-    except ValueError as error:
+        shards = expand_shards(arguments.shards, urls=True)
+        _check(arguments, shards)
+        paths = index_paths(shards, arguments.index_dir)
+        if arguments.index_dir:
+            os.makedirs(arguments.index_dir, exist_ok=True)
+        for outcome in index_shards(shards, paths, arguments.tokenizer, arguments.workers, arguments.force):
+            outcomes.append(outcome)
+            print("\n".join(outcome.report.lines()) if outcome.report else f"not indexed: {outcome.error}", flush=True)
+        _summary(outcomes)
+        failed = [outcome.error for outcome in outcomes if outcome.error]
+        if failed:
+            raise ValueError(f"{len(failed)} of {len(shards)} shards could not be indexed, the first: {failed[0]}")
+        if arguments.catalog:
+            tokenizer = _tokenizer(arguments.tokenizer)
+            write_catalog(arguments.catalog, gather_catalog(shards, tokenizer.sha256, paths))
+            print(f"{arguments.catalog}: the catalog of {len(shards)} shards")
+    except KeyboardInterrupt:
+        parser.exit(130, f"interrupted after {len(outcomes)} shards; run it again to go on\n")
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    for report in reports:
-        print("\n".join(report.lines()))
-    skipped = sum(sum(report.skipped.values()) for report in reports)
-    print(f"{len(reports)} shards, {sum(report.samples for report in reports)} samples, {skipped} skipped")
     return 0
+
+
+def _summary(outcomes: list[Outcome]) -> None:
+    reports = [outcome.report for outcome in outcomes if outcome.report]
+    skipped = sum(sum(report.skipped.values()) for report in reports)
+    before = sum(not outcome.made for outcome in outcomes if outcome.report)
+    note = f" ({before} shards were indexed before)" if before else ""
+    print(f"{len(reports)} shards, {sum(report.samples for report in reports)} samples, {skipped} skipped{note}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from train.config import Config
 from train.feed import AgreedError
 from train.stopping import STOPPED
 
-ConfigStore.instance().store(name="schema", node=Config)
+# Names alone: `read_config` checks types. A typed dictionary would not take +data.sources.NAME.shards=[...].
+ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config)))
 
 
 def read_config(settings: DictConfig) -> Config:

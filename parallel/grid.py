@@ -17,8 +17,9 @@ SAVING_PATIENCE = timedelta(hours=2)  # between the first rank that has written 
 class Grid:
     """This rank's place and its process groups.
 
-    balance: the ranks among which images move.  control: gloo over the world, for plans and flags; the prefetch thread
-    alone uses it.  saving: gloo over the world with the patience that writing a checkpoint takes.
+    balance: the ranks among which images move.  control: gloo over the world, for plans and flags; text: gloo over the
+    ranks of this replica that need token ids, None elsewhere; the prefetch thread alone uses both.
+    saving: gloo over the world with the patience that writing a checkpoint takes.
     """
 
     layout: Layout
@@ -27,6 +28,7 @@ class Grid:
     device: torch.device
     balance: dist.ProcessGroup
     control: dist.ProcessGroup
+    text: dist.ProcessGroup | None
     saving: dist.ProcessGroup
 
     @property
@@ -62,15 +64,22 @@ def build_grid(layout: Layout, device: torch.device, seed: int) -> Grid:
         pp=parallel_state.get_pipeline_model_parallel_rank(),
     )
     assert seen == place, f"Megatron-core seats rank {rank} at {seen}, the layout at {place}"
-    mine = None
-    for group in range(layout.groups):
-        ranks = layout.group_ranks(group)
-        handle = dist.new_group(ranks)
-        if rank in ranks:
-            mine = handle
-    control = dist.new_group(backend="gloo")
-    saving = dist.new_group(backend="gloo", timeout=SAVING_PATIENCE)
-    return Grid(layout=layout, rank=rank, place=place, device=device, balance=mine, control=control, saving=saving)
+    return Grid(
+        layout=layout,
+        rank=rank,
+        place=place,
+        device=device,
+        balance=_group_of(rank, [layout.group_ranks(group) for group in range(layout.groups)]),
+        control=dist.new_group(backend="gloo"),
+        text=_group_of(rank, [layout.text_ranks(replica) for replica in range(layout.dp)], backend="gloo"),
+        saving=dist.new_group(backend="gloo", timeout=SAVING_PATIENCE),
+    )
+
+
+def _group_of(rank: int, groups: list[list[int]], **options) -> dist.ProcessGroup | None:
+    """The group of ranks that `rank` is in, None if it is in none; all are built (collective over the world)."""
+    handles = [dist.new_group(ranks, **options) for ranks in groups]
+    return next((handle for handle, ranks in zip(handles, groups, strict=True) if rank in ranks), None)
 
 
 def destroy_grid() -> None:

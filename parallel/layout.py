@@ -103,6 +103,10 @@ class Layout:
         grid = ((pp, cp, tp) for pp in range(self.pp) for cp in range(self.cp) for tp in range(self.tp))
         return sorted(self.rank_of(tp=tp, cp=cp, dp=replica, pp=pp) for pp, cp, tp in grid)
 
+    def text_ranks(self, replica: int) -> list[int]:
+        """Ranks of one replica that need its token ids, ascending: those of the first and the last pipeline stage."""
+        return [r for r in self.replica_ranks(replica) if self.coordinates(r).pp in (0, self.pp - 1)]
+
     def group_of_replica(self, replica: int) -> int:
         """Balance group of a replica.  Works elementwise on arrays as well."""
         return replica // self.replicas_per_group

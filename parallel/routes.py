@@ -4,7 +4,8 @@ An image's n visual tokens are n rows.  Its owner encodes it; every row then goe
 the row's place in the sequence (zigzag over cp, contiguous over tp, as Megatron-core splits a row), so nothing is sent
 twice.  All of this is a pure function of the same arrays on every rank: sender and receiver agree without a word.
 
-Legend: I images of the step, V rows this rank encodes, U rows this rank receives, G ranks of the balance group.
+Legend: I images of the step (video frames among them), V rows this rank encodes, U rows this rank receives, G ranks of
+the balance group.
 """
 
 import hashlib
@@ -20,9 +21,11 @@ from parallel.layout import Layout
 class VisualPlan:
     """Images of one step in stream order: cost, patches, visual tokens, and their place in the LLM's micro-batches.
 
-    start_I counts tokens from the first of the micro-batch; row_tokens is the micro-batch's length.
+    unit_I: images that one rank encodes together (a still image, a clip of a video), ascending from 0.  start_I counts
+    tokens from the first of the micro-batch; row_tokens is the micro-batch's length.
     """
 
+    unit_I: np.ndarray
     cost_I: np.ndarray
     patches_I: np.ndarray
     tokens_I: np.ndarray
@@ -64,19 +67,22 @@ class Routes:
 def assign_owners(plan: VisualPlan, layout: Layout, balance: bool) -> np.ndarray:
     """Global rank that encodes each image, int64 [I].
 
-    With `balance`, greedy by cost inside the balance group of the image's replica; without it, the images of a replica
-    are dealt in order over the replica's own ranks.
+    With `balance`, greedy by cost of units inside the balance group of their replica; without it, the units of a
+    replica are dealt in order over the replica's own ranks.
     """
-    owner_I = np.empty(plan.cost_I.size, dtype=np.int64)
-    team_I = layout.group_of_replica(plan.replica_I) if balance else plan.replica_I
-    for team in np.unique(team_I).tolist():
+    first_U = np.flatnonzero(np.diff(plan.unit_I, prepend=-1))  # the first image of every unit
+    cost_U = np.add.reduceat(plan.cost_I, first_U) if first_U.size else plan.cost_I
+    replica_U = plan.replica_I[first_U]
+    owner_U = np.empty(first_U.size, dtype=np.int64)
+    team_U = layout.group_of_replica(replica_U) if balance else replica_U
+    for team in np.unique(team_U).tolist():
         members = np.array(layout.group_ranks(team) if balance else layout.replica_ranks(team))
-        mine_J = np.flatnonzero(team_I == team)
+        mine_J = np.flatnonzero(team_U == team)
         if balance:
-            owner_I[mine_J] = members[assign_images(plan.cost_I[mine_J], members.size)]
+            owner_U[mine_J] = members[assign_images(cost_U[mine_J], members.size)]
         else:
-            owner_I[mine_J] = members[np.arange(mine_J.size) % members.size]
-    return owner_I
+            owner_U[mine_J] = members[np.arange(mine_J.size) % members.size]
+    return owner_U[plan.unit_I]
 
 
 def place_of(position: np.ndarray, layout: Layout, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,8 +1,10 @@
 """What many tests need: settings of a toy run, and a tiny corpus made once a session."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -29,8 +31,18 @@ def make_corpus(folder: Path) -> Path:
 
 def corpus_overrides(corpus: Path, shards: str = "*") -> list[str]:
     """Overrides that read `shards` of the training part of a corpus."""
-    return [f"data.shards=['{corpus}/train/{shards}.tar']", f"data.tokenizer={corpus}/tokenizer.json"]
+    return [f"data.sources.main.shards=['{corpus}/train/{shards}.tar']", f"data.tokenizer={corpus}/tokenizer.json"]
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> str:
+    """A tar with these (name, content), in this order."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)

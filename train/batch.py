@@ -11,14 +11,29 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.plan import StepPlan, row_cu_seqlens, row_positions
-from data.reader import RowBatch
+from data.plan import StepPlan, row_cu_seqlens, row_domains, row_labels, row_positions
 from parallel.balance import image_costs
 from parallel.layout import Coordinates, Layout
 from parallel.routes import VisualPlan, local_positions
 from parallel.transfer import host_to_device
 from train.models.llm import PackedRow, pack_row
 from train.models.vit import ViTConfig
+
+
+@dataclass(frozen=True)
+class RowText:
+    """Text of R rows: int64 tokens and labels [R, S], bool loss_mask (the label is trained), int16 domain (or -1)."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    loss_mask: np.ndarray
+    domain: np.ndarray
+
+    @staticmethod
+    def of(plan: StepPlan, rows: np.ndarray, tokens: np.ndarray, trained: np.ndarray, pad_id: int) -> "RowText":
+        """tokens: int32 [R, S]; trained: bool, this token is a target."""
+        labels, loss_mask = row_labels(plan, rows, tokens, trained, pad_id)
+        return RowText(tokens.astype(np.int64), labels, loss_mask, row_domains(plan, rows))
 
 
 @dataclass(frozen=True)
@@ -33,11 +48,14 @@ class MicroBatch:
     row_tokens: int
 
 
-def visual_plan(plan: StepPlan, layout: Layout, rows_per_micro_batch: int, encoder: ViTConfig) -> VisualPlan:
+def visual_plan(
+    plan: StepPlan, layout: Layout, rows_per_micro_batch: int, encoder: ViTConfig, chunk_patches: int
+) -> VisualPlan:
     """Who needs which image's tokens, and what each image costs, from the indexes alone."""
     block_I, within_I = np.divmod(plan.row_I.astype(np.int64), rows_per_micro_batch)
     patches_I = plan.grid_hw_I2.prod(axis=1, dtype=np.int64)
     return VisualPlan(
+        unit_I=units(plan, patches_I, chunk_patches),
         cost_I=image_costs(patches_I, encoder.width, encoder.depth),
         patches_I=patches_I,
         tokens_I=plan.tokens_I.astype(np.int64),
@@ -46,6 +64,22 @@ def visual_plan(plan: StepPlan, layout: Layout, rows_per_micro_batch: int, encod
         start_I=within_I * plan.seq_length + plan.start_I,
         row_tokens=rows_per_micro_batch * plan.seq_length,
     )
+
+
+def units(plan: StepPlan, patches_I: np.ndarray, chunk_patches: int) -> np.ndarray:
+    """Number of the unit that each image belongs to, int64 [I], ascending.
+
+    A still image is a unit; a video is cut into clips of as many successive frames as fit `chunk_patches`, so that its
+    bytes are read by few ranks while its work still spreads.
+    """
+    if patches_I.size == 0:
+        return np.empty(0, dtype=np.int64)
+    index_I = np.arange(patches_I.size)
+    other_I = np.diff(plan.image_sample_I, prepend=-1) | np.diff(plan.image_media_I, prepend=-1)
+    starts_medium_I = (other_I != 0) | (plan.time_I < 0)
+    within_I = index_I - np.maximum.accumulate(np.where(starts_medium_I, index_I, 0))
+    frames_I = np.maximum(chunk_patches // patches_I, 1)  # all frames of a video have one size
+    return np.cumsum(starts_medium_I | (within_I % frames_I == 0)) - 1
 
 
 def rows_of_replica(layout: Layout, replica: int, micro_batches: int, rows_per_micro_batch: int) -> np.ndarray:
@@ -57,7 +91,7 @@ def rows_of_replica(layout: Layout, replica: int, micro_batches: int, rows_per_m
 def micro_batch_of(
     plan: StepPlan,
     rows: np.ndarray,
-    text: RowBatch | None,
+    text: RowText | None,
     layout: Layout,
     place: Coordinates,
     device: torch.device,

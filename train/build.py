@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data.index import expand_shards, load_index
+from data.corpus import Corpus, SourceSettings
 from data.reader import ShardReader
 from data.stream import Stream, StreamConfig
 from data.text import Tokenizer
@@ -19,11 +19,14 @@ from parallel.hybrid_step import Engines
 from parallel.layout import Layout
 from parallel.llm_engine import Leaf, LLMEngine
 from parallel.state import AdamSettings
+from parallel.transfer import pin, unpin
 from train.batch import MicroBatch
 from train.config import Config
 from train.models import llm as llm_model
 from train.models import vision_tower
 from train.rendezvous import agent_store
+
+BATCHES_HELD = 6  # besides those made ready ahead: two being read, and those handed over, copied, computed, let go
 
 
 @dataclass(frozen=True)
@@ -43,18 +46,39 @@ def open_data(config: Config) -> Data:
             f"data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
             f"model.llm.vocab_size={config.model.llm.vocab_size}"
         )
-    indexes = [load_index(shard, tokenizer.sha256) for shard in expand_shards(data.shards)]
+    sources = [
+        SourceSettings(
+            name=name,
+            shards=tuple(source.shards),
+            weight=source.weight,
+            repeat=source.repeat,
+            max_samples=source.max_samples,
+            entity_cap=source.entity_cap,
+            rare_domain_copies=source.rare_domain_copies,
+            train_roles=tuple(source.train_roles),
+            fps=source.fps,
+        )
+        for name, source in data.sources.items()
+    ]
+    corpus = Corpus.open(sources, tokenizer.sha256)
     settings = StreamConfig(
         seq_length=config.train.seq_length,
         rows_per_step=config.train.global_batch_size,
         seed=config.train.seed,
         min_patches=data.min_patches,
         max_patches=data.max_patches,
+        video_budget=data.video.budget,
+        video_levels=tuple(data.video.levels),
         block_samples=data.block_samples,
         window_shards=data.window_shards,
+        too_long=data.too_long,
     )
-    reader = ShardReader(indexes, tokenizer, data.train_roles, data.max_pixels, data.workers)
-    return Data(Stream(indexes, settings), reader)
+    stream = Stream(corpus, settings, tokenizer.stamp_lengths)
+    pinning = {"on_new_buffer": pin, "on_old_buffer": unpin} if torch.cuda.is_available() else {}
+    reader = ShardReader(
+        corpus, tokenizer, data.max_pixels, data.workers, slots=data.prefetch + BATCHES_HELD, **pinning
+    )
+    return Data(stream, reader)
 
 
 def local_device() -> torch.device:

@@ -25,8 +25,12 @@ LEAST = {
     "optim.eps": 0,
     "optim.weight_decay": 0,
     "optim.clip_norm": 0,
-    "data.max_skipped": 0,
+    "data.min_patches": 4,
+    "data.max_patches": 4,
+    "data.max_pixels": 1,
+    "data.workers": 0,
     "data.prefetch": 1,
+    "data.max_skip_rate": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 0,
@@ -109,22 +113,51 @@ class OptimConfig:
 
 
 @dataclass
-class DataConfig:
-    """shards: paths or brace patterns of indexed WebDataset tars.  train_roles: whose turns are trained on.
-    block_samples: samples packed together; window_shards: shards shuffled together.  prefetch: steps read ahead.
-    max_skipped: undecodable samples after which the run stops."""
+class SourceConfig:
+    """One source of samples.  shards: paths or brace patterns of indexed WebDataset tars, or one .catalog file.
+    weight: its share of the samples against the other sources' weights; null on all sources for shares by size, where
+    `repeat` multiplies a source's size and `max_samples` bounds it.  entity_cap: most samples of one entity an epoch.
+    rare_domain_copies: how often an epoch holds each sample of a domain that has under half of the mean domain's.
+    train_roles: whose turns are trained on.  fps: frames a second taken from a video."""
 
     shards: list[str]
+    weight: float | None = None
+    repeat: float = 1.0
+    max_samples: int | None = None
+    entity_cap: int | None = None
+    rare_domain_copies: int = 1
+    train_roles: list[str] = field(default_factory=lambda: ["assistant"])
+    fps: float = 1.0
+
+
+@dataclass
+class VideoConfig:
+    """budget: most visual tokens of one video.  levels: tokens of a frame, falling; the first at which all frames fit
+    the budget is taken, and at the last one frames are thinned out evenly until they do."""
+
+    budget: int
+    levels: list[int]
+
+
+@dataclass
+class DataConfig:
+    """sources: by name, mixed by weight.  block_samples: samples packed together; window_shards: shards of a source
+    shuffled together.  too_long: cut or refuse a sample longer than a row.  workers: processes of a rank that read and
+    decode, 0 for none beside its own thread.  prefetch: steps read ahead.  max_skip_rate: share of unreadable samples
+    above which the run stops."""
+
+    sources: dict[str, SourceConfig]
     tokenizer: str
-    train_roles: list[str]
     min_patches: int
     max_patches: int
     max_pixels: int
+    video: VideoConfig
     block_samples: int
     window_shards: int
+    too_long: str
     workers: int
     prefetch: int
-    max_skipped: int
+    max_skip_rate: float
 
 
 @dataclass
@@ -247,8 +280,7 @@ class Config:
                 f"watchdog.patience_s={self.watchdog.patience_s} is shorter than watchdog.timeout_s="
                 f"{self.watchdog.timeout_s}"
             )
-        if not self.data.shards:
-            raise ValueError("data.shards is empty: name one or more WebDataset shards (paths or brace patterns)")
+        self._check_data()
         return layout
 
     def _check_parallel(self, layout: Layout) -> None:
@@ -294,8 +326,28 @@ class Config:
                 f"{self.data.max_patches} ({self.data.max_patches // 4} tokens)"
             )
 
+    def _check_data(self) -> None:
+        data, video = self.data, self.data.video
+        if not data.sources:
+            raise ValueError("data.sources is empty: name at least one source of shards")
+        for name, source in data.sources.items():
+            if not source.shards:
+                raise ValueError(
+                    f"data.sources.{name}.shards is empty: name one or more WebDataset shards (paths or brace "
+                    "patterns) or a .catalog file"
+                )
+        levels = list(video.levels)
+        if not levels or levels != sorted(set(levels), reverse=True) or levels[-1] < 1:
+            raise ValueError(f"data.video.levels={levels}: must be tokens of a frame, falling, at least 1")
+        if not levels[-1] <= video.budget <= self.train.seq_length:
+            raise ValueError(
+                f"data.video.budget={video.budget}: must be from {levels[-1]} (the last of data.video.levels) to "
+                f"train.seq_length={self.train.seq_length}"
+            )
+
     def _check_choices(self) -> None:
         choices = (
+            ("data.too_long", self.data.too_long, ("cut", "refuse")),
             ("train.precision", self.train.precision, ("fp32", "bf16")),
             ("optim.schedule", self.optim.schedule, ("cosine", "constant")),
             ("logger.wandb", self.logger.wandb, ("offline", "online", "disabled")),

@@ -19,7 +19,8 @@ from parallel.hybrid_step import Engines, forward_only
 from train.batch import MicroBatch
 from train.build import Data, train_forward
 from train.config import Config
-from train.feed import Feed, replace_pixels, to_device
+from train.feed import Feed
+from train.staging import replace_pixels, to_device
 
 
 @dataclass
@@ -79,6 +80,7 @@ def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -
     for prepared in Feed(data.stream, data.reader, config, engines.grid, steps=steps, substitute=substitute):
         fresh_S = _first_seen(prepared.plan, seen)
         _add(scores, data.stream.domains, prepared.plan, fresh_S, *_score(engines, prepared))
+        prepared.release()
     data.stream.load_state(start)
     total = Score(*(sum(getattr(s, f.name) for s in scores.values()) for f in dataclasses.fields(Score)))
     return {**{name: score.numbers() for name, score in scores.items() if score.samples}, "all": total.numbers()}

@@ -1,15 +1,16 @@
 """Steps made ready ahead of time, in a thread: plan, routes, this rank's pixels and text, and agreement of all ranks.
 
-Before a step is handed out, ranks compare a digest of its plan and tell each other, over a gloo group that only this
-thread uses, what went wrong: a sample that cannot be read is dropped on every rank (its shape stays, its loss does not
-count), and an error on one rank stops all of them with the same sentence.
+Every pixel and every row's text is read by one rank.  Before a step is handed out, ranks compare a digest of its plan
+and tell each other, over gloo groups that only this thread uses, what went wrong: a sample that cannot be read is
+dropped on every rank (its shape stays, its loss does not count), and an error on one rank stops all of them with the
+same sentence.  Then the ranks of a replica that need token ids give each other the rows that they have read.
 
-Legend: M micro-batches, S positions of a row.
+Legend: M micro-batches, B rows of a micro-batch, S positions of a row.
 """
 
-import dataclasses
 import queue
 import threading
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,29 +18,47 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.image import patch_positions
 from data.plan import StepPlan
-from data.reader import ImageBatch, RowBatch, ShardReader
+from data.reader import Failure, ImageBatch, Pending, RowBatch, ShardReader
 from data.stream import Stream
 from parallel.grid import Grid
-from parallel.hybrid_step import StepInput
 from parallel.routes import Routes, assign_owners, build_routes
-from train.batch import micro_batch_of, rows_of_replica, visual_plan
+from train.batch import RowText, rows_of_replica, visual_plan
 from train.config import Config
-from train.models.vit import PackedImages
+
+READING = 2  # steps being read at once, so that no worker waits for the slowest image of a step
+LEAST_SEEN = 1000  # samples: the rate of unreadable ones is over at least so many
 
 
 @dataclass
 class PreparedStep:
-    """One step on the host: its plan, this rank's routes, pixels, rows and their text, and what the ranks agreed on."""
+    """One step on the host: its plan, this rank's routes, pixels, rows and their text, and what the ranks agreed on.
+
+    trained_tokens, bytes_read, skipped: of all ranks.  Call `release` when the pixels are no longer needed.
+    """
 
     plan: StepPlan
     routes: Routes
     images: ImageBatch
     rows_MB: np.ndarray
-    text_M: list[RowBatch] | None
+    text_M: list[RowText] | None
     trained_tokens: int = 0
-    skipped: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    skipped: list[Failure] = field(default_factory=list)
+
+    def release(self) -> None:
+        self.images.release()
+
+
+@dataclass
+class _Reading:
+    """One step that is being read, or the error that planning it met."""
+
+    plan: StepPlan | None = None
+    routes: Routes | None = None
+    digest: int = 0
+    pending: Pending | None = None
+    error: str | None = None
 
 
 class AgreedError(RuntimeError):
@@ -68,9 +87,14 @@ class Feed:
         self._rows_MB = rows_of_replica(
             grid.layout, grid.place.dp, config.micro_batches(grid.layout), config.train.micro_batch_size
         )
-        self._skipped_total = 0
+        readers = grid.layout.text_ranks(grid.place.dp)
+        mine = readers.index(grid.rank) if grid.text else None
+        self._my_rows = self._rows_MB.reshape(-1)[mine :: len(readers)] if grid.text else self._rows_MB[:0, 0]
+        self._seen = 0
+        self.skipped: Counter[tuple[str, str]] = Counter()  # (shard, reason) -> samples
         self._stop = threading.Event()
         self._ready: queue.Queue = queue.Queue(maxsize=config.data.prefetch)
+        self._aside: list = []  # what `poll` met and cannot hand out
         self._thread = threading.Thread(target=self._run, name="tandem-feed", daemon=True)
         self._thread.start()
 
@@ -79,131 +103,154 @@ class Feed:
 
     def __next__(self) -> PreparedStep:
         """The next step; StopIteration after the last; AgreedError where any rank failed."""
-        prepared = self._ready.get()
+        prepared = self._aside.pop() if self._aside else self._ready.get()
         if prepared is None:
+            self._aside.append(None)
             raise StopIteration
         if isinstance(prepared, BaseException):
             raise prepared
         return prepared
 
+    def poll(self) -> PreparedStep | None:
+        """The next step if it is ready."""
+        if self._aside or self._ready.empty():
+            return None
+        item = self._ready.get()
+        if isinstance(item, PreparedStep):
+            return item
+        self._aside.append(item)
+        return None
+
     def drain(self) -> None:
         """Ends the feed early; every rank calls this after the same step, and waits until all feeds have ended."""
         self._stop.set()
-        while self._ready.get() is not None:
-            pass
+        while (item := self._aside.pop() if self._aside else self._ready.get()) is not None:
+            if isinstance(item, PreparedStep):
+                item.release()
+
+    # The thread
 
     def _run(self):
+        reading: deque[_Reading] = deque()
         try:
-            for _ in range(self._steps):
-                prepared = self._prepare()
+            for step in range(self._steps):
+                while len(reading) < min(READING, self._steps - step):
+                    reading.append(self._begin())
+                prepared = self._agree(reading.popleft())
                 if prepared is None:
                     break
                 self._ready.put(prepared)
         except BaseException as error:
             self._ready.put(error)
+        for left in reading:
+            if left.pending is not None:
+                self._abandon(left.pending)
         self._ready.put(None)
 
-    def _prepare(self) -> PreparedStep | None:
-        """Reads one step and agrees on it; None where a rank drains (collective on the control group, always)."""
-        digest, prepared, failures, error = 0, None, {}, None
+    def _abandon(self, pending: Pending) -> None:
         try:
-            digest, prepared, failures = self._read()
+            self._reader.finish(pending)[0].release()
+        except Exception as error:
+            print(f"rank {self._grid.rank}: while reading a step that nobody wants any more: {error}", flush=True)
+
+    def _begin(self) -> _Reading:
+        """Plans the next step and starts to read this rank's part of it."""
+        config, grid = self._config, self._grid
+        try:
+            plan = self._stream.next_step()
+            chunk_patches = config.parallel.encoder.chunk_patches
+            visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.model.encoder, chunk_patches)
+            owner_I = assign_owners(visual, grid.layout, config.parallel.balance)
+            routes = build_routes(visual, owner_I, grid.layout, grid.rank, len(self._rows_MB), chunk_patches)
+            pixels = self._substitute(plan) if self._substitute else None
+            image_ids = np.concatenate(routes.chunks).astype(np.int64)
+            pending = self._reader.begin(plan, image_ids, self._my_rows, pixels)
         except Exception as caught:
-            error = f"rank {self._grid.rank}: {type(caught).__name__}: {caught}"
-        trained = self._count_trained(prepared)
-        mine = torch.tensor([digest, len(failures), error is not None, self._stop.is_set(), trained])
-        seen_W5 = [torch.empty_like(mine) for _ in range(self._grid.layout.world)]
-        dist.all_gather(seen_W5, mine, group=self._grid.control)
-        seen_W5 = torch.stack(seen_W5)
-        if seen_W5[:, 2].any():
+            return _Reading(error=self._say(caught))
+        digest = (plan.digest() ^ visual.digest(owner_I)) & (2**62 - 1)
+        return _Reading(plan, routes, digest, pending)
+
+    def _say(self, error: Exception) -> str:
+        return f"rank {self._grid.rank}: {type(error).__name__}: {error}"
+
+    def _agree(self, reading: _Reading) -> PreparedStep | None:
+        """Ends the reading of one step and agrees on it; None where a rank drains.
+
+        Collective on the control group, always; then, where no rank failed, on the text group.
+        """
+        images, text, error, failures = None, None, reading.error, {}
+        if error is None:
+            try:
+                images, text = self._reader.finish(reading.pending)
+                failures = {failure.sample: failure for failure in (*images.failures, *text.failures)}
+            except Exception as caught:
+                error = self._say(caught)
+        whole = images is not None
+        count = int(text.trained.sum()) if whole else 0
+        bytes_read = images.bytes_read + text.bytes_read if whole else 0
+        mine = torch.tensor([reading.digest, len(failures), error is not None, self._stop.is_set(), count, bytes_read])
+        seen_W6 = [torch.empty_like(mine) for _ in range(self._grid.layout.world)]
+        dist.all_gather(seen_W6, mine, group=self._grid.control)
+        seen_W6 = torch.stack(seen_W6)
+        failed, stopped = bool(seen_W6[:, 2].any()), bool(seen_W6[:, 3].any())
+        odd = torch.nonzero(seen_W6[:, 0] != seen_W6[0, 0]).flatten().tolist()
+        if whole and (failed or stopped or odd):
+            images.release()
+        if failed:
             sentences = [sentence for sentence in self._tell(error) if sentence]
             raise AgreedError("; ".join(dict.fromkeys(sentences)))
-        if (seen_W5[:, 0] != digest).any():
-            odd = torch.nonzero(seen_W5[:, 0] != seen_W5[0, 0]).flatten().tolist()
-            raise AgreedError(f"ranks {odd} planned step {prepared.plan.step} differently from rank 0")
-        if seen_W5[:, 3].any():
+        if odd:
+            raise AgreedError(f"ranks {odd} planned step {reading.plan.step} differently from rank 0")
+        if stopped:
             return None
-        prepared.trained_tokens = int(seen_W5[:, 4].sum())
-        if seen_W5[:, 1].any():
-            self._drop(prepared, failures)
+        prepared = PreparedStep(reading.plan, reading.routes, images, self._rows_MB, None)
+        prepared.trained_tokens, prepared.bytes_read = seen_W6[:, 4:].sum(dim=0).tolist()
+        self._seen += reading.plan.length_S.size
+        if seen_W6[:, 1].any():
+            self._drop(prepared, text, failures)
+        prepared.text_M = self._share(reading.plan, text)
         return prepared
 
-    def _read(self) -> tuple[int, PreparedStep, dict[int, str]]:
-        config, grid, plan = self._config, self._grid, self._stream.next_step()
-        visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.model.encoder)
-        owner_I = assign_owners(visual, grid.layout, config.parallel.balance)
-        routes = build_routes(
-            visual, owner_I, grid.layout, grid.rank, len(self._rows_MB), config.parallel.encoder.chunk_patches
-        )
-        pixels = self._substitute(plan) if self._substitute else plan
-        images = self._reader.read_images(pixels, np.concatenate(routes.chunks).astype(np.int64))
-        failures = {int(plan.image_sample_I[image]): sentence for image, sentence in images.failures}
-        text_M = None
-        if grid.is_first_stage or grid.is_last_stage:
-            text_M = [self._reader.read_rows(plan, rows) for rows in self._rows_MB]
-            failures |= {sample: sentence for text in text_M for sample, sentence in text.failures}
-        digest = (plan.digest() ^ visual.digest(owner_I)) & (2**62 - 1)
-        return digest, PreparedStep(plan, routes, images, self._rows_MB, text_M), failures
-
-    def _count_trained(self, prepared: PreparedStep | None) -> int:
-        """Trained tokens of this replica, counted by one rank of it."""
-        place = self._grid.place
-        if prepared is None or not self._grid.is_last_stage or place.tp or place.cp:
-            return 0
-        return int(sum(text.loss_mask.sum() for text in prepared.text_M))
-
-    def _drop(self, prepared: PreparedStep, failures: dict[int, str]) -> None:
+    def _drop(self, prepared: PreparedStep, text: RowBatch, failures: dict[int, Failure]) -> None:
         """Takes the samples that any rank could not read out of the loss, on every rank."""
-        dropped = {sample: sentence for told in self._tell(failures) for sample, sentence in told.items()}
+        dropped = {sample: failure for told in self._tell(failures) for sample, failure in told.items()}
         prepared.skipped = [dropped[sample] for sample in sorted(dropped)]
         plan = prepared.plan
-        for rows, text in zip(prepared.rows_MB, prepared.text_M or [], strict=False):
-            for sample in dropped:
-                for place in np.flatnonzero(rows == plan.row_S[sample]):
-                    start = int(plan.start_S[sample])
-                    text.loss_mask[place, start : start + int(plan.length_S[sample])] = False
-        count = torch.tensor([self._count_trained(prepared)])
+        for sample in dropped:
+            for place in np.flatnonzero(self._my_rows == plan.row_S[sample]):
+                start = int(plan.start_S[sample])
+                text.trained[place, start : start + int(plan.length_S[sample])] = False
+        count = torch.tensor([int(text.trained.sum())])
         dist.all_reduce(count, group=self._grid.control)
         prepared.trained_tokens = int(count)
-        self._skipped_total += len(dropped)
-        if self._skipped_total > self._config.data.max_skipped:
+        self.skipped.update((failure.shard, failure.reason) for failure in prepared.skipped)
+        total, rate = self.skipped.total(), self._config.data.max_skip_rate
+        if total > rate * max(self._seen, LEAST_SEEN):
+            prepared.release()
             raise AgreedError(
-                f"{self._skipped_total} samples could not be read, more than data.max_skipped="
-                f"{self._config.data.max_skipped}; the last one: {prepared.skipped[-1]}"
+                f"{total} of {self._seen} samples could not be read, above data.max_skip_rate={rate}; the last one: "
+                f"{prepared.skipped[-1].sentence}"
             )
+
+    def _share(self, plan: StepPlan, text: RowBatch) -> list[RowText] | None:
+        """Every micro-batch's text, on ranks that need it: each has read some of the replica's rows."""
+        if self._grid.text is None:
+            return None
+        rows = self._rows_MB.reshape(-1)
+        ranks = dist.get_world_size(self._grid.text)
+        tokens, trained = text.tokens, text.trained
+        if ranks > 1:
+            mine = np.zeros((-(-len(rows) // ranks), plan.seq_length), np.int32)
+            mine[: len(tokens)] = 2 * tokens + trained
+            parts = [torch.empty(mine.shape, dtype=torch.int32) for _ in range(ranks)]
+            dist.all_gather(parts, torch.from_numpy(mine), group=self._grid.text)
+            both = torch.stack(parts, dim=1).flatten(0, 1)[: len(rows)].numpy()  # row i is rank i % ranks' i // ranks
+            tokens, trained = both >> 1, (both & 1).astype(bool)
+        pad, b = self._reader.tokenizer.pad_id, self._rows_MB.shape[1]
+        cuts = [slice(i, i + b) for i in range(0, len(rows), b)]
+        return [RowText.of(plan, rows[cut], tokens[cut], trained[cut], pad) for cut in cuts]
 
     def _tell(self, mine) -> list:
         everyone = [None] * self._grid.layout.world
         dist.all_gather_object(everyone, mine, group=self._grid.control)
         return everyone
-
-
-def to_device(prepared: PreparedStep, grid: Grid) -> StepInput:
-    """Moves a prepared step to the device as the hybrid step takes it."""
-    plan, images = prepared.plan, prepared.images
-    patches_I = images.grid_hw_I2.prod(axis=1, dtype=np.int64)
-    position_N2 = patch_positions(images.grid_hw_I2)
-    chunks, rows, image, patch = [], [], 0, 0
-    for ids in prepared.routes.chunks:
-        mine_I = patches_I[image : image + ids.size]
-        count = int(mine_I.sum())
-        if count:
-            window = slice(patch, patch + count)
-            chunks.append(PackedImages.of(images.patches_N588[window], position_N2[window], mine_I, grid.device))
-        else:
-            chunks.append(PackedImages.blank(grid.device))
-        rows.append(count // 4)
-        image, patch = image + ids.size, patch + count
-    text_M = prepared.text_M or [None] * len(prepared.rows_MB)
-    micro_batches = [
-        micro_batch_of(plan, rows, text, grid.layout, grid.place, grid.device)
-        for rows, text in zip(prepared.rows_MB, text_M, strict=True)
-    ]
-    return StepInput(prepared.routes, chunks, rows, micro_batches, prepared.trained_tokens)
-
-
-def replace_pixels(plan: StepPlan, source_I: np.ndarray) -> StepPlan:
-    """The plan whose image i is read from where image source_I[i] lies, at the size planned for i."""
-    return dataclasses.replace(
-        plan, image_sample_I=plan.image_sample_I[source_I], image_member_I=plan.image_member_I[source_I]
-    )

@@ -19,11 +19,12 @@ from parallel.phases import PhaseTimer
 from train import checkpoint, guards, watchdog
 from train.build import Data, build_engines, local_device, open_data, start_world, train_forward, train_loss
 from train.config import Config
-from train.feed import AgreedError, Feed, to_device
+from train.feed import AgreedError, Feed
 from train.health import Health
 from train.metrics import Logger, StepMetrics
 from train.saving import Saver
 from train.schedule import learning_rate
+from train.staging import Staging
 from train.start import Places, Position, agree_on_places, go_back, restore
 from train.stopping import end_launcher, follow_launcher, stop_wish
 from train.watchdog import Heartbeat
@@ -109,26 +110,25 @@ def train(run: Run, position: Position) -> str:
     timer = PhaseTimer(engines.grid.device, begins=heartbeat.beat)
     health = Health(run.places.folder, engines.grid.device)
     step, saved, data, record = position.step, position.step, position.data, position.record
-    feed, failure = _open_feed(run, step), None
+    staging, failure = _open_feed(run, step), None
     with stop_wish() as stop, _quiet_collector():
         begin = time.perf_counter()
         while True:
             try:
                 with timer.phase("wait"):
-                    prepared = next(feed, None)
-            except AgreedError as error:
-                prepared, failure = None, error
-            if prepared is None:
+                    prepared, batch = next(staging)
+            except StopIteration:
                 break
-            with timer.phase("to_device"):
-                batch = to_device(prepared, engines.grid)
+            except AgreedError as error:
+                failure = error
+                break
             lr = _set_lr(config, engines, step)
             output = _step(run, batch, record, timer, stop.is_set())
             if not output.applied:
                 _tell_skipped(run, step, batch, record, output, timer)
             record = guards.after(config.guard, record, output.loss, output.grad_norm, output.applied)
-            for sentence in prepared.skipped:
-                logger.say(f"skipped: {sentence}")
+            prepared.release()
+            logger.unreadable(prepared.skipped)
             heartbeat.beat("metrics")
             now, phases = time.perf_counter(), timer.take()
             logger.log(metrics.numbers(step, lr, now - begin, prepared, output), phases)
@@ -140,14 +140,14 @@ def train(run: Run, position: Position) -> str:
             if config.health.every and step % config.health.every == 0:
                 logger.tell_health(*health.look(config.health.slow_factor))
             if (why := guards.past_limit(config.guard, record)) and not output.stop:
-                feed.drain()
+                staging.drain()
                 try:
                     position = _roll_back(run, why, step, data)
                 except AgreedError as error:
                     failure = error
                     break
                 step, saved, data, record = position.step, position.step, position.data, position.record
-                feed, begin = _open_feed(run, step), time.perf_counter()
+                staging, begin = _open_feed(run, step), time.perf_counter()
                 continue
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 _save(run, step, data, record)
@@ -156,7 +156,7 @@ def train(run: Run, position: Position) -> str:
                 logger.say(sentence)
             if output.stop:
                 stop.set()
-                feed.drain()
+                staging.drain()
                 break
         if step != saved:
             _save(run, step, data, record)
@@ -171,9 +171,9 @@ def train(run: Run, position: Position) -> str:
     return status
 
 
-def _open_feed(run: Run, step: int) -> Feed:
-    config, data = run.config, run.data
-    return Feed(data.stream, data.reader, config, run.engines.grid, steps=config.train.steps - step)
+def _open_feed(run: Run, step: int) -> Staging:
+    config, data, grid = run.config, run.data, run.engines.grid
+    return Staging(Feed(data.stream, data.reader, config, grid, steps=config.train.steps - step), grid)
 
 
 def _step(run: Run, batch, record: guards.Record, timer: PhaseTimer, stop: bool, update: bool = True) -> StepOutput:

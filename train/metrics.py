@@ -7,6 +7,8 @@ Only rank 0 writes.  `StepMetrics` turns a step's results into the numbers; redu
 import json
 import math
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.reader import Failure
 from parallel.hybrid_step import Engines, StepOutput
 from train import history
 from train.config import Config
@@ -67,6 +70,9 @@ class StepMetrics:
             "encoder_load_max_over_mean": prepared.routes.load_max_over_mean,
             "images": len(plan.tokens_I),
             "visual_tokens": int(plan.tokens_I.sum()),
+            "cut": int(plan.cut_S.sum()),
+            "refused": sum(plan.state_after["refused"].values()),
+            "bytes_read": prepared.bytes_read,
             "skipped": self._skipped,
             "loss_by_domain": {
                 name: float(loss / count)
@@ -94,6 +100,7 @@ class Logger:
             return
         self._config, self._dir = config, places.run_dir
         self._begin, self._last, self._steps = time.time(), {}, 0
+        self._unreadable: Counter[tuple[str, str]] = Counter()  # (shard, reason) -> samples
         (self._dir / "summary.json").unlink(missing_ok=True)  # of an attempt before this one
         self._file, lost = self._reopen(position.step)
         self._history = History(self._dir)
@@ -152,6 +159,13 @@ class Logger:
         if self._active:
             self._console.print(text, highlight=False, soft_wrap=True)
 
+    def unreadable(self, failures: Sequence[Failure]) -> None:
+        """Samples of a step that no rank could use."""
+        if self._active:
+            self._unreadable.update((failure.shard, failure.reason) for failure in failures)
+            for failure in failures:
+                self.say(f"skipped: {failure.sentence}")
+
     def skipped(self, step: int, output: StepOutput, why: str, finding: str | None) -> None:
         """A step that the guards refused."""
         if self._active:
@@ -196,6 +210,7 @@ class Logger:
             "checkpoint": str(checkpoint) if checkpoint else None,
             **self._book(),
             "causes": list(self._totals.causes),
+            "unreadable": [{"shard": s, "reason": r, "samples": n} for (s, r), n in sorted(self._unreadable.items())],
             "last": self._last,
         }
         (self._dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -2,20 +2,23 @@
 
 import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.index import build_index, expand_shards, load_index
+from data.catalog import expand_shards
+from data.index import load_index
+from data.indexing import build_index
 from data.text import Tokenizer, build_byte_tokenizer
 from launch.make_shards import make_shards
+from launch.toy.videos import encode_clip
+from tests.support import write_tar
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Folder of a corpus with 60 training samples a task."""
+    """Folder of a corpus with 60 training samples and 16 held-out ones a task, videos among them."""
     out = tmp_path_factory.mktemp("corpus") / "toy"
     assert make_shards(out, samples=60)
     return out
@@ -30,8 +33,14 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def indexes(corpus, tokenizer):
-    shards = expand_shards([f"{corpus}/train/*.tar"])
-    return [load_index(shard, Tokenizer(corpus / "tokenizer.json").sha256) for shard in shards]
+    """Index of every training shard of the corpus, whose tokenizer is the byte tokenizer too."""
+    return [load_index(shard, tokenizer.sha256) for shard in expand_shards([f"{corpus}/train/*.tar"])]
+
+
+@pytest.fixture(scope="session")
+def video_index(corpus, tokenizer):
+    """Index of the training shard of videos, some of them streamed."""
+    return load_index(f"{corpus}/train/video-0000.tar", tokenizer.sha256)
 
 
 def encoded_image(height=30, width=40, kind="PNG", **options) -> bytes:
@@ -41,19 +50,20 @@ def encoded_image(height=30, width=40, kind="PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def sample_json(*texts, domain="read") -> bytes:
+def encoded_video(seconds=2, fps=5, height=30, width=40, codec="libx264") -> bytes:
+    """An mp4 whose frame k is one grey of about 20 + 4 k, for as long as that is below 250."""
+    grey = np.clip(20 + 4 * np.arange(seconds * fps), 0, 250).astype(np.uint8)
+    return encode_clip(np.broadcast_to(grey[:, None, None, None], (len(grey), height, width, 3)).copy(), fps, codec)
+
+
+def sample_json(*texts, domain="read", entity=None, stream=()) -> bytes:
+    """Turns of user and assistant by turns; `stream` is that of the first turn, as (seconds, role, text)."""
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "text": text} for i, text in enumerate(texts)]
-    return json.dumps({"turns": turns, "domain": domain}).encode()
-
-
-def write_tar(path, members: list[tuple[str, bytes]]):
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    if stream:
+        turns[0]["stream"] = [{"time": time, "role": role, "text": text} for time, role, text in stream]
+    content = {"turns": turns, "domain": domain}
+    return json.dumps(content if entity is None else content | {"entity": entity}).encode()
 
 
 @pytest.fixture
@@ -62,7 +72,7 @@ def make_shard(tmp_path, tokenizer):
 
     def make(members, name="shard-0000.tar"):
         path = write_tar(tmp_path / name, members)
-        return str(path), build_index(path, tokenizer)
+        return path, build_index(path, tokenizer)
 
-    make.image, make.json = encoded_image, sample_json
+    make.image, make.video, make.json = encoded_image, encoded_video, sample_json
     return make

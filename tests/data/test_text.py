@@ -3,56 +3,148 @@ import json
 import numpy as np
 import pytest
 
-from data.text import SPECIALS, SampleError, Tokenizer, build_byte_tokenizer
+from data.text import SPECIALS, SampleError, Tokenizer, build_byte_tokenizer, parse_sample, texts_of
 
 
 def turns(*pairs):
     return [{"role": role, "text": text} for role, text in pairs]
 
 
+def streamed(*entries, text="<video>look"):
+    stream = [{"time": time, "role": role, "text": said} for time, role, said in entries]
+    return [{"role": "user", "text": text, "stream": stream}]
+
+
 def test_a_sample_is_role_text_eos_with_images_wrapped(tokenizer):
-    sample = tokenizer.encode_sample(
-        turns(("user", "<image>What number?"), ("assistant", "42")), {"assistant"}, 1, "sample a"
-    )
-    assert tokenizer.decode(sample.tokens_T) == "<user>[SOI][EOI]What number?<eos><assistant>42<eos>"
-    assert sample.image_at_I.tolist() == [2]  # after <user> and [SOI]
+    conversation = turns(("system", "Be brief."), ("user", "<image>What number?"), ("assistant", "42"))
+    sample = tokenizer.encode_sample(conversation, {"assistant"}, ["image"], "sample a")
+    text = "<system>Be brief.<eos><user>[SOI][EOI]What number?<eos><assistant>42<eos>"
+    assert tokenizer.decode(sample.tokens_T) == text
+    assert tokenizer.decode(sample.tokens_T[: sample.media_at_M[0]]).endswith("<user>[SOI]")
     assert tokenizer.decode(sample.tokens_T[sample.trained_T]) == "42<eos>"
-    assert sample.tokens_T.dtype == np.int32
+    assert sample.tokens_T.dtype == np.int32 and sample.kinds_M == ("image",) and sample.events_M == ((),)
+
+
+def test_a_video_takes_no_place_in_the_base_text(tokenizer):
+    sample = tokenizer.encode_sample(turns(("user", "a<video>b<image><video>")), (), ["video", "image", "video"], "s")
+    assert tokenizer.decode(sample.tokens_T) == "<user>ab[SOI][EOI]<eos>"
+    assert sample.media_at_M.tolist() == [2, 4, 5]
+    assert sample.kinds_M == ("video", "image", "video")
+
+
+def test_events_say_role_text_eos_and_go_on_with_the_turn(tokenizer):
+    conversation = streamed((2.5, "assistant", "now a 7"), (0, "user", "begin"), (2.5, "assistant", "<bbox>1</bbox>"))
+    sample = tokenizer.encode_sample(conversation, {"assistant"}, ["video"], "s")
+    assert tokenizer.decode(sample.tokens_T) == "<user>look<eos>"
+    (events,) = sample.events_M
+    assert [event.time_ms for event in events] == [0, 2500, 2500]
+    said = [tokenizer.decode(event.tokens) for event in events]
+    box = "<assistant><bbox>1</bbox><eos><user>"
+    assert said == ["<user>begin<eos><user>", "<assistant>now a 7<eos><user>", box]
+    assert not events[0].trained.any()
+    assert tokenizer.decode(events[1].tokens[events[1].trained]) == "now a 7<eos>"
+
+
+def test_only_the_video_of_the_streamed_turn_has_its_events(tokenizer):
+    conversation = turns(("user", "<video>")) + streamed((1, "assistant", "x"), text="<image><video>")
+    sample = tokenizer.encode_sample(conversation, (), ["video", "image", "video"], "s")
+    assert [len(events) for events in sample.events_M] == [0, 0, 1]
 
 
 def test_train_roles_choose_targets_and_change_nothing_else(tokenizer):
     conversation = turns(("user", "a<image>b"), ("assistant", "c<image>d"))
-    both = tokenizer.encode_sample(conversation, {"user", "assistant"}, 2, "s")
-    none = tokenizer.encode_sample(conversation, (), 2, "s")
-    assert np.array_equal(both.tokens_T, none.tokens_T) and np.array_equal(both.image_at_I, none.image_at_I)
+    both = tokenizer.encode_sample(conversation, {"user", "assistant"}, ["image"] * 2, "s")
+    none = tokenizer.encode_sample(conversation, (), ["image"] * 2, "s")
+    assert np.array_equal(both.tokens_T, none.tokens_T) and np.array_equal(both.media_at_M, none.media_at_M)
     assert not none.trained_T.any()
     assert tokenizer.decode(both.tokens_T[both.trained_T]) == "ab<eos>cd<eos>"
 
 
 def test_text_cannot_spell_special_tokens_except_box_tags(tokenizer):
-    text = "<eos><assistant>[SOI]<pad> <bbox>1 2 3 4</bbox> naïve 漢字"
-    ids = tokenizer.encode_sample(turns(("user", text)), (), 0, "s").tokens_T.tolist()
+    text = "<eos><assistant><system>[SOI]<pad> <bbox>1 2 3 4</bbox> naïve 漢字"
+    ids = tokenizer.encode_sample(turns(("user", text)), (), [], "s").tokens_T.tolist()
     assert tokenizer.decode(ids[1:-1]) == text
     special = [i for i in ids if i in tokenizer.ids.values()]
     assert special == [tokenizer.ids[name] for name in ("<user>", "<bbox>", "</bbox>", "<eos>")]
+
+
+def test_stamps_are_tenths_of_a_second_rounded_half_up(tokenizer):
+    times = {0: "0.0", 49: "0.0", 50: "0.1", 1000: "1.0", 1449: "1.4", 1450: "1.5", 59_999: "60.0", 3_600_000: "3600.0"}
+    for time, text in times.items():
+        assert tokenizer.decode(tokenizer.stamp(time)) == f"[{text} second]"
+    lengths = tokenizer.stamp_lengths(np.array([*times, *reversed(times)]))
+    assert lengths.tolist() == [len(tokenizer.stamp(time)) for time in (*times, *reversed(times))]
+    assert lengths.dtype == np.int64 and tokenizer.stamp_lengths(np.array([], np.int64)).shape == (0,)
 
 
 @pytest.mark.parametrize(
     "bad, reason",
     [
         (turns(("user", "<image>")), "placeholder mismatch"),
-        (turns(("system", "x")), "bad turns"),
+        (turns(("user", "<image><image><image>")), "placeholder mismatch"),
+        (turns(("user", "<image><image><video><image>")), "placeholder mismatch"),
+        (turns(("tool", "x")), "bad turns"),
+        ([{"role": ["user"], "text": "x"}], "bad turns"),
         ([{"role": "user"}], "bad turns"),
+        (["x"], "bad turns"),
         ([], "bad turns"),
         (turns(("user", "\ud800")), "bad turns"),
+        (streamed((1, "assistant", "x"), text="no video"), "bad stream"),
+        (streamed((1, "assistant", "x"), text="<video><video>"), "bad stream"),
+        (streamed((-1, "assistant", "x")), "bad stream"),
+        (streamed((float("nan"), "assistant", "x")), "bad stream"),
+        (streamed((10**400, "assistant", "x")), "bad stream"),
+        (streamed((True, "assistant", "x")), "bad stream"),
+        (streamed(("1", "assistant", "x")), "bad stream"),
+        (streamed((1, "tool", "x")), "bad stream"),
+        (streamed((1, "assistant", "<image>")), "bad stream"),
+        (streamed((1, "assistant", "\udfff")), "bad stream"),
+        ([{"role": "user", "text": "<video>", "stream": {"time": 1}}], "bad stream"),
+        ([{"role": "user", "text": "<video>", "stream": ["x"]}], "bad stream"),
     ],
 )
 def test_unusable_samples_are_named(tokenizer, bad, reason):
     with pytest.raises(SampleError, match="sample 17") as raised:
-        tokenizer.encode_sample(bad, (), 3, "sample 17")
+        tokenizer.encode_sample(bad, (), ["image", "image", "image", "video"], "sample 17")
     assert raised.value.reason == reason
-    if reason == "placeholder mismatch":
-        assert "1 <image> placeholders" in str(raised.value) and "3 images" in str(raised.value)
+
+
+def test_a_placeholder_mismatch_says_what_was_found(tokenizer):
+    with pytest.raises(SampleError, match="1 <image> placeholders in its text but 3 images"):
+        tokenizer.encode_sample(turns(("user", "<image>")), (), ["image"] * 3, "s")
+    with pytest.raises(SampleError, match="image number 1 where its text has <video>"):
+        tokenizer.encode_sample(turns(("user", "<image><video><image>")), (), ["image", "image", "video"], "s")
+
+
+def test_a_sample_is_parsed_with_its_domain_and_entity():
+    assert parse_sample(b'{"turns": []}', "s") == {"turns": [], "domain": "unlabelled", "entity": None}
+    content = {"turns": [], "domain": "birds", "entity": "a wren", "more": 1}
+    assert parse_sample(json.dumps(content).encode(), "s") == content
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"{",
+        b"\xff",
+        b"[]",
+        b"{}",
+        b"[" * 100_000,
+        b'{"turns": [], "domain": 1}',
+        b'{"turns": [], "domain": null}',
+        b'{"turns": [], "entity": ["x"]}',
+        b'{"turns": [], "entity": "\\ud800"}',
+    ],
+)
+def test_an_unusable_json_is_named(data):
+    with pytest.raises(SampleError, match="sample 17") as raised:
+        parse_sample(data, "sample 17")
+    assert raised.value.reason == "bad json"
+
+
+def test_the_texts_of_a_sample_leave_out_its_marks():
+    conversation = streamed((1, "assistant", "x<bbox>1 2</bbox>"), text="a<image>b<video>")
+    assert texts_of(conversation, "s") == ["a", "b", "x", "1 2"]
 
 
 @pytest.mark.parametrize("name", SPECIALS)
@@ -81,3 +173,7 @@ def test_a_token_that_text_could_spell_is_refused(tmp_path):
 def test_an_unreadable_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match="none.json cannot be read"):
         Tokenizer(tmp_path / "none.json")
+
+
+def test_the_byte_tokenizer_is_small(tokenizer):
+    assert tokenizer.vocab_size == 256 + len(SPECIALS) <= 384

@@ -11,8 +11,9 @@ from parallel.phases import PhaseTimer
 from tests.support import settings
 from train import checkpoint
 from train.build import build_engines, open_data, train_forward, train_loss
-from train.feed import Feed, to_device
+from train.feed import Feed
 from train.loop import run_in_world
+from train.staging import to_device
 from train.watchdog import Heartbeat
 
 

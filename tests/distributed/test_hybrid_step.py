@@ -7,7 +7,7 @@ import torch.distributed as dist
 from tests.distributed.runs import build_run, step_by_hand, weights_of
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides
-from train.feed import to_device
+from train.staging import to_device
 
 SMALL = ["train.seq_length=256", "train.global_batch_size=4", "data.max_patches=64"]
 

@@ -67,6 +67,24 @@ def hang_feed(rank: int, call: int) -> None:
     _in_call(Stream, "next_step", rank, call, threading.Event().wait)
 
 
+def signal_worker(rank: int, call: int, number: int) -> None:
+    """One of the processes that read and decode for a rank gets a signal while it has work."""
+    from data.reader import ShardReader
+
+    if int(os.environ[RANK]) != rank:
+        return
+    begin, seen = ShardReader.begin, [-1]
+
+    def harmed(self, *arguments, **options):
+        pending = begin(self, *arguments, **options)
+        seen[0] += 1
+        if seen[0] == call:
+            os.kill(self.worker_pids[0], number)
+        return pending
+
+    ShardReader.begin = harmed
+
+
 def note_samples(path: str) -> None:
     """Rank 0 writes down which samples every step took."""
     from train.metrics import StepMetrics

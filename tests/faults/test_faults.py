@@ -127,6 +127,24 @@ def test_an_exception_in_one_rank_ends_all_and_is_the_cause(start, run_dir):
     assert summary(run_dir)["restarts"] == 1
 
 
+def test_a_killed_data_worker_changes_nothing(start, run_dir, tmp_path):
+    """Another takes its place and does its work again."""
+    losses = []
+    for harms in ((), (harm.signal_worker, 2, 3, signal.SIGKILL)):
+        run = run_dir / str(len(losses))
+        assert start("train.steps=6", "data.workers=1", f"run.dir={run}", harm=harms).wait(90) == [0] * WORLD
+        losses.append([line["loss"] for line in read_metrics(run)])
+        assert json.loads((run / "summary.json").read_text())["unreadable"] == []
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_a_data_worker_that_hangs_is_found(start, run_dir):
+    ranks = start("train.steps=100000", "data.workers=1", harm=(harm.signal_worker, 1, 4, signal.SIGSTOP))
+    assert 0 not in ranks.wait(90)
+    assert_stacks(run_dir)
+    assert start("train.steps=5", "checkpoint.resume=true").wait(90) == [0] * WORLD
+
+
 def assert_stacks(run_dir):
     """Of every rank."""
     for rank in range(WORLD):

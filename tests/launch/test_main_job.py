@@ -31,7 +31,8 @@ KEYS = {
     "loss_by_domain",
     "phase_s",
 }
-PHASES = {"encode", "deliver", "llm", "return", "encoder_backward", "update"}
+HELDOUT = "data.sources.main.shards=['{}/heldout/read-*.tar']"
+PHASES = {"wait", "encode", "deliver", "llm", "return", "encoder_backward", "update"}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_the_main_job_runs_to_the_end(toy_run):
 
 def test_a_checkpoint_is_scored_and_drawn(toy_run, corpus, tmp_path):
     run_dir, _ = toy_run
-    command = [sys.executable, "launch/evaluate.py", str(run_dir), f"data.shards=['{corpus}/heldout/read-*.tar']"]
+    command = [sys.executable, "launch/evaluate.py", str(run_dir), HELDOUT.format(corpus)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     scores = json.loads((run_dir / evaluate.RESULT).read_text())
@@ -74,7 +75,7 @@ def test_a_checkpoint_is_scored_and_drawn(toy_run, corpus, tmp_path):
 def test_scores_do_not_depend_on_the_layout(toy_run, corpus):
     """The same checkpoint scored in one process and under tensor parallelism."""
     run_dir, _ = toy_run
-    arguments = ["launch/evaluate.py", str(run_dir), f"data.shards=['{corpus}/heldout/read-*.tar']"]
+    arguments = ["launch/evaluate.py", str(run_dir), HELDOUT.format(corpus)]
     scores = []
     for ranks, layout in ((1, "parallel.tp=1"), (2, "parallel.tp=2")):
         done = run_torchrun(ranks, [*arguments, layout], timeout=120)

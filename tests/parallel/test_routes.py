@@ -21,6 +21,7 @@ def random_plan(layout, images, micro_batches=3, seed=0):
     draw = np.random.default_rng(seed)
     tokens = draw.integers(1, 9, images)
     return VisualPlan(
+        unit_I=np.arange(images),
         cost_I=tokens * 100,
         patches_I=tokens * 4,
         tokens_I=tokens,

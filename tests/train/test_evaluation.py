@@ -2,40 +2,38 @@
 
 import numpy as np
 
-from data.index import expand_shards, load_index
-from data.reader import ShardReader
-from data.stream import Stream, StreamConfig
-from data.text import Tokenizer
+from tests.support import corpus_overrides, settings
+from train.build import open_data
 from train.evaluation import Score, exchange_images
 
 
 def one_step(corpus, shards):
-    tokenizer = Tokenizer(corpus / "tokenizer.json")
-    indexes = [load_index(path, tokenizer.sha256) for path in expand_shards([f"{corpus}/heldout/{shards}.tar"])]
-    config = StreamConfig(seq_length=512, rows_per_step=4, seed=0, min_patches=4, max_patches=256)
-    stream = Stream(indexes, config)
-    return stream.next_step(), ShardReader(indexes, tokenizer, ["assistant"], 10**7, 1)
+    shards = f"data.sources.main.shards=['{corpus}/heldout/{shards}.tar']"
+    return open_data(settings("stage1", *corpus_overrides(corpus), shards))
 
 
 def test_no_sample_keeps_its_image_and_sizes_stay(corpus):
-    plan, reader = one_step(corpus, "read-*")
+    data = one_step(corpus, "read-*")
+    plan = data.stream.next_step()
     exchanged = exchange_images(plan)
     assert (exchanged.image_sample_I != plan.image_sample_I).all()
-    assert sorted(exchanged.image_member_I) == sorted(plan.image_member_I)
+    assert sorted(exchanged.image_media_I) == sorted(plan.image_media_I)
     everything = np.arange(plan.tokens_I.size)
-    right, wrong = reader.read_images(plan, everything), reader.read_images(exchanged, everything)
+    right, _ = data.reader.read(plan, everything, [])
+    wrong, _ = data.reader.finish(data.reader.begin(plan, everything, [], exchanged))
     assert not wrong.failures
     assert right.patches_N588.shape == wrong.patches_N588.shape
     assert (right.patches_N588 != wrong.patches_N588).any()
-    reader.close()
+    data.reader.close()
 
 
 def test_images_are_exchanged_inside_their_domain(corpus):
-    plan, reader = one_step(corpus, "{read,count}-*")
+    data = one_step(corpus, "{read,count}-*")
+    plan = data.stream.next_step()
     exchanged = exchange_images(plan)
     before, after = (plan.domain_S[p.image_sample_I] for p in (plan, exchanged))
     assert (before == after).all()
-    reader.close()
+    data.reader.close()
 
 
 def test_scores_are_means():

@@ -1,0 +1,313 @@
+"""How fast samples reach a training process, ours and three peers' loaders in one run on the same shards.
+
+    python benchmarks/data.py                about four minutes; needs the extra `bench` for megatron-energon
+
+Every loader has two workers and does the same work for a sample: read it, decode its JPEG, resize to multiples of 28,
+cut patches, tokenise the text, and hand packed arrays to the main process.  Ours also packs rows, checks every member's
+checksum and can stop and resume at any step.  Each loader runs in a fresh process, in turns, several times; the table
+shows the median of samples a second, CPU milliseconds of all its processes for a sample, and the ratio to ours.
+
+Then what benchmarks/planning.py prints.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import planning
+from benchmarks.planning import alone
+
+WORKERS = 2
+BATCH = 16  # samples a batch of the peers
+SAMPLES, SHARD_SAMPLES = 1536, 128
+MIN_PATCHES, MAX_PATCHES, MAX_PIXELS = 4, 16384, 1 << 27
+ROLES = ("assistant",)
+WARM_S, MEASURE_S, ROUNDS = 3.0, 8.0, 3
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The corpus: crops of photographs, as webdataset shards, as an indexed folder, and prepared for energon
+
+
+def make(folder: Path) -> None:
+    """JPEG crops of scikit-image's photographs, 200 to 1,000 pixels a side, with captions of 20 to 120 words."""
+    import importlib.util
+
+    import numpy as np
+    from PIL import Image
+    from webdataset import TarWriter
+
+    from data.indexing import build_index
+    from data.text import Tokenizer, build_byte_tokenizer
+
+    source = Path(importlib.util.find_spec("skimage").origin).parent / "data"
+    names = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png")
+    photographs = [Image.open(source / name).convert("RGB") for name in names]
+    draw = np.random.default_rng(0)
+    words = np.array(
+        ["a", "the", "photograph", "of", "shows", "large", "small", "red", "left", "beside", "person", "cup"]
+    )
+    shards, files = folder / "shards", folder / "files"
+    shards.mkdir(parents=True)
+    files.mkdir()
+    build_byte_tokenizer(folder / "tokenizer.json")
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    for shard in range(SAMPLES // SHARD_SAMPLES):
+        path = shards / f"train-{shard:04d}.tar"
+        with TarWriter(str(path), encoder=False, mtime=0) as writer:
+            for i in range(shard * SHARD_SAMPLES, (shard + 1) * SHARD_SAMPLES):
+                width, height = draw.integers(200, 1000, 2).tolist()
+                photograph = photographs[draw.integers(len(photographs))]
+                x, y = (draw.random(2) * 0.3 * np.array(photograph.size)).astype(int).tolist()
+                crop = photograph.crop((x, y, *photograph.size)).resize((width, height), Image.Resampling.BICUBIC)
+                file = io.BytesIO()
+                crop.save(file, "JPEG", quality=88)
+                turns = [
+                    {"role": "user", "text": "<image>Describe the image."},
+                    {"role": "assistant", "text": " ".join(draw.choice(words, draw.integers(20, 120)))},
+                ]
+                content = json.dumps({"domain": "caption", "turns": turns}).encode()
+                writer.write({"__key__": f"s{i:06d}", "json": content, "0.jpg": file.getvalue()})
+                (files / f"s{i:06d}.json").write_bytes(content)
+                (files / f"s{i:06d}.jpg").write_bytes(file.getvalue())
+        build_index(path, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The work for one sample, and the peers
+
+
+class Work:
+    """Decodes and tokenises one sample with the same functions as ours."""
+
+    def __init__(self, folder: Path):
+        from data.text import Tokenizer
+
+        self.tokenizer = Tokenizer(folder / "tokenizer.json")
+
+    def __call__(self, sample: dict) -> dict:
+        import torch
+
+        from data.image import PATCH, decode_image, grid_hw, image_size, to_patches
+
+        image = sample["0.jpg"]
+        height, width = image_size(io.BytesIO(image), MAX_PIXELS)
+        down, across = grid_hw(height, width, MIN_PATCHES, MAX_PATCHES).tolist()
+        size = (down * PATCH, across * PATCH)
+        patches = to_patches(decode_image(image, MAX_PIXELS, size), *size)
+        turns = json.loads(sample["json"])["turns"]
+        encoded = self.tokenizer.encode_sample(turns, ROLES, ("image",), "sample")
+        return {
+            "patches": torch.from_numpy(patches.copy()),
+            "grid": torch.tensor([down, across]),
+            "tokens": torch.from_numpy(encoded.tokens_T),
+            "trained": torch.from_numpy(encoded.trained_T),
+        }
+
+
+def collate(samples: list[dict]) -> dict:
+    """Packs a batch as ours packs a step: arrays end to end, and how many samples they hold."""
+    import torch
+
+    packed = {key: torch.cat([sample[key] for sample in samples]) for key in ("patches", "tokens", "trained")}
+    return packed | {"grid": torch.stack([sample["grid"] for sample in samples]), "samples": len(samples)}
+
+
+def webdataset_batches(folder: Path):
+    """webdataset: a shuffled stream of tars into torch's DataLoader."""
+    import webdataset
+
+    work = Work(folder)
+    shards = [str(path) for path in sorted((folder / "shards").glob("*.tar"))]
+    stream = webdataset.WebDataset(shards, shardshuffle=len(shards), resampled=False, empty_check=False, seed=0)
+    stream = stream.shuffle(SHARD_SAMPLES).map(work).batched(BATCH, collation_fn=collate).repeat()
+    yield from webdataset.WebLoader(stream, batch_size=None, num_workers=WORKERS)
+
+
+class Folder:
+    """A torch map-style dataset: one file an image, one a json."""
+
+    def __init__(self, folder: Path):
+        self.files, self.work = sorted((folder / "files").glob("*.json")), Work(folder)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> dict:
+        path = self.files[i]
+        return self.work({"json": path.read_bytes(), "0.jpg": path.with_suffix(".jpg").read_bytes()})
+
+
+def dataloader_batches(folder: Path):
+    """torch's DataLoader over an indexed folder, shuffled."""
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        Folder(folder), BATCH, shuffle=True, num_workers=WORKERS, collate_fn=collate, persistent_workers=True
+    )
+    while True:
+        yield from loader
+
+
+def energon_batches(folder: Path):
+    """megatron-energon's savable loader."""
+    from megatron import energon
+
+    work = Work(folder)
+
+    class Encoder(energon.DefaultTaskEncoder):
+        decoder = None
+        cookers = (energon.Cooker(energon.stateless(lambda sample: dict(sample))),)
+
+        @energon.stateless
+        def encode_sample(self, sample):
+            return work({"json": sample["json"], "0.jpg": sample["0.jpg"]})
+
+        def batch(self, samples):
+            return collate(samples)
+
+    workers = energon.WorkerConfig(rank=0, world_size=1, num_workers=WORKERS)
+    dataset = energon.get_train_dataset(
+        folder / "shards",
+        worker_config=workers,
+        batch_size=BATCH,
+        shuffle_buffer_size=SHARD_SAMPLES,
+        max_samples_per_sequence=None,
+        task_encoder=Encoder(),
+    )
+    yield from energon.get_savable_loader(dataset)
+
+
+def prepare_energon(folder: Path) -> None:
+    command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", str(folder / "shards")]
+    command += ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset", "--num-workers", "2"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours
+
+
+def open_ours(folder: Path, seq_length: int = 8192, rows: int = 2):
+    """(stream, reader factory) over the corpus, as training opens them."""
+    from data.corpus import Corpus, SourceSettings
+    from data.reader import ShardReader
+    from data.stream import Stream, StreamConfig
+    from data.text import Tokenizer
+
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    source = SourceSettings(name="main", shards=(f"{folder}/shards/*.tar",), train_roles=ROLES)
+    corpus = Corpus.open([source], tokenizer.sha256)
+    config = StreamConfig(
+        seq_length=seq_length,
+        rows_per_step=rows,
+        seed=0,
+        min_patches=MIN_PATCHES,
+        max_patches=MAX_PATCHES,
+        video_budget=seq_length,
+        video_levels=(64,),
+    )
+    return Stream(corpus, config, tokenizer.stamp_lengths), lambda: ShardReader(corpus, tokenizer, MAX_PIXELS, WORKERS)
+
+
+def our_batches(folder: Path):
+    """Steps of the stream, read two ahead as training does."""
+    import numpy as np
+
+    stream, open_reader = open_ours(folder)
+    reader, pending = open_reader(), []
+    rows = np.arange(stream.config.rows_per_step)
+    try:
+        while True:
+            while len(pending) < 3:
+                plan = stream.next_step()
+                pending.append((plan, reader.begin(plan, np.arange(plan.tokens_I.size), rows)))
+            plan, reading = pending.pop(0)
+            images, text = reader.finish(reading)
+            if images.failures or text.failures:
+                raise RuntimeError(str((images.failures + text.failures)[0]))
+            yield {"samples": plan.shard_S.size, "patches": images.patches_N588, "tokens": text.tokens}
+            images.release()
+    finally:
+        reader.close()
+
+
+LOADERS = {
+    "tandem": our_batches,
+    "webdataset": webdataset_batches,
+    "torch DataLoader, folder": dataloader_batches,
+    "megatron-energon": energon_batches,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measure(name: str, folder: Path) -> dict:
+    """Samples a second and CPU milliseconds a sample of one loader, in this process and its children."""
+    import psutil
+
+    batches = LOADERS[name](folder)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WARM_S:
+        next(batches)
+    me = psutil.Process()
+    cpu, begin, samples = cpu_seconds(me), time.perf_counter(), 0
+    while time.perf_counter() - begin < MEASURE_S:
+        samples += next(batches)["samples"]
+    seconds = time.perf_counter() - begin
+    return {"rate": samples / seconds, "cpu_ms": 1e3 * (cpu_seconds(me) - cpu) / samples}
+
+
+def cpu_seconds(process) -> float:
+    """User and system time so far of a process and all below it."""
+    times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
+
+
+def compare(folder: Path) -> None:
+    """The table of loaders: median of some rounds, in turns."""
+    names, results = list(LOADERS), {}
+    try:
+        prepare_energon(folder)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"megatron-energon left out ({error}); install it with pip install 'tandem[bench]'")
+        names.remove("megatron-energon")
+    for _ in range(ROUNDS):
+        for name in names:
+            results.setdefault(name, []).append(alone(__file__, "--loader", name, "--folder", str(folder)))
+    print(f"{'loader, ' + str(WORKERS) + ' workers':<26}{'samples/s':>10}{'CPU ms/sample':>15}{'tandem over it':>16}")
+    rate = {name: statistics.median(r["rate"] for r in results[name]) for name in names}
+    for name in names:
+        cpu_ms = statistics.median(r["cpu_ms"] for r in results[name])
+        print(f"{name:<26}{rate[name]:>10.1f}{cpu_ms:>15.2f}{rate['tandem'] / rate[name]:>15.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--folder", type=Path, help="where the corpus lies or is to be made; a temporary folder if left out"
+    )
+    parser.add_argument("--loader", choices=LOADERS, help="measure this loader alone and print its figures as json")
+    arguments = parser.parse_args()
+    if arguments.loader:
+        return print(json.dumps(measure(arguments.loader, arguments.folder)))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        if not (folder / "shards").is_dir():
+            make(folder)
+        compare(folder)
+        print()
+        planning.report(folder)
+
+
+if __name__ == "__main__":
+    main()
