@@ -13,6 +13,7 @@ Then what benchmarks/planning.py prints.
 import argparse
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -175,7 +176,7 @@ def energon_batches(folder: Path):
 
     workers = energon.WorkerConfig(rank=0, world_size=1, num_workers=WORKERS)
     dataset = energon.get_train_dataset(
-        folder / "shards",
+        folder / "energon",
         worker_config=workers,
         batch_size=BATCH,
         shuffle_buffer_size=SHARD_SAMPLES,
@@ -186,7 +187,13 @@ def energon_batches(folder: Path):
 
 
 def prepare_energon(folder: Path) -> None:
-    command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", str(folder / "shards")]
+    """Indexes the same shards for energon, in a folder of their own."""
+    (folder / "energon").mkdir(exist_ok=True)
+    for shard in (folder / "shards").glob("*.tar"):
+        link = folder / "energon" / shard.name
+        if not link.exists():
+            os.link(shard, link)
+    command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", str(folder / "energon")]
     command += ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "CrudeWebdataset", "--num-workers", "2"]
     subprocess.run(command, check=True, capture_output=True, text=True)
 

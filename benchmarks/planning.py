@@ -45,10 +45,10 @@ def make_billion(folder: Path) -> None:
         "skipped": {},
         "broken": None,
     }
-    write_index(str(folder / "part.tar.idx"), header, samples, media, np.zeros(0, EVENT))
-    one = gather_catalog(["http://store/000000/part.tar"], "0" * 64, [str(folder / "part.tar.idx")])
+    write_index(str(folder / "part.tar.index"), header, samples, media, np.zeros(0, EVENT))
+    one = gather_catalog(["http://store/000000/part.tar"], "0" * 64, [str(folder / "part.tar.index")])
     names = [f"http://store/{shard:06d}/part.tar".encode() for shard in range(shards)]
-    path = str(folder / "part.tar.idx").encode()
+    path = str(folder / "part.tar.index").encode()
     arrays = {
         "samples": np.full(shards, count),
         "shard_bytes": np.full(shards, 1 << 30),

@@ -132,7 +132,7 @@ def open_catalog(patterns: Sequence[str], tokenizer_sha256: str) -> Catalog:
 def gather_catalog(
     shards: Sequence[str], tokenizer_sha256: str, index_paths: Sequence[str | None] | None = None
 ) -> Catalog:
-    """The catalog of shards from the headers of their indexes (`<shard>.idx` where no paths are given). ValueError."""
+    """The catalog of shards from the headers of their indexes (`<shard>.index` where no path is given). ValueError."""
     index_paths = index_paths or [None] * len(shards)
     domains: dict[str, int] = {}
     entities: dict[str, int] = {}
@@ -179,7 +179,7 @@ def _ordinals(entity_X: np.ndarray, samples_X: np.ndarray, n_entities: int) -> t
 
 
 def _texts(names: Iterable[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """Paths of shards and of their indexes ("" for `<shard>.idx`) as arrays of bytes and of where each starts."""
+    """Paths of shards and of their indexes ("" for `<shard>.index`) as arrays of bytes and of where each starts."""
     arrays = {}
     for array, column in zip(("name", "index"), zip(*names, strict=True), strict=True):
         raw = [os.fsencode(name) for name in column]

@@ -1,6 +1,6 @@
 """The index beside a shard: what is in it and where, so that a whole run can be planned before a pixel is read.
 
-`<shard>.idx` holds three tables of fixed-size records, a sample's media and a video's events following each other:
+`<shard>.index` holds three tables of fixed-size records, a sample's media and a video's events following each other:
 
     magic | u64 header length | JSON header | zeros to 64 bytes | SAMPLE records | MEDIA records | EVENT records
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from data.storage import base_name, is_url, shown
 
-SUFFIX = ".idx"
+SUFFIX = ".index"
 MAGIC = b"TANDMIDX"
 VERSION = 2
 IMAGE, VIDEO = 0, 1  # MEDIA.kind
@@ -110,7 +110,7 @@ class ShardIndex:
 
 
 def load_index(shard: str | Path, tokenizer_sha256: str, path: str | Path | None = None) -> ShardIndex:
-    """Read the index of a shard, `<shard>.idx` where no path is given.
+    """Read the index of a shard, `<shard>.index` where no path is given.
 
     Raises ValueError if it is absent, damaged, older than the shard, of another shard, or made with another tokenizer.
     A remote shard itself is not looked at: the checksum of every member read tells whether it changed.

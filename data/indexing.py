@@ -55,7 +55,7 @@ class IndexReport:
 
 
 def build_index(shard: str | Path, tokenizer: Tokenizer, path: str | Path | None = None) -> IndexReport:
-    """Write the index of a shard, `<shard>.idx` where no path is given. The file appears whole or not at all.
+    """Write the index of a shard, `<shard>.index` where no path is given. The file appears whole or not at all.
 
     Raises ValueError if the shard is not an uncompressed tar, OSError if it cannot be read.
     """

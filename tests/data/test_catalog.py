@@ -67,7 +67,7 @@ def test_a_stored_catalog_is_the_same_and_moves_with_its_shards(shards, tokenize
     assert stored.index(2).digest == catalog.index(2).digest
     moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")
     there = open_catalog([f"{moved}/all.catalog"], tokenizer.sha256)
-    assert there.shard(0) == f"{moved}/s-0000.tar" and there.index(0).path == f"{moved}/s-0000.tar.idx"
+    assert there.shard(0) == f"{moved}/s-0000.tar" and there.index(0).path == f"{moved}/s-0000.tar.index"
     # shards outside the catalog's folder are named in full, from wherever the command runs
     (tmp_path / "elsewhere").mkdir()
     write_catalog(tmp_path / "elsewhere" / "all.catalog", catalog)
@@ -143,9 +143,9 @@ def test_a_changed_index_and_an_index_older_than_its_shard_are_refused(shards, t
     write_catalog(tmp_path / "all.catalog", open_catalog(shards, tokenizer.sha256))
     stored = open_catalog([f"{tmp_path}/all.catalog"], tokenizer.sha256)
     make_shard([("a.json", make_shard.json("new", "text"))], "s-0001.tar")
-    with pytest.raises(ValueError, match=r"s-0001.tar.idx changed since it entered the catalog; write it again"):
+    with pytest.raises(ValueError, match=r"s-0001.tar.index changed since it entered the catalog; write it again"):
         stored.index(1)
-    later = os.stat(shards[0] + ".idx").st_mtime_ns + 10**9
+    later = os.stat(shards[0] + ".index").st_mtime_ns + 10**9
     os.utime(shards[0], ns=(later, later))
     with pytest.raises(ValueError, match="older than the shard"):
         stored.index(0)
@@ -162,7 +162,7 @@ def test_remote_shards_by_a_catalog(shards, tokenizer, tmp_path):
     indexes.mkdir()
     with serving(tmp_path) as server:
         addresses = [f"{server.url}/{Path(shard).name}" for shard in shards]
-        paths = [str(indexes / f"{n}.idx") for n in range(3)]
+        paths = [str(indexes / f"{n}.index") for n in range(3)]
         for address, path in zip(addresses, paths, strict=True):
             build_index(address, tokenizer, path)
         catalog = gather_catalog(addresses, tokenizer.sha256, paths)

@@ -176,7 +176,7 @@ def test_shards(shard, tokenizer, tmp_path):
     check()
 
 
-@pytest.mark.parametrize("suffix", [".idx", ".catalog"])
+@pytest.mark.parametrize("suffix", [".index", ".catalog"])
 def test_indexes_and_catalogs(suffix, shard, tokenizer, tmp_path):
     """A damaged one is refused, or says the same as the whole one."""
     path = tmp_path / "a.tar"
@@ -184,7 +184,7 @@ def test_indexes_and_catalogs(suffix, shard, tokenizer, tmp_path):
     build_index(path, tokenizer)
     catalog = tmp_path / "a.catalog"
     write_catalog(catalog, gather_catalog([str(path)], tokenizer.sha256))
-    target = tmp_path / ("a.catalog" if suffix == ".catalog" else "a.tar.idx")
+    target = tmp_path / ("a.catalog" if suffix == ".catalog" else "a.tar.index")
     whole, truth = target.read_bytes(), load_index(path, tokenizer.sha256).samples.tobytes()
 
     @bounded

@@ -45,7 +45,7 @@ def test_an_index_takes_at_most_96_bytes_a_sample(make_shard):
         members += [(f"{n:06}.json", make_shard.json("<image>", str(n))), (f"{n:06}.0.png", image)]
     shard, report = make_shard(members)
     assert report.samples == report.images == 200
-    assert os.path.getsize(shard + ".idx") <= 96 * 200
+    assert os.path.getsize(shard + ".index") <= 96 * 200
     assert SAMPLE.itemsize + MEDIA.itemsize == 76
 
 
@@ -86,9 +86,9 @@ def test_videos_and_their_events(make_shard, tokenizer, monkeypatch):
     # a video too large to be held is read by ranges, with the same result
     monkeypatch.setattr(tars, "_WHOLE", 100)
     monkeypatch.setattr(tars, "_CHUNK", 1000)
-    first = Path(shard + ".idx").read_bytes()
+    first = Path(shard + ".index").read_bytes()
     build_index(shard, tokenizer)
-    assert Path(shard + ".idx").read_bytes() == first
+    assert Path(shard + ".index").read_bytes() == first
 
 
 def test_damaged_samples_are_left_out_and_counted(make_shard, tokenizer):
@@ -297,13 +297,13 @@ def test_what_is_no_tar_is_refused(tmp_path, tokenizer):
         with pytest.raises(ValueError, match=f"{name}.tar is not an uncompressed tar file"):
             build_index(tmp_path / f"{name}.tar", tokenizer)
     with pytest.raises(ValueError, match="no path and no address"):
-        build_index(f"pipe:touch {tmp_path}/ran", tokenizer, tmp_path / "x.idx")
+        build_index(f"pipe:touch {tmp_path}/ran", tokenizer, tmp_path / "x.index")
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "b.tar", "zero.tar"}
 
 
 def test_an_index_that_does_not_fit_is_refused(make_shard, tokenizer):
     shard, _ = make_shard([("a.json", make_shard.json("a", "b"))])
-    file, idx = Path(shard), Path(shard + ".idx")
+    file, idx = Path(shard), Path(shard + ".index")
     good = idx.read_bytes()
     with pytest.raises(ValueError, match="made with another tokenizer"):
         load_index(shard, "0" * 64)
@@ -353,7 +353,7 @@ def test_a_remote_shard_is_read_once_in_order_and_gives_the_same_records(make_sh
     for n in range(40):
         members += [(f"{n}.0.png", make_shard.image(height=30 + n)), (f"{n}.json", make_shard.json("<image>", "x"))]
     shard, _ = make_shard([*members, ("v.0.mp4", make_video(frames=5)), ("v.json", make_shard.json("<video>", "x"))])
-    local, path = load_index(shard, tokenizer.sha256), tmp_path / "indexes.idx"
+    local, path = load_index(shard, tokenizer.sha256), tmp_path / "indexes.index"
     with serving(Path(shard).parent) as server:
         address = f"{server.url}/{Path(shard).name}"
         report = build_index(address, tokenizer, path)
@@ -375,13 +375,13 @@ def test_a_server_that_fails_gives_an_error_and_no_index(make_shard, tokenizer, 
     with serving(Path(shard).parent) as server:
         server.failures = 10**9
         with pytest.raises(OSError, match="cannot be read"):
-            build_index(f"{server.url}/shard-0000.tar", tokenizer, tmp_path / "x.idx")
-    assert not (tmp_path / "x.idx").exists()
+            build_index(f"{server.url}/shard-0000.tar", tokenizer, tmp_path / "x.index")
+    assert not (tmp_path / "x.index").exists()
 
 
 def test_shards_of_images_load_no_video_library(corpus, tmp_path):
     write_tar(tmp_path / "a.tar", [("a.json", b"{}")])
     code = "import sys; from data.indexing import build_index; from data.text import Tokenizer; "
     code += "build_index(sys.argv[1], Tokenizer(sys.argv[2]), sys.argv[3]); assert 'av' not in sys.modules"
-    arguments = [str(corpus / "train" / "read-0000.tar"), str(corpus / "tokenizer.json"), str(tmp_path / "read.idx")]
+    arguments = [str(corpus / "train" / "read-0000.tar"), str(corpus / "tokenizer.json"), str(tmp_path / "read.index")]
     subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True)

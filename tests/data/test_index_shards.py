@@ -31,37 +31,37 @@ def test_shards_are_indexed_in_parallel_and_reported(shards, tokenizer, tmp_path
     assert done.returncode == 0, done.stderr
     assert "skipped 1: bad json (first: sample b" in done.stdout
     assert done.stdout.endswith("2 shards, 2 samples, 2 skipped\n")
-    parallel = [Path(shard + ".idx").read_bytes() for shard in shards]
+    parallel = [Path(shard + ".index").read_bytes() for shard in shards]
     assert main([*shards, "--tokenizer", tokenizer.path, "--workers", "1", "--force"]) == 0
-    assert [Path(shard + ".idx").read_bytes() for shard in shards] == parallel
+    assert [Path(shard + ".index").read_bytes() for shard in shards] == parallel
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_only_what_changed_is_indexed_again(shards, tokenizer, capsys, make_shard):
     command = [*shards, "--tokenizer", tokenizer.path, "--workers", "1"]
     assert main(command) == 0
-    first = [os.stat(shard + ".idx").st_mtime_ns for shard in shards]
+    first = [os.stat(shard + ".index").st_mtime_ns for shard in shards]
     assert main(command) == 0
     assert capsys.readouterr().out.endswith("2 shards, 2 samples, 2 skipped (2 shards were indexed before)\n")
-    assert [os.stat(shard + ".idx").st_mtime_ns for shard in shards] == first
+    assert [os.stat(shard + ".index").st_mtime_ns for shard in shards] == first
     make_shard([("a.json", make_shard.json("changed", "b"))], "t-0001.tar")
-    os.remove(shards[1] + ".idx")
-    Path(shards[0] + ".idx").write_bytes(b"half")
+    os.remove(shards[1] + ".index")
+    Path(shards[0] + ".index").write_bytes(b"half")
     assert main(command) == 0
     assert capsys.readouterr().out.endswith("2 shards, 2 samples, 1 skipped\n")
-    before = os.stat(shards[0] + ".idx").st_ino
+    before = os.stat(shards[0] + ".index").st_ino
     assert main([*command, "--force"]) == 0
-    assert os.stat(shards[0] + ".idx").st_ino != before and "before" not in capsys.readouterr().out
+    assert os.stat(shards[0] + ".index").st_ino != before and "before" not in capsys.readouterr().out
 
 
 def test_an_index_folder_and_a_catalog(shards, tokenizer, tmp_path, capsys):
     folder, catalog = tmp_path / "deep" / "indexes", str(tmp_path / "all.catalog")
     assert main([*shards, "--tokenizer", tokenizer.path, "--index-dir", str(folder), "--catalog", catalog]) == 0
     assert "all.catalog: the catalog of 2 shards" in capsys.readouterr().out
-    assert sorted(path.name for path in folder.iterdir()) == ["t-0000.tar.idx", "t-0001.tar.idx"]
-    assert not os.path.exists(shards[0] + ".idx")
+    assert sorted(path.name for path in folder.iterdir()) == ["t-0000.tar.index", "t-0001.tar.index"]
+    assert not os.path.exists(shards[0] + ".index")
     stored = open_catalog([catalog], tokenizer.sha256)
-    assert [stored.shard(k) for k in range(2)] == shards and stored.index(1).path == str(folder / "t-0001.tar.idx")
+    assert [stored.shard(k) for k in range(2)] == shards and stored.index(1).path == str(folder / "t-0001.tar.index")
 
 
 def test_remote_shards(shards, tokenizer, tmp_path, capsys):
@@ -104,7 +104,7 @@ def test_a_shard_that_cannot_be_indexed_does_not_stop_the_others(shards, tokeniz
         (["missing.tar"], "error: shard missing.tar"),
         (["pipe:touch {tmp}/ran", "--index-dir", "{tmp}", "--catalog", "{tmp}/x.catalog"], "no path and no address"),
         (["{shard}", "--workers", "0"], "--workers is 0"),
-        (["{shard}", "--catalog", "{tmp}/x.idx"], "must end in .catalog"),
+        (["{shard}", "--catalog", "{tmp}/x.index"], "must end in .catalog"),
         (["{shard}", "{tmp}/twin/t-0000.tar", "--index-dir", "{tmp}/i"], "would hold one index for both"),
         (["{shard}", "--tokenizer", "{tmp}/none.json"], "none.json cannot be read"),
     ],
@@ -117,7 +117,7 @@ def test_bad_arguments_are_told_in_one_sentence(shards, tokenizer, tmp_path, cap
         main(["--tokenizer", tokenizer.path, *(argument.format(**places) for argument in arguments)])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and sentence in error and error.count("\n") == 1
-    assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("*.idx"))
+    assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("*.index"))
 
 
 def test_an_interrupted_run_leaves_whole_indexes_and_goes_on(tokenizer, tmp_path, make_shard):
@@ -132,9 +132,9 @@ def test_an_interrupted_run_leaves_whole_indexes_and_goes_on(tokenizer, tmp_path
     _, error = running.communicate(timeout=60)
     assert b"1500 samples" in first and running.returncode == 130 and error.endswith(b"run it again to go on\n")
     assert b"waiting for the shards at hand" in error and b"Traceback" not in error
-    whole = list(tmp_path.glob("*.idx"))
+    whole = list(tmp_path.glob("*.index"))
     assert len(whole) >= 1 and not list(tmp_path.glob("*.tmp"))
     for path in whole:
-        assert load_index(str(path).removesuffix(".idx"), tokenizer.sha256).n_samples == 1500
+        assert load_index(str(path).removesuffix(".index"), tokenizer.sha256).n_samples == 1500
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"({len(whole)} shards were indexed before)" in done.stdout

@@ -131,7 +131,7 @@ def files(corpus, tmp_path_factory):
     shard = corpus / "train" / "read-0000.tar"
     shutil.copy(shard, folder / "bare.tar")
     (folder / "changed").mkdir()
-    shutil.copy(f"{shard}.idx", folder / "changed")
+    shutil.copy(f"{shard}.index", folder / "changed")
     (folder / "changed" / shard.name).write_bytes(shard.read_bytes() + bytes(512))
     (folder / "step-00000001").mkdir()
     (folder / "step-00000001" / "manifest.json").write_text("{}")
@@ -283,7 +283,7 @@ def damaged(corpus, tmp_path_factory):
         with open(index.shard, "r+b") as file:
             file.seek(int(record["offset"]))
             file.write(bytes(int(record["size"])))
-        os.utime(index.shard + ".idx")  # an index must not be older than its shard
+        os.utime(index.shard + ".index")  # an index must not be older than its shard
         victims.append((int(plan.shard_S[sample]), int(plan.index_S[sample])))
     used = [pair for plan in plans for pair in zip(plan.shard_S.tolist(), plan.index_S.tolist(), strict=True)]
     assert all(used.count(victim) == 1 for victim in victims), "a damaged sample comes once in these steps"
