@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 SHARDS := shards/toy
 export OMP_NUM_THREADS ?= 1
 
-# One rank a GPU where there are GPUs; else CPU ranks.
-GPUS := $(strip $(shell nvidia-smi -L 2>/dev/null | wc -l))
+# One rank a GPU where there are GPUs, in a number that divides the toy batch; else CPU ranks.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 ifeq ($(GPUS),0)
 TOY_RANKS := 4
 LEARN_RANKS := 2
 else
-TOY_RANKS := $(GPUS)
+TOY_RANKS := $(shell n=1; while [ $$((2 * n)) -le $(GPUS) ] && [ $$n -lt 8 ]; do n=$$((2 * n)); done; echo $$n)
 LEARN_RANKS := 1
 endif
 # Pipeline and expert parallelism where the ranks divide by four.
@@ -58,4 +58,4 @@ lint: $(VENV)/installed
 	$(BIN)/python -m ruff check --fix . && $(BIN)/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) shards runs *.egg-info
+	rm -rf $(VENV) $(SHARDS) runs/toy runs/learn runs/soak *.egg-info

@@ -10,11 +10,12 @@ evaluation.json into the run directory.
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
@@ -58,6 +59,9 @@ def report(run: str, overrides: list[str]) -> dict:
         shards = {name: source.shards for name, source in config.data.sources.items()}
         target.write_text(json.dumps({"checkpoint": str(path), "shards": shards, **scores}, indent=2) + "\n")
         Console().print(table(scores))
+        left_out = {key: scores["images"]["all"][key] for key in ("unreadable", "refused")}
+        if any(left_out.values()):
+            print(f"not scored: {left_out['unreadable']} unreadable samples, {left_out['refused']} longer than a row")
         print(f"written to {target}")
     return scores
 
@@ -82,11 +86,24 @@ def settings_of(path: Path, overrides: list[str]) -> Config:
     for key in ONE_PROCESS:
         settings.parallel[key] = 1
     settings.parallel.etp = settings.parallel.balance_group_size = None
+    _score_once(settings.data.sources, overrides)
     try:
         settings.merge_with_dotlist(overrides)
     except Exception as error:
         raise ValueError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from error
     return read_config(settings)
+
+
+def _score_once(sources: DictConfig, overrides: list[str]) -> None:
+    """Leaves only the sources whose shards are named anew, if any are, and no mixture: each sample is scored once."""
+    named = {match[1] for override in overrides if (match := re.match(r"data\.sources\.(\w+)\.shards=", override))}
+    for name in list(sources):
+        if named and name not in named:
+            del sources[name]
+            continue
+        source = sources[name]
+        source.weight = source.max_samples = source.entity_cap = None
+        source.repeat, source.rare_domain_copies = 1.0, 1
 
 
 def evaluate_checkpoint(config: Config, path: Path) -> dict:

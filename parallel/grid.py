@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from parallel.layout import Coordinates, Layout
 
-SAVING_PATIENCE = timedelta(hours=2)  # between the first rank that has written its part and the last
+PATIENCE = timedelta(hours=2)  # of threads that wait while the others still write a checkpoint
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,16 @@ def build_grid(layout: Layout, device: torch.device, seed: int) -> Grid:
         pp=parallel_state.get_pipeline_model_parallel_rank(),
     )
     assert seen == place, f"Megatron-core seats rank {rank} at {seen}, the layout at {place}"
+    patient = {"backend": "gloo", "timeout": PATIENCE}
     return Grid(
         layout=layout,
         rank=rank,
         place=place,
         device=device,
         balance=_group_of(rank, [layout.group_ranks(group) for group in range(layout.groups)]),
-        control=dist.new_group(backend="gloo"),
-        text=_group_of(rank, [layout.text_ranks(replica) for replica in range(layout.dp)], backend="gloo"),
-        saving=dist.new_group(backend="gloo", timeout=SAVING_PATIENCE),
+        control=dist.new_group(**patient),
+        text=_group_of(rank, [layout.text_ranks(replica) for replica in range(layout.dp)], **patient),
+        saving=dist.new_group(**patient),
     )
 
 

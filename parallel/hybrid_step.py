@@ -81,6 +81,7 @@ def hybrid_step(
     clip_norm: joint gradient norm above which both modules' gradients are scaled down; 0 turns clipping off.
     replay: encode without autograd first, and again chunk by chunk in the backward (memory of one chunk).
     stop: this rank's wish to stop, which travels with the norms.
+    A step without a trained token changes nothing either.
     accept: whether to update, from the loss and the gradient norm, which are equal on all ranks; asked where both are
     finite, because no step with a non-finite value anywhere is ever applied.
     """
@@ -107,7 +108,8 @@ def hybrid_step(
         loss, norms, stop = _agree(engines, reports, stop)
         loss /= max(batch.trained_tokens, 1)
         total = math.hypot(*norms.values())
-        applied = math.isfinite(loss) and math.isfinite(total) and accept(loss, total)
+        learnt = batch.trained_tokens > 0  # else an update would be weight decay and momentum alone
+        applied = learnt and math.isfinite(loss) and math.isfinite(total) and accept(loss, total)
         if applied:
             scale = min(1.0, clip_norm / (total + 1e-6)) if clip_norm > 0 else 1.0
             encoder.step(scale)

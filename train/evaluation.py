@@ -70,20 +70,25 @@ def exchange_images(plan: StepPlan) -> StepPlan:
 def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -> dict[str, dict]:
     """Scores of one pass over the shards, by domain and over all ("all"); needs cp = 1 (collective).
 
-    Samples longer than a row are not scored; they are counted in Stream.refused.
+    What could not be scored is counted under "all": samples unreadable, and samples refused as longer than a row.
     """
     steps = _steps_of_an_epoch(data)
     substitute = exchange_images if exchanged else None
     scores = {name: Score() for name in data.stream.domains}
     seen: set[tuple[int, int]] = set()
-    start = data.stream.state()
+    start, unreadable = data.stream.state(), set()
     for prepared in Feed(data.stream, data.reader, config, engines.grid, steps=steps, substitute=substitute):
         fresh_S = _first_seen(prepared.plan, seen)
         _add(scores, data.stream.domains, prepared.plan, fresh_S, *_score(engines, prepared))
+        places = (prepared.plan.shard_S, prepared.plan.index_S)
+        unreadable |= {tuple(int(place[failure.sample]) for place in places) for failure in prepared.skipped}
         prepared.release()
+    every = sum(source.catalog.n_samples for source in data.stream.corpus.sources)
+    left_out = {"unreadable": len(unreadable), "refused": every - data.stream.samples_per_epoch}
     data.stream.load_state(start)
     total = Score(*(sum(getattr(s, f.name) for s in scores.values()) for f in dataclasses.fields(Score)))
-    return {**{name: score.numbers() for name, score in scores.items() if score.samples}, "all": total.numbers()}
+    by_domain = {name: score.numbers() for name, score in scores.items() if score.samples}
+    return {**by_domain, "all": total.numbers() | left_out}
 
 
 def _steps_of_an_epoch(data: Data) -> int:

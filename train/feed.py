@@ -10,8 +10,8 @@ Legend: M micro-batches, B rows of a micro-batch, S positions of a row.
 
 import queue
 import threading
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,7 @@ from train.batch import RowText, rows_of_replica, visual_plan
 from train.config import Config
 
 READING = 2  # steps being read at once, so that no worker waits for the slowest image of a step
-LEAST_SEEN = 1000  # samples: the rate of unreadable ones is over at least so many
+LEAST_SEEN = 1000  # samples: the rate of unreadable ones is over the latest steps that hold so many
 
 
 @dataclass
@@ -62,7 +62,11 @@ class _Reading:
 
 
 class AgreedError(RuntimeError):
-    """What one rank found wrong, raised on every rank with the same words."""
+    """What one rank found wrong, raised on every rank with the same words.  skipped: samples that led to it."""
+
+    def __init__(self, sentence: str, skipped: Sequence[Failure] = ()):
+        super().__init__(sentence)
+        self.skipped = skipped
 
 
 class Feed:
@@ -90,8 +94,7 @@ class Feed:
         readers = grid.layout.text_ranks(grid.place.dp)
         mine = readers.index(grid.rank) if grid.text else None
         self._my_rows = self._rows_MB.reshape(-1)[mine :: len(readers)] if grid.text else self._rows_MB[:0, 0]
-        self._seen = 0
-        self.skipped: Counter[tuple[str, str]] = Counter()  # (shard, reason) -> samples
+        self._latest: deque[tuple[int, int]] = deque()  # (samples, unreadable ones) of the latest steps
         self._stop = threading.Event()
         self._ready: queue.Queue = queue.Queue(maxsize=config.data.prefetch)
         self._aside: list = []  # what `poll` met and cannot hand out
@@ -131,6 +134,8 @@ class Feed:
     # The thread
 
     def _run(self):
+        if self._grid.device.type == "cuda":
+            torch.cuda.set_device(self._grid.device)  # a new thread starts on device 0; pinning would wake it
         reading: deque[_Reading] = deque()
         try:
             for step in range(self._steps):
@@ -205,9 +210,9 @@ class Feed:
             return None
         prepared = PreparedStep(reading.plan, reading.routes, images, self._rows_MB, None)
         prepared.trained_tokens, prepared.bytes_read = seen_W6[:, 4:].sum(dim=0).tolist()
-        self._seen += reading.plan.length_S.size
         if seen_W6[:, 1].any():
             self._drop(prepared, text, failures)
+        self._check_rate(prepared)
         prepared.text_M = self._share(reading.plan, text)
         return prepared
 
@@ -223,14 +228,18 @@ class Feed:
         count = torch.tensor([int(text.trained.sum())])
         dist.all_reduce(count, group=self._grid.control)
         prepared.trained_tokens = int(count)
-        self.skipped.update((failure.shard, failure.reason) for failure in prepared.skipped)
-        total, rate = self.skipped.total(), self._config.data.max_skip_rate
-        if total > rate * max(self._seen, LEAST_SEEN):
+
+    def _check_rate(self, prepared: PreparedStep) -> None:
+        """AgreedError where too many of the latest samples could not be read: a lost disk is noticed at once."""
+        latest, rate = self._latest, self._config.data.max_skip_rate
+        latest.append((prepared.plan.length_S.size, len(prepared.skipped)))
+        while sum(samples for samples, _ in latest) - latest[0][0] >= LEAST_SEEN:
+            latest.popleft()
+        seen, skipped = (sum(column) for column in zip(*latest, strict=True))
+        if prepared.skipped and skipped > rate * max(seen, LEAST_SEEN):
             prepared.release()
-            raise AgreedError(
-                f"{total} of {self._seen} samples could not be read, above data.max_skip_rate={rate}; the last one: "
-                f"{prepared.skipped[-1].sentence}"
-            )
+            sentence = f"{skipped} of the latest {seen} samples could not be read, above data.max_skip_rate={rate}"
+            raise AgreedError(f"{sentence}; the last one: {prepared.skipped[-1].sentence}", prepared.skipped)
 
     def _share(self, plan: StepPlan, text: RowBatch) -> list[RowText] | None:
         """Every micro-batch's text, on ranks that need it: each has read some of the replica's rows."""

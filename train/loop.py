@@ -120,6 +120,7 @@ def train(run: Run, position: Position) -> str:
             except StopIteration:
                 break
             except AgreedError as error:
+                logger.unreadable(error.skipped)
                 failure = error
                 break
             lr = _set_lr(config, engines, step)
@@ -198,7 +199,8 @@ def _tell_skipped(run: Run, step: int, batch, record: guards.Record, output: Ste
         again = _step(run, batch, record, timer, stop=False, update=False)
         second = (again.loss, again.grad_norm)
         finding = guards.replay_finding(first, second, guards.verdict(guard, record, *second))
-    run.logger.skipped(step, output, guards.verdict(guard, record, *first), finding)
+    why = guards.verdict(guard, record, *first) or "none of its tokens is trained"
+    run.logger.skipped(step, output, why, finding)
 
 
 def _roll_back(run: Run, why: str, step: int, data: dict) -> Position:

@@ -114,3 +114,21 @@ def test_stage0_changes_the_adapter_alone(corpus, layout):
         assert changed == {name for name in names if name.startswith("adapter.")}
         assert gradients == 0
         assert {part for part, kind in kinds if kind != "param"} == {"adapter"}
+
+
+def step_without_targets(overrides):
+    """(applied, weights before, weights after) of a step of which no token is trained."""
+    config, engines, _, feed = build_run("stage1", overrides, steps=2)
+    step_by_hand(config, engines, next(feed))
+    prepared, before = next(feed), weights_of(engines)
+    for text in prepared.text_M or []:
+        text.loss_mask[:] = False
+    prepared.trained_tokens = 0
+    return step_by_hand(config, engines, prepared).applied, before, weights_of(engines)
+
+
+def test_a_step_without_a_trained_token_changes_nothing(corpus):
+    """Momentum and weight decay included."""
+    for applied, before, after in run_world(step_without_targets, 2, [*SMALL, *corpus_overrides(corpus)]):
+        assert not applied
+        assert all(torch.equal(before[name], after[name]) for name in before)

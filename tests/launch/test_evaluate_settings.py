@@ -1,0 +1,29 @@
+"""What an evaluation reads: the shards it names, each sample once, whatever the mixture was trained on."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.evaluate import settings_of
+from tests.support import settings
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint's place in a run that was trained on two weighted sources."""
+    mixture = ["data.sources.main.weight=9", "+data.sources.clips.shards=[clips.tar]", "+data.sources.clips.weight=1"]
+    config = settings("stage1", *mixture, "data.sources.main.entity_cap=2", "parallel.tp=2")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    return tmp_path / "checkpoints" / "step-00000001"
+
+
+def test_a_source_that_is_named_is_scored_alone_and_once(checkpoint):
+    config = settings_of(checkpoint, ["data.sources.main.shards=[heldout.tar]"])
+    assert list(config.data.sources) == ["main"]
+    main = config.data.sources["main"]
+    assert (main.shards, main.weight, main.entity_cap, main.repeat) == (["heldout.tar"], None, None, 1.0)
+    assert config.parallel.tp == 1
+
+
+def test_without_shards_all_sources_are_scored_by_size(checkpoint):
+    config = settings_of(checkpoint, [])
+    assert {name: source.weight for name, source in config.data.sources.items()} == {"main": None, "clips": None}
