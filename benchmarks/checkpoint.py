@@ -14,11 +14,14 @@ import hashlib
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
 import zlib
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.hybrid_step import LAYOUT, RANKS, ROOT, one_thread, settings, skewed_step, torchrun
 

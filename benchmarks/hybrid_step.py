@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # before this folder, whose data.py is not the package
 RANKS = 4
 REPEATS = 7
 SEQ, ROWS, SIDE = 512, 8, 16  # tokens a row, rows a step, patches a side of each image
