@@ -72,11 +72,10 @@ def row_samples(plan: StepPlan, rows: Sequence[int]) -> np.ndarray:
 
 
 def row_labels(
-    plan: StepPlan, rows: Sequence[int], tokens_RP: np.ndarray, trained_RP: np.ndarray, pad_id: int
+    sample_RP: np.ndarray, tokens_RP: np.ndarray, trained_RP: np.ndarray, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(labels int64, loss_mask bool), both [R, P]: the next token of the same sample, pad_id where there is none, and
-    whether that token is trained."""
-    sample_RP = row_samples(plan, rows)
+    whether that token is trained. sample_RP: of `row_samples`."""
     followed_RP = (sample_RP[:, :-1] == sample_RP[:, 1:]) & (sample_RP[:, :-1] >= 0)
     labels_RP = np.full(sample_RP.shape, pad_id, np.int64)
     labels_RP[:, :-1] = np.where(followed_RP, tokens_RP[:, 1:], pad_id)
@@ -85,7 +84,6 @@ def row_labels(
     return labels_RP, loss_mask_RP
 
 
-def row_domains(plan: StepPlan, rows: Sequence[int]) -> np.ndarray:
-    """Domain at every position of these rows, int16 [R, P]; -1 on padding."""
-    sample_RP = row_samples(plan, rows)
+def row_domains(plan: StepPlan, sample_RP: np.ndarray) -> np.ndarray:
+    """Domain at every position, int16 [R, P]; -1 on padding. sample_RP: of `row_samples`."""
     return np.where(sample_RP < 0, np.int16(-1), plan.domain_S[sample_RP])

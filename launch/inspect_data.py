@@ -14,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.image import BLOCK, PATCH
 from data.plan import StepPlan
 from data.reader import RowBatch, ShardReader
+from data.text import Tokenizer
 from launch.pretrain import one_sentence, read_config
 from train.build import Data, open_data
 from train.config import Config
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 TRAINED, PLAIN, SPECIAL, VISUAL = (26, 127, 55), (110, 110, 110), (130, 80, 160), (60, 120, 200)
+COLOURS = np.array([PLAIN, SPECIAL, TRAINED, VISUAL, (255, 255, 255)], np.uint8)  # by kind; the last is padding
 SHADES = ((214, 228, 240), (240, 226, 210))  # of neighbouring samples in the strip
 CARD, THUMB, GAP, COLUMNS, TEXT_COLUMNS, LINE = 300, 132, 10, 4, 46, 15
 _BOX = re.compile(r"<bbox>\s*(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s*</bbox>")
@@ -45,8 +47,8 @@ class Facts:
     """Sums over the steps that were read."""
 
     steps: int = 0
-    samples: Counter = None
-    tokens: Counter = None
+    samples: Counter = field(default_factory=Counter)  # (source, domain) -> samples
+    tokens: Counter = field(default_factory=Counter)
     images: int = 0
     visual_tokens: int = 0
     filled: int = 0
@@ -54,7 +56,7 @@ class Facts:
     bytes_read: int = 0
     seconds: float = 0.0
     planning: float = 0.0
-    skipped: Counter = None
+    skipped: Counter = field(default_factory=Counter)  # (shard, reason) -> samples
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +103,7 @@ def settings_of(overrides: list[str]) -> Config:
 
 def read_steps(data: Data, steps: int) -> Facts:
     """Plans and reads whole global batches from the start of the stream, as one rank that needs everything."""
-    facts = Facts(samples=Counter(), tokens=Counter(), skipped=Counter())
+    facts = Facts()
     for _ in range(steps):
         begin = time.perf_counter()
         plan = data.stream.next_step()
@@ -167,7 +169,7 @@ def draw_row(data: Data, row: int) -> Image.Image:
     batch, text = read_all(data.reader, plan, np.array([row]))
     images = pictures(plan, batch, np.flatnonzero(plan.row_I == row))
     batch.release()
-    kinds_P = kinds_of(data, text)
+    kind_P = kinds_of(data.reader.tokenizer, text.tokens[0], text.trained[0])
     samples = np.flatnonzero(plan.row_S == row).tolist()
     cards = [draw_card(data, plan, text, sample, images) for sample in samples]
     width = COLUMNS * (CARD + GAP) + GAP
@@ -177,7 +179,7 @@ def draw_row(data: Data, row: int) -> Image.Image:
         columns[least].append(card)
         heights[least] += card.height + GAP
     sheet = Image.new("RGB", (width, 90 + max(heights) + GAP), "white")
-    draw_strip(sheet, plan, samples, kinds_P, data)
+    draw_strip(sheet, plan, samples, COLOURS[kind_P])
     for place, column in enumerate(columns):
         y = 90
         for card in column:
@@ -186,21 +188,16 @@ def draw_row(data: Data, row: int) -> Image.Image:
     return sheet
 
 
-def kinds_of(data: Data, text: RowBatch) -> np.ndarray:
-    """Colour of every position of the row, uint8 [P, 3]."""
-    tokens_P, trained_P = text.tokens[0], text.trained[0]
-    tokenizer = data.reader.tokenizer
-    special_P = np.isin(tokens_P, list(tokenizer.ids.values()))
-    colours = np.empty((len(tokens_P), 3), np.uint8)
-    colours[:] = PLAIN
-    colours[special_P] = SPECIAL
-    colours[trained_P] = TRAINED
-    colours[tokens_P == tokenizer.image_id] = VISUAL
-    colours[tokens_P == tokenizer.pad_id] = (255, 255, 255)
-    return colours
+def kinds_of(tokenizer: Tokenizer, tokens_P: np.ndarray, trained_P: np.ndarray) -> np.ndarray:
+    """Kind of every token, int64 [P], into COLOURS."""
+    kind_P = np.isin(tokens_P, list(tokenizer.ids.values())).astype(np.int64)
+    kind_P[trained_P] = 2
+    kind_P[tokens_P == tokenizer.image_id] = 3
+    kind_P[tokens_P == tokenizer.pad_id] = 4
+    return kind_P
 
 
-def draw_strip(sheet: Image.Image, plan: StepPlan, samples: list[int], colours_P3: np.ndarray, data: Data) -> None:
+def draw_strip(sheet: Image.Image, plan: StepPlan, samples: list[int], colours_P3: np.ndarray) -> None:
     """The row from its first to its last position, and under it which sample each belongs to."""
     draw, width = ImageDraw.Draw(sheet), sheet.width - 2 * GAP
     filled = int(plan.length_S[samples].sum())
@@ -263,13 +260,12 @@ def draw_card(data: Data, plan: StepPlan, text: RowBatch, sample: int, images: d
 def text_pieces(data: Data, tokens: np.ndarray, trained: np.ndarray) -> list[tuple[str, tuple[int, int, int]]]:
     """(text, colour) of runs of alike tokens; runs of visual tokens are named by their length."""
     tokenizer, pieces = data.reader.tokenizer, []
-    special = np.isin(tokens, list(tokenizer.ids.values()))
-    kind = np.where(tokens == tokenizer.image_id, 3, np.where(trained, 2, special))
+    kind = kinds_of(tokenizer, tokens, trained)
     for run in np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(kind)) + 1):
         if kind[run[0]] == 3:
             pieces.append((f"({len(run)} visual)", VISUAL))
         else:
-            pieces.append((tokenizer.decode(tokens[run]), (PLAIN, SPECIAL, TRAINED)[kind[run[0]]]))
+            pieces.append((tokenizer.decode(tokens[run]), tuple(COLOURS[kind[run[0]]].tolist())))
     return pieces
 
 

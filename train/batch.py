@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.plan import StepPlan, row_cu_seqlens, row_domains, row_labels, row_positions
+from data.plan import StepPlan, row_cu_seqlens, row_domains, row_labels, row_positions, row_samples
 from parallel.balance import image_costs
 from parallel.layout import Coordinates, Layout
 from parallel.routes import VisualPlan, local_positions
@@ -32,8 +32,9 @@ class RowText:
     @staticmethod
     def of(plan: StepPlan, rows: np.ndarray, tokens: np.ndarray, trained: np.ndarray, pad_id: int) -> "RowText":
         """tokens: int32 [R, S]; trained: bool, this token is a target."""
-        labels, loss_mask = row_labels(plan, rows, tokens, trained, pad_id)
-        return RowText(tokens.astype(np.int64), labels, loss_mask, row_domains(plan, rows))
+        samples = row_samples(plan, rows)
+        labels, loss_mask = row_labels(samples, tokens, trained, pad_id)
+        return RowText(tokens.astype(np.int64), labels, loss_mask, row_domains(plan, samples))
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ from parallel.state import AdamSettings
 from parallel.transfer import pin, unpin
 from train.batch import MicroBatch
 from train.config import Config
+from train.feed import BATCHES_HELD
 from train.models import llm as llm_model
 from train.models import vision_tower
 from train.rendezvous import agent_store
-
-BATCHES_HELD = 6  # besides those made ready ahead: two being read, and those handed over, copied, computed, let go
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,7 @@ def open_data(config: Config) -> Data:
         )
     sources = [
         SourceSettings(
-            name=name,
-            shards=tuple(source.shards),
-            weight=source.weight,
-            repeat=source.repeat,
-            max_samples=source.max_samples,
-            entity_cap=source.entity_cap,
-            rare_domain_copies=source.rare_domain_copies,
-            train_roles=tuple(source.train_roles),
-            fps=source.fps,
+            **vars(source) | {"name": name, "shards": tuple(source.shards), "train_roles": tuple(source.train_roles)}
         )
         for name, source in data.sources.items()
     ]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data.plan import StepPlan
+from data.plan import StepPlan, row_samples
 from parallel.hybrid_step import Engines, forward_only
 from train.batch import MicroBatch
 from train.build import Data, train_forward
@@ -118,25 +118,15 @@ def _score(engines: Engines, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarr
     totals_3S = torch.zeros(3, plan.length_S.size, dtype=torch.float64)
     reports = forward_only(engines, to_device(prepared, grid))
     if reports and grid.place.tp == 0:
-        sample_RS = _sample_of_position(plan)
         for report_2T, rows, text in zip(reports, prepared.rows_MB, prepared.text_M, strict=True):
             mask_T = torch.from_numpy(text.loss_mask.reshape(-1))
-            owner = torch.from_numpy(sample_RS[rows].reshape(-1))[mask_T]
+            owner = torch.from_numpy(row_samples(plan, rows).reshape(-1))[mask_T].long()
             loss, right = report_2T.cpu().double()[:, mask_T]
             for place, values in enumerate((loss, torch.ones_like(loss), 1 - right)):
                 totals_3S[place].index_add_(0, owner, values)
     totals_3S = totals_3S.to(grid.device)
     dist.all_reduce(totals_3S)
     return tuple(totals_3S.cpu().numpy())
-
-
-def _sample_of_position(plan: StepPlan) -> np.ndarray:
-    """Sample at every position of every row, [rows, S]; 0 on padding, which is never trained."""
-    rows = int(plan.row_S.max()) + 1
-    sample_RS = np.zeros((rows, plan.seq_length), dtype=np.int64)
-    for sample, (row, start, length) in enumerate(zip(plan.row_S, plan.start_S, plan.length_S, strict=True)):
-        sample_RS[row, start : start + length] = sample
-    return sample_RS
 
 
 def _add(scores, domains, plan, fresh_S, loss_S, tokens_S, wrong_S) -> None:

@@ -27,6 +27,7 @@ from train.batch import RowText, rows_of_replica, visual_plan
 from train.config import Config
 
 READING = 2  # steps being read at once, so that no worker waits for the slowest image of a step
+BATCHES_HELD = READING + 4  # besides those made ready ahead: handed over, copied, computed and let go
 LEAST_SEEN = 1000  # samples: the rate of unreadable ones is over the latest steps that hold so many
 
 

@@ -303,8 +303,9 @@ def test_plans_of_files_are_the_layout_of_their_samples(corpus, tokenizer, too_l
 def test_labels_and_domains_follow_the_samples(mixed):
     plan, rows, rng = stream_of(mixed, block_samples=9).next_step(), [2, 0], np.random.default_rng(0)
     tokens, trained = rng.integers(1, 99, (2, 512)), rng.random((2, 512)) < 0.5
-    labels, loss_mask = row_labels(plan, rows, tokens, trained, pad_id=0)
-    samples, domains = row_samples(plan, rows), row_domains(plan, rows)
+    samples = row_samples(plan, rows)
+    labels, loss_mask = row_labels(samples, tokens, trained, pad_id=0)
+    domains = row_domains(plan, samples)
     assert (samples[:, -2:] == -1).all()  # padding in both rows
     assert (labels.dtype, loss_mask.dtype, domains.dtype) == (np.int64, bool, np.int16)
     for r, row in enumerate(rows):
