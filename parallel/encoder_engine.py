@@ -1,55 +1,52 @@
-"""Encoder and adapter under DeepSpeed ZeRO 1, 2 or 3, data-parallel over the whole world.
+"""A tower (encoder and what is trained with it) under DeepSpeed ZeRO 1, 2 or 3, data-parallel over the whole world.
 
     encode ... encode   backward ... backward   squared_grad_norms   step(scale) or discard
 
-The gradient convention: gradients are summed over ranks and over calls, and whoever knows the joint norm of encoder and
-LLM passes the clip coefficient to `step`.  DeepSpeed averages over ranks, clips by its own norm, decides when a step
-ends and keeps checkpoints that fit one world size; this module, and no other, knows how it is kept from that (written
-against DeepSpeed 0.19).  Stage 1 reduces once a step; stages 2 and 3 reduce in every `backward`.  Stage 3 gathers
-weights module by module in the order of calls, so every rank makes the same calls, with blank input where it has none.
+The gradient convention: gradients are summed over ranks and over calls, and whoever knows the joint norm of all that
+is trained passes the clip coefficient to `step`.  DeepSpeed averages over ranks, clips by its own norm, decides when a
+step ends and keeps checkpoints that fit one world size; this module and `encoder_state.py`, and no other, know how it
+is kept from that (written against DeepSpeed 0.19).  Stage 1 reduces once a step; stages 2 and 3 reduce in every
+`backward`.  Stage 3 gathers weights module by module in the order of calls, so every rank makes the same calls, with
+blank input where it has none.
 """
 
 import contextlib
 import io
-import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.state import KINDS, AdamSettings, StateChunk
+from parallel.state import AdamSettings, StateChunk
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when deepspeed is imported
 
 import deepspeed
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+
+from parallel.encoder_state import EncoderState
 
 BUCKET_NUMEL = 2**26  # gradients reduced in one collective
 PERSISTENT_NUMEL = 8192  # stage 3 leaves smaller parameters (biases, norms) whole on every rank
 
 
 class EncoderEngine:
-    """A vision tower with sharded gradients, optimizer state and, at stage 3, weights.
+    """A tower with sharded gradients, optimizer state and, at stage 3, weights.
 
-    tower: its forward turns one chunk of images into rows [V, D]; rank 0's weights become everyone's.
+    tower: its forward turns one chunk of input into a tensor or a tuple of tensors; rank 0's weights become everyone's.
     parts: disjoint modules of the tower, by their names in it, that hold all its trainable parameters; gradient norms
         are reported by part.  Parameters with requires_grad=False are frozen: no gradient, no optimizer state.
     precision: "fp32", or "bf16" for bf16 weights and activations with fp32 masters, reductions and accumulation.
+    lr_scale: factor of the learning rate by a parameter's name in the tower (None: 1), and so of AdamW's weight decay,
+        which is learning rate times decay.
+    ema: highest decay of an average of the trained weights, in fp32 and sharded like Adam's moments; 0 for none.
 
-    Raises ValueError for a stage, precision or set of parts that cannot be.
+    Raises ValueError for a stage, precision, set of parts, parameter or average that cannot be.
     """
 
     def __init__(
@@ -60,49 +57,71 @@ class EncoderEngine:
         zero_stage: int,
         precision: str,
         adam: AdamSettings,
+        lr_scale: Callable[[str], float] | None = None,
+        ema: float = 0.0,
     ):
-        _check(tower, parts, zero_stage, precision)
+        _check(tower, parts, zero_stage, precision, ema)
         self.part_names = list(parts)
         self._stage = zero_stage
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._parameters = dict(tower.named_parameters())
-        self._device = next(iter(self._parameters.values())).device
+        self._world = dist.get_world_size()
+        parameters = dict(tower.named_parameters())
+        self._device = next(iter(parameters.values())).device
         self._run: Callable = tower  # or, where something is trained, DeepSpeed's engine around it
+        self._zero = None
         self._backwards = 0
         self._reduced = False
-        groups, self._part_of_group = _parameter_groups(parts, adam.weight_decay)
+        groups, self._part_of_group = _parameter_groups(tower, parts, adam, lr_scale)
         self.trainable = bool(groups)
         if self.trainable:
             self._initialize(tower, groups, precision, adam)
         else:
             _prepare_frozen(tower, precision)
+        self._state = EncoderState(parameters, self._zero, zero_stage, ema)
 
     def _initialize(self, tower: nn.Module, groups: list[dict], precision: str, adam: AdamSettings) -> None:
         fused = self._device.type == "cuda"
         self._adam = torch.optim.AdamW(groups, lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=fused)
         numel = sum(parameter.numel() for group in groups for parameter in group["params"])
         _prepare_environment(self._device)
+        tower.register_forward_hook(_computed)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use; warnings go to a log that stays
             self._run, *_ = deepspeed.initialize(
                 model=tower, optimizer=self._adam, config=_config(self._stage, precision, numel)
             )
         self._zero = self._run.optimizer
         self._run.set_gradient_accumulation_boundary(False)  # until `_reduce` says so
-        self._create_state(fused)
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def encode(self, *inputs: Any) -> torch.Tensor:
-        """Rows [V, D] of one chunk, in the tower's own dtype, with a graph unless autograd is off."""
+    def encode(self, *inputs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """What the tower's forward makes of one chunk, with a graph unless autograd is off.
+
+        In the tower's own dtype, unless the tower says otherwise.
+        """
         return self._run(*inputs)
 
-    def backward(self, rows_VD: torch.Tensor, gradient_VD: torch.Tensor) -> None:
-        """Adds the parameter gradients of one `encode` to those of this step; any order of encodes and backwards."""
+    def backward(
+        self,
+        outputs: torch.Tensor | Sequence[torch.Tensor],
+        gradients: torch.Tensor | Sequence[torch.Tensor | None],
+    ) -> None:
+        """Adds the parameter gradients of one `encode` to those of this step; any order of encodes and backwards.
+
+        gradients: of each output, cast to its dtype; None where none flows, on every rank for the same outputs.  An
+        output that hangs on no trained weight takes none either.  A parameter that none reaches in a whole step has a
+        gradient of zero in it: Adam's moments decay, and so does the weight.
+        """
         if not self.trainable:
             return
         assert not self._reduced, "backward after squared_grad_norms: the step must end first"
+        pairs = zip(_several(outputs), _several(gradients), strict=True)
+        given = [(output, gradient) for output, gradient in pairs if gradient is not None]
+        flowing = [(output, gradient.to(output.dtype)) for output, gradient in given if output.requires_grad]
+        assert flowing or not given, "backward of outputs without a graph"
+        if not flowing:
+            return
         self._zero.clear_backward_seen_flag()  # DeepSpeed does so in each forward, and expects its backward to follow
-        rows_VD.backward(gradient_VD.to(rows_VD.dtype))
+        torch.autograd.backward(*zip(*flowing, strict=True))  # one call: DeepSpeed takes a gradient once a backward
         self._backwards += 1
 
     def squared_grad_norms(self) -> torch.Tensor:
@@ -120,9 +139,9 @@ class EncoderEngine:
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
-        """Multiplies all gradients by `scale`, updates the weights and clears the gradients.
+        """Multiplies all gradients by `scale`, updates the weights and their average and clears the gradients.
 
-        Without any `backward` since the last step there is no gradient, and nothing changes.
+        Without any gradient given to `backward` since the last step nothing changes.
         """
         if not self._backwards:
             return
@@ -132,6 +151,7 @@ class EncoderEngine:
         self._zero.step()
         if self._zero.overflow:
             raise RuntimeError("DeepSpeed refused an update: step() was called although a gradient is not finite")
+        self._state.updated()
         self._clear()
 
     def discard(self) -> None:
@@ -147,10 +167,10 @@ class EncoderEngine:
         self._clear()
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of the next step."""
+        """Learning rate of the next step, where its factor is 1."""
         if self.trainable:
             for group in self._adam.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
 
     def _reduce(self) -> None:
         """Finishes what an accumulation boundary finishes in DeepSpeed: the mean over ranks, sharded over them."""
@@ -172,149 +192,88 @@ class EncoderEngine:
 
     def _clear(self) -> None:
         self._zero.zero_grad()
+        if self._stage == 3:
+            # DeepSpeed overwrites it by a step's first backward, but only where that has a gradient: what it leaves
+            # would pass for a gradient of the next step
+            self._zero.grad_partitions_flat_buffer.zero_()
         self._backwards, self._reduced = 0, False
 
     # ---- state by names ----------------------------------------------------------------------------------------------
 
     @property
     def optimizer_steps(self) -> int:
-        """Adam's step count, for its bias correction; 0 where nothing is trained."""
-        return int(self._adam.state[self._masters()[0]]["step"]) if self.trainable else 0
+        """Updates so far, as Adam counts them for its bias correction; 0 where nothing is trained."""
+        return self._state.optimizer_steps
 
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
-        for master in self._masters() if self.trainable else []:
-            self._adam.state[master]["step"].fill_(steps)
+        self._state.optimizer_steps = steps
 
     def state(self) -> Iterator[StateChunk]:
-        """Weights (fp32) and, where trained, Adam moments that this rank saves: views of live memory where they can be.
+        """Weights (fp32) and, where trained, Adam moments and averaged weights that this rank saves: views of live
+        memory where they can be.
 
         Over the ranks every entry comes once.  No collective: this is on the way of the training loop.
         """
-        for index, (name, parameter) in enumerate(self._parameters.items()):
-            shape = _whole_shape(parameter)
-            for kind in KINDS if parameter.requires_grad else KINDS[:1]:
-                begin, tensor_N = self._mine(index, parameter, kind)
-                if tensor_N.numel():
-                    yield StateChunk(
-                        name=name,
-                        kind=kind,
-                        shape=shape,
-                        local_shape=shape,
-                        pieces=(),
-                        begin=begin,
-                        tensor_N=tensor_N,
-                    )
+        return self._state.chunks()
 
-    @torch.no_grad()
-    def load(self, read: Callable, optimizer: bool, parts: Collection[str] | None = None) -> None:
+    def load(
+        self,
+        read: Callable[..., torch.Tensor],
+        optimizer: bool,
+        parts: Collection[str] | None = None,
+        has_ema: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor.
 
-        parts: those to load, None for all (collective).
+        parts: those to load, None for all.  has_ema: whether `read` knows the average of a parameter, by its name;
+        where it does not, and this engine keeps one, the average starts from the weights.  Collective.
         """
-        if self._stage == 3 and self.trainable:
-            self._zero._partition_all_parameters()
-        for name, parameter in self._parameters.items():
-            if parts is not None and name.split(".")[0] not in parts:
-                continue
-            shape = _whole_shape(parameter)
-            for kind in KINDS if optimizer and parameter.requires_grad else KINDS[:1]:
-                self._put(parameter, kind, read(name, kind, (0,) * len(shape), shape))
-        if self.trainable:
-            self._refresh_weights()
-
-    def _mine(self, index: int, parameter: nn.Parameter, kind: str) -> tuple[int, torch.Tensor]:
-        """The run of a parameter's entries that this rank saves: where it begins, and the entries, flat."""
-        numel = math.prod(_whole_shape(parameter))
-        if _is_sharded(parameter):
-            shard = parameter.ds_tensor.numel()  # the last one, or more, are padded
-            begin = min(self._rank * shard, numel)
-            if not parameter.requires_grad:
-                mine = parameter.ds_tensor.detach().float()
-            elif kind == "param":
-                mine = safe_get_local_fp32_param(parameter)
-            else:
-                mine = safe_get_local_optimizer_state(parameter, kind)
-            return begin, mine.flatten()[: max(0, min(shard, numel - begin))]
-        if not parameter.requires_grad:
-            whole = parameter.detach().float().flatten()
-            return 0, whole if index % self._world == self._rank else whole[:0]
-        fragment = parameter._hp_mapping
-        if fragment is None:
-            return 0, torch.empty(0)
-        return fragment.lp_fragment_address.start, fragment.get_hp_fragment(None if kind == "param" else kind).detach()
-
-    def _put(self, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
-        value = value.to(self._device)
-        if not parameter.requires_grad:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=_is_sharded(parameter)):
-                parameter.data.copy_(value)
-        elif not _is_sharded(parameter):
-            set_full = safe_set_full_fp32_param if kind == "param" else safe_set_full_optimizer_state
-            set_full(parameter, value, *(() if kind == "param" else (kind,)))
-        else:
-            # DeepSpeed's setter of whole tensors fails at stage 3 where their size does not divide by the world's
-            numel = parameter.ds_tensor.numel()
-            mine = value.flatten()[self._rank * numel : (self._rank + 1) * numel]
-            mine = nn.functional.pad(mine, (0, numel - mine.numel()))
-            set_local = safe_set_local_fp32_param if kind == "param" else safe_set_local_optimizer_state
-            set_local(parameter, mine, *(() if kind == "param" else (kind,)))
-
-    def _refresh_weights(self) -> None:
-        """Makes the weights that the tower computes with those of the fp32 masters."""
-        if self._stage < 3:
-            self._zero.update_lp_params()
-            return
-        for group in range(len(self._masters())):
-            self._zero._reassign_or_swap_out_partitioned_parameters(group)
-        if self._zero.persistent_parameters:
-            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
-
-    def _masters(self) -> list[torch.Tensor]:
-        """The flat fp32 shard of each parameter group that Adam updates."""
-        if self._stage == 3:
-            return self._zero.fp32_partitioned_groups_flat
-        if isinstance(self._zero, BF16_Optimizer):
-            return self._zero.fp32_groups_flat_partition
-        return self._zero.single_partition_of_fp32_groups
-
-    def _create_state(self, fused: bool) -> None:
-        """torch's AdamW has no state before its first step; saving and loading need it."""
-        for master in self._masters():
-            self._adam.state[master] = {
-                "step": torch.zeros((), device=master.device if fused else "cpu"),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-        if self._stage < 3:
-            self._zero._lazy_init_hp_params_optimizer_state()
+        self._state.load(read, optimizer, parts, has_ema)
 
 
-def _check(tower: nn.Module, parts: Mapping[str, nn.Module], zero_stage: int, precision: str) -> None:
+def _check(tower: nn.Module, parts: Mapping[str, nn.Module], zero_stage: int, precision: str, ema: float) -> None:
     if zero_stage not in (1, 2, 3):
         raise ValueError(f"parallel.encoder.zero_stage={zero_stage}: must be 1, 2 or 3")
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"train.precision={precision}: must be fp32 or bf16")
+    if not 0 <= ema < 1:
+        raise ValueError(f"optim.ema={ema}: must be 0 for no average of the weights, or a decay below 1")
     owners = [id(parameter) for part in parts.values() for parameter in part.parameters()]
     if len(owners) != len(set(owners)):
         raise ValueError(f"parts {', '.join(parts)} share parameters: a part's norm must count its own alone")
     for name, parameter in tower.named_parameters():
+        if not parameter.dim():
+            raise ValueError(f"parameter {name} has no dimension, which DeepSpeed cannot broadcast: give it shape [1]")
         if parameter.requires_grad and id(parameter) not in owners:
             raise ValueError(f"trainable parameter {name} is in none of the parts {', '.join(parts)}")
 
 
-def _parameter_groups(parts: Mapping[str, nn.Module], weight_decay: float) -> tuple[list[dict], list[int]]:
-    """AdamW's groups, by part and by weight decay (biases and norms have none), and the part of each group."""
-    groups, part_of_group = [], []
+def _parameter_groups(
+    tower: nn.Module, parts: Mapping[str, nn.Module], adam: AdamSettings, lr_scale: Callable[[str], float] | None
+) -> tuple[list[dict], list[int]]:
+    """AdamW's groups, by part, weight decay and factor of the learning rate; and the part of each group.
+
+    Biases, norms, tokens and scalars have no weight decay: whatever is longer than 1 in one dimension at most.
+    """
+    names = {id(parameter): name for name, parameter in tower.named_parameters()}
+    members: dict[tuple[int, bool, float], list[nn.Parameter]] = {}
     for part, module in enumerate(parts.values()):
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if parameter.dim() > 1]
-        vectors = [parameter for parameter in trained if parameter.dim() <= 1]
-        for parameters, decay in ((matrices, weight_decay), (vectors, 0.0)):
-            if parameters:
-                groups.append({"params": parameters, "weight_decay": decay})
-                part_of_group.append(part)
-    return groups, part_of_group
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                vector = sum(size > 1 for size in parameter.shape) <= 1
+                factor = 1.0 if lr_scale is None else float(lr_scale(names[id(parameter)]))
+                members.setdefault((part, vector, factor), []).append(parameter)
+    groups = [
+        {
+            "params": members[part, vector, factor],
+            "weight_decay": 0.0 if vector else adam.weight_decay,
+            "lr": adam.lr * factor,
+            "lr_scale": factor,
+        }
+        for part, vector, factor in sorted(members)
+    ]
+    return groups, [part for part, _, _ in sorted(members)]
 
 
 def _config(stage: int, precision: str, numel: int) -> dict:
@@ -352,9 +311,17 @@ def _prepare_frozen(tower: nn.Module, precision: str) -> None:
         dist.broadcast(parameter.data, src=0)
 
 
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id")
+def _computed(tower: nn.Module, inputs: tuple, outputs: Any) -> Any:
+    """A forward hook: views in the place of outputs that are parameters themselves.
+
+    DeepSpeed clears old gradients in a hook of computed outputs, which for a bare parameter comes after its new one.
+    """
+    several = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not any(isinstance(output, nn.Parameter) for output in several):
+        return outputs
+    views = tuple(output.view_as(output) if isinstance(output, nn.Parameter) else output for output in several)
+    return views if isinstance(outputs, tuple) else views[0]
 
 
-def _whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def _several(tensors: torch.Tensor | Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+    return [tensors] if isinstance(tensors, torch.Tensor) else tensors

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
+EMA = "ema"  # the average of the weights over the updates, where the encoder's engine keeps one
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Piece:
 class StateChunk:
     """The run of a tensor's entries that this rank saves, and no other rank does.
 
-    kind: "param", "exp_avg" or "exp_avg_sq".  shape: of the whole model's tensor; local_shape: of the part of it that
-    lies here, made of `pieces` (none: the whole).  tensor_N: entries begin .. begin + N of that part, in order.
+    kind: one of KINDS, or EMA.  shape: of the whole model's tensor; local_shape: of the part of it that lies here, made
+    of `pieces` (none: the whole).  tensor_N: entries begin .. begin + N of that part, in order.
     """
 
     name: str
