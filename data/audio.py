@@ -1,8 +1,12 @@
-"""Sound of a video as a mono waveform, and as log-mel energies the way Kaldi computes them.
+"""Sound of a video: a mono waveform, log-mel energies the way Kaldi computes them, and those as a picture.
 
-    samples  ->  windows of 25 ms every 10 ms  ->  power spectrum  ->  mel filters  ->  log
+    samples  ->  windows of 25 ms every 10 ms  ->  power spectrum  ->  mel filters  ->  log  ->  one gray pixel each
 
-Shapes: S samples, F frames, M mel filters.
+The encoder of images reads the picture: mel filters rising from the top row down, time to the right, a patch 14
+filters by 140 ms. 112 filters are 8 patches, so that 2x2 blocks fit; how many MiCo's encoder hears is not stated in the
+report. The picture's width follows from the index alone.
+
+Shapes: S samples, F windows, M mel filters, W pixels across.
 """
 
 from typing import BinaryIO
@@ -11,19 +15,69 @@ import av
 import kaldi_native_fbank as kaldi
 import numpy as np
 
-from data.video import opened
+from data.image import BLOCK, PATCH
+from data.video import SoundError, opened
 
 RATE = 16_000
-MELS = 80
+WINDOW_MS, STEP_MS = 25, 10
+MELS = 8 * PATCH
+BLOCK_MS = BLOCK * STEP_MS  # pictures are whole 2x2 blocks of patches wide
+SILENCE = 1e-4  # a track within this range of values is silent; one step of 16-bit sound is 3e-5
+# Of log energies, black and white: Kaldi's floor, which is silence, and a little more than loud speech has.
+FLOOR, TOP = float(np.log(np.finfo(np.float32).eps)), 10.0
 
 
-def decode_audio(file: BinaryIO, rate: int = RATE) -> np.ndarray:
-    """The first audio track, the mean of its channels, float32 [S] within -1 to 1. Raises VideoError."""
+def sound_grid(duration_ms, seconds: float) -> np.ndarray:
+    """Patches down and across, int32 [..., 2], of the sound of videos this long, of which at most `seconds` are heard.
+
+    What is heard is rounded up to whole blocks of 280 ms, one at least.
+    """
+    heard_ms = np.minimum(np.asarray(duration_ms, np.int64), int(np.ceil(seconds * 1000)))
+    blocks = np.maximum(-(-heard_ms // BLOCK_MS), 1)
+    return np.stack([np.full_like(blocks, MELS // PATCH), 2 * blocks], -1).astype(np.int32)
+
+
+def spectrogram(file: BinaryIO, across: int) -> np.ndarray:
+    """The sound of a video from its beginning, uint8 [M, W, 3] for W = 14 * across pixels, three equal channels.
+
+    A pixel is 255 * (energy - FLOOR) / (TOP - FLOOR) of the log energy, rounded and clipped; where the track ends
+    before, black. Raises SoundError if there is no track, or it is damaged, empty or silent; VideoError if the file
+    cannot be opened.
+    """
+    windows = across * PATCH
+    samples_S = decode_audio(file, samples=RATE * ((windows - 1) * STEP_MS + WINDOW_MS) // 1000)
+    if len(samples_S) < RATE * WINDOW_MS // 1000:
+        raise SoundError(f"the audio track holds {len(samples_S)} samples, less than one window of {WINDOW_MS} ms")
+    if not np.isfinite(samples_S).all():
+        raise SoundError("the audio track holds values that are not finite")
+    if np.ptp(samples_S) <= SILENCE:
+        raise SoundError(f"the audio track is silent for the {len(samples_S) / RATE:.1f} seconds that are heard of it")
+    energy_FM = log_mel(samples_S)
+    pixels_MW = np.zeros((MELS, windows), np.uint8)
+    scaled_FM = (energy_FM - FLOOR) * (255 / (TOP - FLOOR))
+    pixels_MW[:, : len(scaled_FM)] = np.clip(np.rint(scaled_FM), 0, 255).T
+    return np.repeat(pixels_MW[..., None], 3, axis=-1)
+
+
+def decode_audio(file: BinaryIO, rate: int = RATE, samples: int | None = None) -> np.ndarray:
+    """The first audio track, the mean of its channels, float32 [S] within -1 to 1; at most its first `samples`.
+
+    Nothing is decoded beyond those. Raises SoundError, and VideoError if the file cannot be opened.
+    """
     resampler = av.AudioResampler(format="fltp", rate=rate)
+    parts, length = [], 0
     with opened(file, "audio") as (container, stream):
-        parts = [part for frame in container.decode(stream) for part in resampler.resample(frame)]
-        parts += resampler.resample(None)
-    return np.concatenate([np.zeros(0, np.float32), *(part.to_ndarray().mean(0) for part in parts)])
+        try:
+            for frame in container.decode(stream):
+                parts += (fresh := resampler.resample(frame))
+                length += sum(part.samples for part in fresh)
+                if samples is not None and length >= samples:
+                    break
+            else:
+                parts += resampler.resample(None)
+        except av.FFmpegError as error:
+            raise SoundError(f"the audio cannot be decoded: {' '.join(str(error).split())[:120]}") from error
+    return np.concatenate([np.zeros(0, np.float32), *(part.to_ndarray().mean(0) for part in parts)])[:samples]
 
 
 def log_mel(waveform_S: np.ndarray, rate: int = RATE, mels: int = MELS) -> np.ndarray:
@@ -34,6 +88,7 @@ def log_mel(waveform_S: np.ndarray, rate: int = RATE, mels: int = MELS) -> np.nd
     """
     options = kaldi.FbankOptions()
     options.frame_opts.samp_freq = rate
+    options.frame_opts.frame_length_ms, options.frame_opts.frame_shift_ms = WINDOW_MS, STEP_MS
     options.frame_opts.dither = 0
     options.mel_opts.num_bins = mels
     banks = kaldi.OnlineFbank(options)

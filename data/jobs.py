@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from data.audio import spectrogram
 from data.image import PATCH, PATCH_VALUES, ImageError, decode_image, to_patches
 from data.index import IMAGE, VIDEO
 from data.layout import lay_out
+from data.plan import AUDIO
 from data.storage import RangeFiles, Section, shown
 from data.text import SampleError, Tokenizer, parse_sample
-from data.video import VideoError, decode_frames
+from data.video import SoundError, VideoError, decode_frames
 
 WHOLE_VIDEO_BYTES = 8 << 20  # a longer video is read in ranges, and so not checked against its checksum
 KINDS = {IMAGE: "image", VIDEO: "video"}
@@ -106,7 +108,8 @@ class JobRunner:
     def close(self) -> None:
         self._files.close()
 
-    # Images and frames. Arrays: path_M, offset_M, size_M, crc_M, kind_M, first_M1 into I; out_I, grid_hw_I2, time_I.
+    # Images, frames and sounds. Arrays: path_M, offset_M, size_M, crc_M, kind_M, first_M1 into I; out_I, grid_hw_I2,
+    # time_I (ascending inside a medium, so that a sound, being AUDIO, comes before the frames).
 
     def _images(self, job: Job, patches_N588: np.ndarray) -> Done:
         done, arrays = Done(), job.arrays
@@ -138,16 +141,32 @@ class JobRunner:
             out[:] = patches
 
     def _video(self, job: Job, m: int, out_I: list[np.ndarray], grid_I: list, time_I: np.ndarray, done: Done) -> None:
-        size = int(job.arrays["size_M"][m])
+        size, sounds = int(job.arrays["size_M"][m]), int(np.searchsorted(time_I, AUDIO, side="right"))
         if size <= WHOLE_VIDEO_BYTES:
-            return self._frames(io.BytesIO(self._read(job, m, "the video", done)), out_I, grid_I, time_I)
+            file = io.BytesIO(self._read(job, m, "the video", done))
+            self._sounds(file, out_I[:sounds], grid_I[:sounds])
+            return self._frames(file, out_I[sounds:], grid_I[sounds:], time_I[sounds:])
         section = Section(self._files.open(_path(job, m)), int(job.arrays["offset_M"][m]), size)
         try:
-            self._frames(section, out_I, grid_I, time_I)
+            section.keep = True  # what the sound needs lies between the first frames, and is not read again for them
+            self._sounds(section, out_I[:sounds], grid_I[:sounds])
+            section.keep = False
+            self._frames(section, out_I[sounds:], grid_I[sounds:], time_I[sounds:])
         finally:
             done.bytes_read += section.bytes_read
 
+    def _sounds(self, file, out_I: list[np.ndarray], grid_I: list) -> None:
+        """One sound, as often as the batch has the sample."""
+        if not out_I:
+            return
+        widest_HW3 = spectrogram(file, max(across for _, across in grid_I))
+        for out, (down, across) in zip(out_I, grid_I, strict=True):
+            out[:] = to_patches(widest_HW3[:, : across * PATCH], down * PATCH, across * PATCH)
+
     def _frames(self, file, out_I: list[np.ndarray], grid_I: list, time_I: np.ndarray) -> None:
+        if not out_I:
+            return
+        file.seek(0)
         frames = decode_frames(file, time_I, self._max_pixels)
         with closing(frames):
             for out, (down, across), pixels_HW3 in zip(out_I, grid_I, frames, strict=True):
@@ -211,6 +230,8 @@ def _reason(error: Exception) -> str:
     """The short name under which a failure is counted."""
     if isinstance(error, SampleError):
         return error.reason
+    if isinstance(error, SoundError):
+        return "no sound"
     if isinstance(error, VideoError):
         return "unreadable video"
     return "unreadable image" if isinstance(error, ImageError) else "unreadable shard"

@@ -3,7 +3,8 @@
     row 0:  | sample 0: text  [SOI] visual visual [EOI] text | sample 1: text | padding |
 
 Every rank computes the same plan; the exchange of embeddings, the attention borders and the reads all follow from it.
-A frame of a video is an image with a time.
+A frame of a video is an image with a time, and where sound is read, a video's sound is an image without tokens: its
+spectrogram (data/audio.py), behind the frames.
 
 Shapes: S samples of the step, I images of the step, P positions of a row, R rows asked for.
 """
@@ -15,13 +16,15 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+STILL, AUDIO = -1, -2  # what time_I holds for a still image and for the sound of a video
+
 
 @dataclass(frozen=True)
 class StepPlan:
     """What one step reads and where it goes. Samples and images are sorted by (row, start); rows count from 0."""
 
     step: int
-    seq_length: int
+    seq_length: int  # positions of each row; where samples are rows, tokens of the longest in this step
     shard_S: np.ndarray  # int32, number of the shard in the corpus
     index_S: np.ndarray  # int32, sample in the shard's index
     row_S: np.ndarray  # int32
@@ -31,11 +34,11 @@ class StepPlan:
     cut_S: np.ndarray  # bool, the sample is longer and its end is left out
     image_sample_I: np.ndarray  # int32, into S
     image_media_I: np.ndarray  # int32, medium in the shard's index
-    time_I: np.ndarray  # int32, milliseconds into the video, -1 for a still image
+    time_I: np.ndarray  # int32, milliseconds into the video, or STILL or AUDIO
     grid_hw_I2: np.ndarray  # int32, patches down and across
-    tokens_I: np.ndarray  # int32, visual tokens
+    tokens_I: np.ndarray  # int32, visual tokens; 0 of a sound
     row_I: np.ndarray  # int32
-    start_I: np.ndarray  # int32, position of the first visual token in the row
+    start_I: np.ndarray  # int32, position of the first visual token in the row; of a sound, the place behind its video
     state_after: dict  # what Stream.load_state takes to go on after this step
 
     def digest(self) -> int:

@@ -184,11 +184,15 @@ class RangeFiles:
 
 
 class Section(io.RawIOBase):
-    """Bytes `start` to `start + size` of a file as a file of its own. Counts `bytes_read`."""
+    """Bytes `start` to `start + size` of a file as a file of its own. Counts `bytes_read`.
+
+    While `keep` is set, what is read is kept; kept bytes are never read again.
+    """
 
     def __init__(self, file: RangeFile, start: int, size: int):
         self._file, self._start, self._size, self._at = file, start, size, 0
-        self.bytes_read = 0
+        self.bytes_read, self.keep = 0, False
+        self._kept: dict[int, bytes] = {}  # by first byte
 
     def readable(self) -> bool:
         return True
@@ -205,8 +209,20 @@ class Section(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         wanted = max(0, min(len(buffer), self._size - self._at))
-        if wanted:
-            buffer[:wanted] = self._file.read(self._start + self._at, wanted)
-        self._at += wanted
+        data = self._next(wanted) if wanted else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _next(self, wanted: int) -> bytes:
+        """At most `wanted` bytes from here on: kept ones, or fresh ones up to the next that are kept."""
+        for first, data in self._kept.items():
+            if first <= self._at < first + len(data):
+                return data[self._at - first :][:wanted]
+            if first > self._at:
+                wanted = min(wanted, first - self._at)
+        data = self._file.read(self._start + self._at, wanted)
         self.bytes_read += wanted
-        return wanted
+        if self.keep:
+            self._kept[self._at] = data
+        return data

@@ -1,31 +1,32 @@
 """The stream of training steps, computed from the indexes alone.
 
     slots 0, 1, 2 ...  -> which source (mixture) -> which of its samples (order)
-    blocks of slots    -> rows of seq_length     -> steps of rows_per_step rows
+    blocks of slots    -> rows                   -> steps of rows_per_step rows
 
 Every rank computes the same steps without talking to the others, whatever the world size, and reads later only what it
-uses. The state is the slot where the current block begins, the samples carried into it, and how many of its rows are
-spent; from a state the continuation is always the same. Every source repeats its epochs for ever, each with its own
-shuffle.
+uses. A row is packed with samples up to seq_length, or is one sample and as long as the step's longest. The state is
+the slot where the current block begins, the samples carried into it, and how many of its rows are spent; from a state
+the continuation is always the same. Every source repeats its epochs for ever, each with its own shuffle.
 
 Shapes: S samples of a step, I images of a step, N samples of a block, R rows of a block.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 
 import numpy as np
 
+from data.audio import sound_grid
 from data.corpus import Corpus, Source
-from data.image import visual_tokens
 from data.mixture import Mixture
 from data.order import ROWS, SourceOrder, permutation
 from data.packing import pack_block
 from data.plan import StepPlan
-from data.view import IMAGE_TOO_LONG, REASONS, Resolution, Views
+from data.view import IMAGE_TOO_LONG, NO_SOUND, REASONS, Resolution, Views
 
 CHUNK_SLOTS = 8192  # slots looked up together, whole blocks of them
 _KEYS = {"seq_length": "train.seq_length", "rows_per_step": "train.global_batch_size", "seed": "train.seed"}
@@ -45,11 +46,13 @@ class StreamConfig:
     block_samples: int = 1024  # lookahead of the packing
     window_shards: int = 32  # shards of a source shuffled together
     too_long: str = "refuse"  # or cut
+    rows: str = "packed"  # or samples: each a row of its own, at most seq_length long
+    audio_seconds: float = 0  # heard of each video, at most; 0: no sound is read
 
     def __post_init__(self):
         levels = self.video_levels
         for field in fields(self):
-            if field.name in ("video_levels", "too_long"):
+            if field.name in ("video_levels", "too_long", "rows", "audio_seconds"):
                 continue
             key, value = (
                 _KEYS.get(field.name, f"data.{field.name}").replace("video_", "video."),
@@ -68,6 +71,20 @@ class StreamConfig:
             )
         if self.too_long not in ("refuse", "cut"):
             raise ValueError(f"data.too_long is {self.too_long!r}; it must be refuse or cut")
+        if self.rows not in ("packed", "samples"):
+            raise ValueError(f"rows of {self.rows!r}; they must be packed or samples")
+        self._check_sound()
+
+    def _check_sound(self) -> None:
+        seconds = self.audio_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+            raise ValueError(f"data.audio_seconds is {seconds!r}; it must be a number of seconds, 0 for no sound")
+        patches = int(sound_grid(seconds * 1000, seconds).prod()) if seconds else 0
+        if patches > self.max_patches:
+            raise ValueError(
+                f"data.audio_seconds is {seconds}, which makes pictures of sound of {patches} patches, above "
+                f"data.max_patches, {self.max_patches}; lower one or raise the other"
+            )
 
     @property
     def resolution(self) -> Resolution:
@@ -129,8 +146,8 @@ class Stream:
             raise ValueError(
                 "the data state belongs to another stream: data.sources (shards, weight, repeat, max_samples, "
                 "entity_cap, rare_domain_copies, fps), data.tokenizer, train.seed, train.seq_length, data.min_patches, "
-                "data.max_patches, data.video, data.block_samples, data.window_shards or data.too_long changed since "
-                "it was saved; restore them or start the data anew"
+                "data.max_patches, data.video, data.audio_seconds, data.block_samples, data.window_shards, "
+                "data.too_long or the kind of rows changed since it was saved; restore them or start the data anew"
             )
         self._state = json.loads(json.dumps(state))
         self._block = None
@@ -179,7 +196,7 @@ class Stream:
         self._block = None
 
     def _make_block(self) -> _Block:
-        """The block at the cursor: a run of slots, packed with the carried samples; its rows shuffled."""
+        """The block at the cursor: a run of slots, packed with the carried samples or not; its rows shuffled."""
         config, slot = self.config, self._state["slot"]
         shard_N, index_N, length_N, refused_N = self._slots(slot)
         refused = np.bincount(refused_N, minlength=len(REASONS)).tolist()
@@ -189,7 +206,10 @@ class Stream:
         index_N = np.concatenate([carried[:, 1], index_N[fits_N]])
         length_N = np.concatenate([carried_length, length_N[fits_N]])
 
-        row_N, open_row = pack_block(length_N, len(carried), config.seq_length)
+        if config.rows == "samples":
+            row_N, open_row = np.arange(len(length_N)), -1
+        else:
+            row_N, open_row = pack_block(length_N, len(carried), config.seq_length)
         open_N = row_N == open_row
         following = {"slot": slot + config.block_samples, "carried": np.stack([shard_N, index_N], 1)[open_N].tolist()}
         kept_N = np.flatnonzero(~open_N)
@@ -241,6 +261,12 @@ class Stream:
                 sample = int(view.length_N.argmin())
                 smallest = (int(view.length_N[sample]), sample, shard, REASONS[view.refused_N[sample]])
         length, sample, shard, reason = smallest
+        if reason == NO_SOUND:
+            raise ValueError(
+                f"{reason}: data.audio_seconds is {self.config.audio_seconds}, but the smallest sample of data.sources."
+                f"{source.settings.name} (number {sample} of {self.corpus.shard_name(shard)}) has none, nor has any "
+                f"other that fits a row; set data.audio_seconds to 0 or give videos with sound"
+            )
         raise ValueError(
             f"{reason}: train.seq_length is {self.config.seq_length}, but the smallest sample of data.sources."
             f"{source.settings.name} (number {sample} of {self.corpus.shard_name(shard)}) needs {length} tokens; raise "
@@ -272,8 +298,8 @@ class Stream:
         start_S = before_S - before_S[np.searchsorted(row_S, row_S)]
         sample_I = np.repeat(np.arange(len(shard_S)), images_S)
         within_I = np.arange(len(sample_I)) - np.repeat(np.cumsum(images_S) - images_S, images_S)
-        media_I, time_I, grid_hw_I2, offset_I = self._views.gather(
-            shard_S[sample_I], first_S[sample_I] + within_I, "media_I", "time_I", "grid_hw_I2", "offset_I"
+        media_I, time_I, grid_hw_I2, tokens_I, offset_I = self._views.gather(
+            shard_S[sample_I], first_S[sample_I] + within_I, "media_I", "time_I", "grid_hw_I2", "tokens_I", "offset_I"
         )
 
         def narrow(values: np.ndarray) -> np.ndarray:
@@ -281,7 +307,7 @@ class Stream:
 
         return StepPlan(
             step=self._state["step"] - 1,
-            seq_length=self.config.seq_length,
+            seq_length=self.config.seq_length if self.config.rows == "packed" else int(length_S.max()),
             shard_S=narrow(shard_S),
             index_S=narrow(index_S),
             row_S=narrow(row_S),
@@ -293,7 +319,7 @@ class Stream:
             image_media_I=narrow(media_I),
             time_I=narrow(time_I),
             grid_hw_I2=narrow(grid_hw_I2.reshape(-1, 2)),
-            tokens_I=narrow(visual_tokens(grid_hw_I2.reshape(-1, 2))),
+            tokens_I=narrow(tokens_I),
             row_I=narrow(row_S[sample_I]),
             start_I=narrow(start_S[sample_I] + offset_I),
             state_after=self.state(),

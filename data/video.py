@@ -34,6 +34,10 @@ class VideoError(ImageError):
     """A video cannot be used; the message is one sentence."""
 
 
+class SoundError(VideoError):
+    """A video's sound cannot be used; the message is one sentence."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """What a video declares, and the size of its first frame as shown (rotation applied, pixels taken as square)."""
@@ -173,14 +177,18 @@ class _Frames:
 
 @contextmanager
 def opened(file: BinaryIO, kind: str) -> Iterator[tuple]:
-    """(container, its first track of `kind`, video or audio); what goes wrong inside comes out as a VideoError."""
+    """(container, its first track of `kind`, video or audio); what goes wrong inside comes out as a VideoError.
+
+    A file without a track of sound, or with one of an unknown codec, is a SoundError.
+    """
+    unusable = SoundError if kind == "audio" else VideoError
     try:
         with av.open(file, container_options=_OPEN, options=_STREAMS, buffer_size=BUFFER_BYTES) as container:
             tracks = [track for track in container.streams if track.type == kind]
             if not tracks:
-                raise VideoError(f"the file has no {kind} track")
+                raise unusable(f"the file has no {kind} track")
             if tracks[0].codec_context is None:
-                raise VideoError(f"the {kind} track has a codec that cannot be decoded")
+                raise unusable(f"the {kind} track has a codec that cannot be decoded")
             for other in container.streams:
                 if other is not tracks[0]:
                     other.discard = av.stream.Discard.all

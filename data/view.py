@@ -4,7 +4,8 @@
     video:         ... (stamp [SOI] visual tokens [EOI] events)  (stamp [SOI] ...)  ...      one bracket a frame
 
 An image and a frame are alike from here on: an image of the plan, with a time in the second case. A stamp with its
-frame, or an image with its marks, is a unit: a sample that is cut to fit a row is never cut inside one.
+frame, or an image with its marks, is a unit: a sample that is cut to fit a row is never cut inside one. Where sound is
+read, a video's sound is one more image behind its frames, a unit of no tokens that goes where the last frame goes.
 
 Shapes: N samples, M media, I images and frames, E events of a shard; G its groups; X entries of a list of places.
 """
@@ -15,16 +16,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.audio import sound_grid
 from data.corpus import Corpus
 from data.image import grid_hw, visual_tokens
 from data.index import VIDEO, ShardIndex
+from data.plan import AUDIO, STILL
 from data.video import frame_grid, sample_frames
 
 TOO_LONG = "samples longer than a row"
 IMAGE_TOO_LONG = "rows shorter than one image"
 FIRST_IMAGE_CUT = "samples whose first image would be cut off"
 NO_TEXT_LEFT = "samples cut until no text was left"
-REASONS = ("", TOO_LONG, IMAGE_TOO_LONG, FIRST_IMAGE_CUT, NO_TEXT_LEFT)  # refused_N counts into these; 0 is accepted
+NO_SOUND = "samples without a sound track"
+SOUND_CUT = "samples whose sound would be cut off"
+# refused_N counts into these; 0 is accepted
+REASONS = ("", TOO_LONG, IMAGE_TOO_LONG, FIRST_IMAGE_CUT, NO_TEXT_LEFT, NO_SOUND, SOUND_CUT)
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Resolution:
     """How many visual tokens images and videos become, and what happens to a sample longer than a row.
 
     video_budget: visual tokens of one video; video_levels: tokens of a frame to choose from, falling: the first with
-    which all frames fit the budget, or else fewer frames at the last (Seed1.5-VL, section 2.2).
+    which all frames fit the budget, or else fewer frames at the last (Seed1.5-VL, section 2.2). audio_seconds: sound
+    heard of each video at most; above 0, a sample is used only if it has a video and each of its videos has sound.
     """
 
     seq_length: int
@@ -41,6 +48,7 @@ class Resolution:
     max_patches: int
     video_budget: int
     video_levels: tuple[int, ...]
+    audio_seconds: float = 0
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,10 @@ class ShardView:
     first_image_N: np.ndarray  # int64
     images_N: np.ndarray  # int64
     media_I: np.ndarray  # int32, medium in the shard's index
-    time_I: np.ndarray  # int32, milliseconds, -1 for a still image
+    time_I: np.ndarray  # int32, milliseconds, or STILL or AUDIO
     grid_hw_I2: np.ndarray  # int32, patches down and across
-    tokens_I: np.ndarray  # int32, visual tokens
-    offset_I: np.ndarray  # int64, first visual token counted from the sample's first token
+    tokens_I: np.ndarray  # int32, visual tokens; 0 of a sound
+    offset_I: np.ndarray  # int64, first visual token (of a sound, its place) counted from the sample's first token
 
 
 @dataclass(frozen=True)
@@ -80,14 +88,13 @@ def view_shard(
     """The view of a shard. stamp_lengths maps times in milliseconds to the tokens of their stamps."""
     samples, media = np.asarray(index.samples), np.asarray(index.media)
     images = _images(media, fps, resolution)
-    tokens_I = visual_tokens(images.grid_hw_I2).astype(np.int64)
-    frame_I = images.time_I >= 0
-    lead_I = np.ones(len(tokens_I), np.int64)  # tokens of the unit before its visual tokens: the stamp and [SOI]
+    frame_I, sound_I = images.time_I >= 0, images.time_I == AUDIO
+    tokens_I = np.where(sound_I, 0, visual_tokens(images.grid_hw_I2)).astype(np.int64)
+    lead_I = np.where(sound_I, 0, 1)  # tokens of the unit before its visual tokens: the stamp and [SOI]
     lead_I[frame_I] += stamp_lengths(images.time_I[frame_I])
     # What a medium adds to the text: an image its visual tokens, a frame its whole unit and the events behind it.
-    added_I = np.where(frame_I, lead_I + tokens_I + 1, tokens_I) + _event_tokens(
-        media, np.asarray(index.events), images
-    )
+    events_I = _event_tokens(media, np.asarray(index.events), images)
+    added_I = np.where(frame_I, lead_I + tokens_I + 1, tokens_I) + events_I
 
     first_media_N = samples["first_media"].astype(np.int64)
     first_N, end_N = images.first_M1[first_media_N], images.first_M1[first_media_N + samples["media"]]
@@ -95,9 +102,16 @@ def view_shard(
     length_N = samples["text_tokens"] + added_I1[end_N] - added_I1[first_N]
     before_I = added_I1[:-1] - np.repeat(added_I1[first_N], end_N - first_N)
     offset_I = media["at"][images.media_I] + before_I + np.where(frame_I, lead_I, 0)
+    offset_I[sound_I] -= events_I[np.flatnonzero(sound_I) - 1]  # right behind the last frame, before its events
 
-    units_I = (offset_I - lead_I, offset_I + tokens_I + 1)
+    units_I = (offset_I - lead_I, offset_I + tokens_I + ~sound_I)
     kept_N, images_N, refused_N = _fit(length_N, first_N, end_N, units_I, resolution)
+    if resolution.audio_seconds:
+        videos_N, sounds_N = _sums(images.time_I == 0, first_N, end_N), _sums(sound_I, first_N, end_N)
+        lost_N = _sums(sound_I, first_N, first_N + images_N) < sounds_N
+        refused_N[lost_N & (refused_N == 0)] = REASONS.index(SOUND_CUT)
+        refused_N[(videos_N == 0) | (sounds_N < videos_N)] = REASONS.index(NO_SOUND)
+    kept_N = np.where(refused_N > 0, length_N, kept_N)
     return ShardView(
         length_N=kept_N,
         refused_N=refused_N,
@@ -120,6 +134,8 @@ def _images(media: np.ndarray, fps: float, resolution: Resolution) -> _Images:
     videos = np.flatnonzero(media["kind"] == VIDEO)
     for video, duration_ms in zip(videos.tolist(), media["duration_ms"][videos].tolist(), strict=True):
         times_ms, level = sample_frames(duration_ms, fps, resolution.video_budget, resolution.video_levels)
+        if resolution.audio_seconds and media["audio"][video]:
+            times_ms = np.append(times_ms, AUDIO)
         frames_M[video] = len(times_ms)
         times.append(times_ms)
         level_V.append(level)
@@ -127,10 +143,12 @@ def _images(media: np.ndarray, fps: float, resolution: Resolution) -> _Images:
         here = videos[np.array(level_V) == level]
         grid_hw_M2[here] = frame_grid(media["height"][here], media["width"][here], level, least, most)
     media_I = np.repeat(np.arange(len(media)), frames_M)
-    time_I = np.full(len(media_I), -1, np.int64)
+    time_I = np.full(len(media_I), STILL, np.int64)
     if times:
         time_I[media["kind"][media_I] == VIDEO] = np.concatenate(times)
-    return _Images(np.concatenate([[0], np.cumsum(frames_M)]), media_I, time_I, grid_hw_M2[media_I])
+    grid_hw_I2, sound_I = grid_hw_M2[media_I], time_I == AUDIO
+    grid_hw_I2[sound_I] = sound_grid(media["duration_ms"][media_I[sound_I]], resolution.audio_seconds)
+    return _Images(np.concatenate([[0], np.cumsum(frames_M)]), media_I, time_I, grid_hw_I2)
 
 
 def _event_tokens(media: np.ndarray, events: np.ndarray, images: _Images) -> np.ndarray:
@@ -139,7 +157,8 @@ def _event_tokens(media: np.ndarray, events: np.ndarray, images: _Images) -> np.
         return np.zeros(len(images.media_I), np.int64)
     events_M = np.diff(np.append(media["first_event"].astype(np.int64), len(events)))
     media_E = np.repeat(np.arange(len(media)), events_M)
-    key_I, key_E = (images.media_I << 33) + images.time_I, (media_E << 33) + events["time_ms"].astype(np.int64)
+    time_I = np.where(images.time_I == AUDIO, (1 << 33) - 1, images.time_I)  # a sound follows all frames and events
+    key_I, key_E = (images.media_I << 33) + time_I, (media_E << 33) + events["time_ms"].astype(np.int64)
     frame_E = np.searchsorted(key_I, key_E, side="right") - 1
     return np.bincount(frame_E, events["tokens"], len(images.media_I)).astype(np.int64)
 
@@ -148,14 +167,9 @@ def _fit(length_N, first_N, end_N, units_I, resolution: Resolution) -> tuple[np.
     """(tokens, images, refused) of each sample in a row of seq_length; units_I: (begin, end) of units in the sample."""
     seq_length, (begin_I, end_I) = resolution.seq_length, units_I
     size_I = end_I - begin_I
-
-    def sums(value_I: np.ndarray, until_N: np.ndarray) -> np.ndarray:
-        sum_I1 = np.concatenate([[0], np.cumsum(value_I)])
-        return sum_I1[until_N] - sum_I1[first_N]
-
     long_N = length_N > seq_length
-    huge_N = long_N & (sums(size_I > seq_length, end_N) > 0)
-    whole_N = sums(end_I <= seq_length, end_N)  # units end in order, so these are the sample's first
+    huge_N = long_N & (_sums(size_I > seq_length, first_N, end_N) > 0)
+    whole_N = _sums(end_I <= seq_length, first_N, end_N)  # units end in order, so these are the sample's first
     refused_N = np.zeros(len(length_N), np.uint8)
     if resolution.too_long == "refuse":
         refused_N[long_N] = REASONS.index(TOO_LONG)
@@ -166,12 +180,18 @@ def _fit(length_N, first_N, end_N, units_I, resolution: Resolution) -> tuple[np.
     border_N = np.where(first_N + whole_N < end_N, next_I1[np.minimum(first_N + whole_N, len(begin_I))], seq_length)
     kept_N = np.where(long_N, np.minimum(border_N, seq_length), length_N)
     images_N = np.where(long_N, whole_N, end_N - first_N)
-    text_N = kept_N - sums(size_I, first_N + images_N)
+    text_N = kept_N - _sums(size_I, first_N, first_N + images_N)
     refused_N[long_N & (text_N <= 1)] = REASONS.index(NO_TEXT_LEFT)  # one token is the role's
     lost_N = long_N & (whole_N == 0) & (end_N > first_N)
     refused_N[lost_N] = REASONS.index(FIRST_IMAGE_CUT)
     refused_N[lost_N & huge_N] = REASONS.index(IMAGE_TOO_LONG)
-    return np.where(refused_N > 0, length_N, kept_N), images_N, refused_N
+    return kept_N, images_N, refused_N
+
+
+def _sums(value_I: np.ndarray, first_N: np.ndarray, until_N: np.ndarray) -> np.ndarray:
+    """The sum of the values from first to until, for each sample."""
+    sum_I1 = np.concatenate([[0], np.cumsum(value_I)])
+    return sum_I1[until_N] - sum_I1[first_N]
 
 
 class Views:

@@ -16,7 +16,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.index import MEDIA, SAMPLE, VIDEO
 from data.jobs import Job
-from data.plan import StepPlan
+from data.plan import AUDIO, StepPlan
 from data.storage import shown
 
 JOBS_A_WORKER = 8  # of one batch: enough to even out wrong guesses of cost
@@ -57,7 +57,7 @@ class _Ragged:
 def image_work(
     corpus: Corpus, plan: StepPlan, pixels: StepPlan, image_ids: np.ndarray, words: dict, workers: int
 ) -> list[Work]:
-    """Jobs for images of `pixels` at the places and sizes of `plan`; all frames of one video come in one job."""
+    """Jobs for images of `pixels` at the places and sizes of `plan`; sound and frames of one video come in one job."""
     shard_I, media_I = pixels.shard_S[pixels.image_sample_I[image_ids]], pixels.image_media_I[image_ids]
     order_I = np.lexsort((pixels.time_I[image_ids], media_I, shard_I))
     shard_I, media_I, ids_I = shard_I[order_I], media_I[order_I], image_ids[order_I]
@@ -97,6 +97,9 @@ def text_work(corpus: Corpus, plan: StepPlan, rows: np.ndarray, words: dict, wor
 
     first_M, end_M = np.searchsorted(plan.image_sample_I, sample_M), np.searchsorted(plan.image_sample_I, sample_M + 1)
     image_I, images_M = _ranges(first_M, end_M), end_M - first_M
+    sound_I = plan.time_I[image_I] == AUDIO  # a sound has no place in the text
+    images_M = images_M - np.bincount(np.repeat(np.arange(len(images_M)), images_M)[sound_I], minlength=len(images_M))
+    image_I = image_I[~sound_I]
     places = {
         "media_I": plan.image_media_I[image_I] - np.repeat(media_M, images_M),
         "time_I": plan.time_I[image_I],

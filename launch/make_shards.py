@@ -1,12 +1,16 @@
 """Make a small multimodal corpus to train and test on, from images that ship inside two packages: the handwritten
 digits of scikit-learn (1,797 scans, 8x8) and the photographs of scikit-image. Nothing is downloaded.
 
-    python launch/make_shards.py OUT              about 42,600 training samples, about a minute on two cores
+    python launch/make_shards.py OUT              about 56,700 training samples, about a minute on two cores
     python launch/make_shards.py OUT --samples 60 a tiny set
 
 writes OUT/tokenizer.json and, each with its index, OUT/train/<task>-0000.tar ... and OUT/heldout/<task>-0000.tar.
-Tasks: read, count, ground, multi, caption, text, video. A digit scan is either in train or held out, never both, and so
-is each region of a photograph; the text task has few distinct questions, so its held-out share repeats some.
+Tasks: read, count, ground, multi, caption, text, video. For training an encoder alone, OUT/vision/train and
+OUT/vision/heldout have images with captions and labels, and videos with sound: digit, photo, sound.
+
+A digit scan is either in train or held out, never both, and so is each region of a photograph; the text task has few
+distinct questions, so its held-out share repeats some. Where espeak-ng is installed, a voice says what a video of the
+sound task shows, and the corpus depends on its version; elsewhere telephone tones stand for it.
 """
 
 import argparse
@@ -28,9 +32,10 @@ from data.text import Tokenizer, build_byte_tokenizer
 from launch.toy.images import ImageTasks
 from launch.toy.maker import Maker, load_sources
 from launch.toy.videos import VideoTasks
+from launch.toy.vision import VisionTasks
 
 STAMP = "made.json"
-VERSION = 2  # of the corpus: another one is another corpus, whatever the arguments
+VERSION = 3  # of the corpus: another one is another corpus, whatever the arguments
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Task:
     train: int
     heldout: int = 400
     shard: int = 1000  # samples in one tar
+    folder: str = ""  # inside the corpus; holds train and heldout
 
 
 TASKS = {
@@ -52,6 +58,12 @@ TASKS = {
     "text": Task(ImageTasks, 1500),
     "video": Task(VideoTasks, 600, heldout=60, shard=200),
 }
+VISION_TASKS = {
+    "digit": Task(VisionTasks, 12000, heldout=800, folder="vision"),
+    "photo": Task(VisionTasks, 1500, heldout=200, folder="vision"),
+    "sound": Task(VisionTasks, 600, heldout=100, shard=200, folder="vision"),
+}
+ALL_TASKS = TASKS | VISION_TASKS
 
 
 @dataclass(frozen=True)
@@ -70,16 +82,16 @@ def write_shard(shard: Shard, folder: str) -> None:
     """Write one tar and its index. What is in it depends on the shard's own seed, not on who writes it."""
     from webdataset import TarWriter
 
-    seed = [shard.seed, shard.split == "heldout", list(TASKS).index(shard.task), shard.number]
-    maker = TASKS[shard.task].maker(load_sources(), shard.split, np.random.default_rng(seed))
-    path = Path(folder) / shard.split / f"{shard.task}-{shard.number:04d}.tar"
+    task = ALL_TASKS[shard.task]
+    seed = [shard.seed, shard.split == "heldout", list(ALL_TASKS).index(shard.task), shard.number]
+    maker = task.maker(load_sources(), shard.split, np.random.default_rng(seed))
+    path = Path(folder) / task.folder / shard.split / f"{shard.task}-{shard.number:04d}.tar"
     with TarWriter(str(path), encoder=False, mtime=0) as writer:
         for i in range(shard.first, shard.first + shard.count):
             made = getattr(maker, shard.task)()
             key = f"{shard.task}-{i:06d}"
             content = {"key": key, "domain": shard.task, "turns": made.turns, "scans": [int(s) for s in made.scans]}
-            if made.entity is not None:
-                content["entity"] = made.entity
+            content |= {name: value for name in ("entity", "label") if (value := getattr(made, name)) is not None}
             sample = {"__key__": key, "json": json.dumps(content).encode()}
             for number, (extension, encoded) in enumerate(made.media):
                 sample[f"{number}.{extension}"] = encoded
@@ -90,7 +102,7 @@ def write_shard(shard: Shard, folder: str) -> None:
 def plan_shards(samples: int | None, seed: int) -> list[Shard]:
     """The tars to write: default sizes, or `samples` for every task with a quarter of that (at least 16) held out."""
     shards = []
-    for name, task in TASKS.items():
+    for name, task in ALL_TASKS.items():
         count = samples or task.train
         shards += [
             Shard("train", name, number, first, min(task.shard, count - first), seed)
@@ -117,10 +129,10 @@ def make_shards(out: str | Path, samples: int | None = None, seed: int = 0) -> b
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for split in ("train", "heldout"):
-        (partial / split).mkdir(parents=True)
-    build_byte_tokenizer(partial / "tokenizer.json")
     shards = plan_shards(samples, seed)
+    for shard in shards:
+        (partial / ALL_TASKS[shard.task].folder / shard.split).mkdir(parents=True, exist_ok=True)
+    build_byte_tokenizer(partial / "tokenizer.json")
     write = functools.partial(write_shard, folder=str(partial))
     if sum(shard.count for shard in shards) < 2000:
         for shard in shards:

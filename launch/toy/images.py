@@ -29,13 +29,13 @@ class ImageTasks(Maker):
     def sample(self, question: str, answer: str, images=(), scans=(), entity: str | None = None) -> Sample:
         return Sample(dialogue(question, answer), [self.encode(pixels) for pixels in images], scans, entity)
 
-    def digits_in_a_row(self, count: int) -> tuple[np.ndarray, list[int]]:
-        """(pixels, scans): `count` digits beside each other, sizes and margins varied."""
+    def digits_in_a_row(self, count: int, scans: list[int] | None = None) -> tuple[np.ndarray, list[int]]:
+        """(pixels, scans): `count` digits beside each other, sizes and margins varied; random scans if not given."""
         tall = self.between(28, min(70, 168 // count))
         wide = max(14, int(tall * self.rng.uniform(0.65, 0.95)))
         height, gap = tall + self.between(0, 14), self.between(0, 4)
         pixels, ink = self.canvas(height, count * wide + (count - 1) * gap + self.between(4, 16))
-        scans = self.rng.choice(self.scans, count).tolist()
+        scans = self.rng.choice(self.scans, count).tolist() if scans is None else scans
         left = (pixels.shape[1] - count * wide - (count - 1) * gap) // 2
         for i, scan in enumerate(scans):
             self.draw(pixels, ink, scan, (left + i * (wide + gap), self.between(0, height - tall), wide, tall))
@@ -97,7 +97,8 @@ class ImageTasks(Maker):
         question = f"Which image shows a {self.sources.labels[scans[asked]]}?"
         return self.sample(marks + question, f"The {ORDINALS[asked]}.", images, scans)
 
-    def caption(self) -> Sample:
+    def crop_of_photograph(self) -> tuple[np.ndarray, str]:
+        """(pixels of any region of this split's part of a photograph, its subject)."""
         subject = self.choice(list(self.sources.photographs))
         photograph = self.sources.photographs[subject]
         border = int(TRAIN_REGION * photograph.shape[1])
@@ -105,7 +106,10 @@ class ImageTasks(Maker):
         height = self.between(min(48, region.shape[0]), min(224, region.shape[0]))
         width = self.between(min(48, region.shape[1]), min(224, region.shape[1]))
         y, x = self.between(0, region.shape[0] - height), self.between(0, region.shape[1] - width)
-        crop = region[y : y + height, x : x + width]
+        return region[y : y + height, x : x + width], subject
+
+    def caption(self) -> Sample:
+        crop, subject = self.crop_of_photograph()
         answer = f"A {describe(crop)} photograph of {subject}."
         question = self.choice(("Describe the image.", "What is shown?", "Write a caption."))
         return self.sample("<image>" + question, answer, [crop], entity=subject)

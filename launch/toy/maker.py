@@ -47,12 +47,13 @@ class Sources:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: its turns, its media as (member extension, bytes), and what they were made of."""
+    """One sample: its turns, its media as (member extension, bytes), what they were made of, and its class, if any."""
 
     turns: list[dict]
     media: Sequence[tuple[str, bytes]] = ()
     scans: Sequence[int] = ()
     entity: str | None = None
+    label: str | None = None
 
 
 def dialogue(question: str, answer: str) -> list[dict]:

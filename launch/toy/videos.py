@@ -12,6 +12,9 @@ import numpy as np
 
 from launch.toy.maker import Maker, Sample, blot, dialogue
 
+SOUND_RATE = 16_000
+SOUND_OPTIONS = {"aac": {"aac_coder": "fast"}, "libmp3lame": {"compression_level": "9"}}  # quickly made
+
 # Per direction: where the digit begins and ends, as shares of the room it has across and down; None is anywhere.
 DIRECTIONS = {
     "right": ((0, 1), None),
@@ -83,8 +86,13 @@ class VideoTasks(Maker):
         return np.clip(frames, 0, 255).astype(np.uint8), fps
 
 
-def encode_clip(frames: np.ndarray, fps: int, codec: str) -> bytes:
-    """An mp4 of the frames, uint8 [F, H, W, 3] with even sides. The same frames give the same bytes."""
+def encode_clip(
+    frames: np.ndarray, fps: int, codec: str, sound_S: np.ndarray | None = None, sound_codec: str = "aac"
+) -> bytes:
+    """An mp4 of the frames, uint8 [F, H, W, 3] with even sides, and of mono sound at 16 kHz, float32 [S], if given.
+
+    The same frames and sound give the same bytes.
+    """
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=fps)
@@ -96,7 +104,20 @@ def encode_clip(frames: np.ndarray, fps: int, codec: str) -> bytes:
             stream.options = {"preset": "veryfast", "qp": "24", "weightp": "none"}
         else:
             stream.codec_context.qmin = stream.codec_context.qmax = 4
+        track = None
+        if sound_S is not None:
+            options = SOUND_OPTIONS.get(sound_codec, {})
+            track = container.add_stream(sound_codec, rate=SOUND_RATE, layout="mono", options=options)
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
+        if track is not None:
+            for packets in (track.encode(sound_frame(sound_S)), track.encode()):
+                container.mux(packets)
     return file.getvalue()
+
+
+def sound_frame(sound_S: np.ndarray) -> av.AudioFrame:
+    frame = av.AudioFrame.from_ndarray(sound_S.astype(np.float32)[None], "fltp", "mono")
+    frame.sample_rate = SOUND_RATE
+    return frame

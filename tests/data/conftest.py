@@ -50,10 +50,17 @@ def encoded_image(height=30, width=40, kind="PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def encoded_video(seconds=2, fps=5, height=30, width=40, codec="libx264") -> bytes:
+def encoded_video(seconds=2, fps=5, height=30, width=40, codec="libx264", sound_S=None, sound_codec="aac") -> bytes:
     """An mp4 whose frame k is one grey of about 20 + 4 k, for as long as that is below 250."""
     grey = np.clip(20 + 4 * np.arange(seconds * fps), 0, 250).astype(np.uint8)
-    return encode_clip(np.broadcast_to(grey[:, None, None, None], (len(grey), height, width, 3)).copy(), fps, codec)
+    frames = np.broadcast_to(grey[:, None, None, None], (len(grey), height, width, 3)).copy()
+    return encode_clip(frames, fps, codec, sound_S, sound_codec)
+
+
+def sound_of(*hertz: float, seconds: float = 1.0) -> np.ndarray:
+    """Tones one after another, 16 kHz."""
+    time_S = np.arange(int(16_000 * seconds)) / 16_000
+    return np.concatenate([0.3 * np.sin(2 * np.pi * each * time_S) for each in hertz])
 
 
 def sample_json(*texts, domain="read", entity=None, stream=()) -> bytes:

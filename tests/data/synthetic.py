@@ -19,6 +19,7 @@ class Medium:
     width: int = 56
     duration_ms: int = 0
     events: tuple[tuple[int, int], ...] = ()  # (time in ms, tokens)
+    audio: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class MemoryShard:
             records.append((0, 0, 0, sample.text_tokens, len(media), len(sample.media), 0, group))
             for m in sample.media:
                 kind = VIDEO if m.duration_ms else IMAGE
-                media.append((0, 0, 0, m.height, m.width, m.at, m.duration_ms, 25, len(events), kind, 0, 0))
+                media.append((0, 0, 0, m.height, m.width, m.at, m.duration_ms, 25, len(events), kind, m.audio, 0))
                 events += m.events
         return cls(np.array(records, SAMPLE), np.array(media, MEDIA), np.array(events, EVENT), list(groups))
 

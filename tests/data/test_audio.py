@@ -3,9 +3,10 @@ import io
 import numpy as np
 import pytest
 
-from data.audio import MELS, RATE, decode_audio, log_mel
-from data.video import VideoError, probe
-from tests.data.videos import make_video
+from data.audio import FLOOR, MELS, RATE, TOP, decode_audio, log_mel, sound_grid, spectrogram
+from data.video import SoundError, VideoError, decode_frames, probe
+from tests.data.conftest import encoded_video, sound_of
+from tests.data.videos import Counted, make_video
 
 
 @pytest.mark.parametrize("kind, codec", [("mp4", "libx264"), ("webm", "libvpx-vp9"), ("mkv", "libx264")])
@@ -25,6 +26,92 @@ def test_a_video_without_sound():
     assert not probe(io.BytesIO(make_video(3))).audio
     with pytest.raises(VideoError, match="no audio track"):
         decode_audio(io.BytesIO(make_video(3)))
+
+
+def test_of_a_long_track_only_the_beginning_is_decoded():
+    data = encoded_video(60, fps=1, sound_S=sound_of(440, seconds=60), sound_codec="pcm_s16le")
+    whole, file = decode_audio(io.BytesIO(data)), Counted(data)
+    assert len(whole) == 60 * RATE
+    assert np.array_equal(decode_audio(file, samples=RATE), whole[:RATE])
+    assert file.bytes_read < len(data) / 4  # a minute of it
+
+
+def test_the_picture_of_a_sound_has_whole_blocks_for_all_that_is_heard():
+    assert sound_grid(np.array([1, 280, 281, 1000, 10**7]), 2.0).tolist() == [[8, 2], [8, 2], [8, 4], [8, 8], [8, 16]]
+    assert sound_grid(2000, 0.3).tolist() == [8, 4] and sound_grid(2000, 0.3).dtype == np.int32
+    milliseconds = np.arange(1, 30_000, 7)
+    grid = sound_grid(milliseconds, 20)
+    heard = np.minimum(milliseconds, 20_000)
+    assert (grid[:, 0] == MELS / 14).all() and (grid % 2 == 0).all()
+    assert ((grid[:, 1] * 140 >= heard) & (grid[:, 1] * 140 < heard + 280)).all()
+
+
+def test_a_picture_shows_low_tones_above_and_time_to_the_right():
+    picture = spectrogram(io.BytesIO(encoded_video(2, sound_S=sound_of(300, 3000), sound_codec="pcm_s16le")), 16)
+    assert picture.shape == (112, 224, 3) and picture.dtype == np.uint8
+    assert (picture == picture[..., :1]).all()
+    loudest = picture[..., 0].argmax(0)
+    low, high = (round((1127 * np.log(1 + hertz / 700) - 31.75) / 24.86 - 1) for hertz in (300, 3000))
+    assert (abs(loudest[5:95] - low) <= 1).all() and (abs(loudest[105:195] - high) <= 1).all() and low < high
+    assert picture[:, :198].max(0).min() > 100 and not picture[:, 198:].any()  # 198 windows, then black
+
+
+def test_pixels_are_the_energies_on_a_scale_from_the_floor():
+    data = encoded_video(2, sound_S=0.1 * np.random.default_rng(0).standard_normal(40_000), sound_codec="pcm_s16le")
+    picture = spectrogram(io.BytesIO(data), 12)
+    energy = log_mel(decode_audio(io.BytesIO(data)))[: 12 * 14].T
+    back = FLOOR + picture[..., 0] * (TOP - FLOOR) / 255
+    assert abs(back - energy).max() <= (TOP - FLOOR) / 255 / 2 + 1e-3 and picture.min() > 0 and picture.max() < 255
+    assert np.array_equal(spectrogram(io.BytesIO(data), 4), picture[:, :56])  # a shorter one is its beginning
+    assert spectrogram(io.BytesIO(encoded_video(2, sound_S=sound_of(300))), 30).shape == (112, 420, 3)
+
+
+def test_a_file_may_be_asked_for_frames_after_its_sound():
+    file = io.BytesIO(make_video(20, tone=440))
+    spectrogram(file, 4)
+    file.seek(0)
+    assert len(list(decode_frames(file, [0, 500]))) == 2
+
+
+def damaged_track(codec: str) -> bytes:
+    """Noise in place of the later half of what the file holds before its tables."""
+    data = bytearray(encoded_video(2, fps=1, sound_S=sound_of(440, 550), sound_codec=codec))
+    first, end = data.index(b"mdat") + 8, data.index(b"moov")
+    middle = (first + end) // 2
+    data[middle : end - 8] = np.random.default_rng(0).bytes(end - 8 - middle)
+    return bytes(data)
+
+
+SILENT = np.zeros(32_000)
+BROKEN = np.where(np.arange(32_000) == 999, np.nan, sound_of(440, 550))
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (make_video(3), "the file has no audio track"),
+        (damaged_track("aac"), "the audio cannot be decoded: .*Invalid data"),
+        (damaged_track("libmp3lame"), "the audio cannot be decoded: .*Invalid data"),
+        (encoded_video(2, sound_S=SILENT), "the audio track is silent for the 2.0 seconds that are heard"),
+        (encoded_video(2, sound_S=SILENT + 0.5, sound_codec="pcm_f32le"), "the audio track is silent"),
+        (encoded_video(2, sound_S=1e-5 * sound_of(440, 440)), "the audio track is silent"),
+        (encoded_video(2, sound_S=np.concatenate([SILENT, sound_of(440)])), "the audio track is silent"),
+        (encoded_video(2, sound_S=SILENT[:100], sound_codec="pcm_s16le"), "holds 100 samples, less than one window"),
+        (encoded_video(2, sound_S=BROKEN, sound_codec="pcm_f32le"), "values that are not finite"),
+    ],
+    ids=["none", "damaged aac", "damaged mp3", "silent", "constant", "faint", "silent while heard", "empty", "nan"],
+)
+def test_what_cannot_be_heard_is_told_in_one_sentence(data, message):
+    assert probe(io.BytesIO(data)).duration_ms > 0
+    with pytest.raises(SoundError, match=message) as raised:
+        spectrogram(io.BytesIO(data), 14)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_none_has_no_error_of_sound():
+    with pytest.raises(VideoError, match="cannot be decoded") as raised:
+        spectrogram(io.BytesIO(b"no video at all"), 14)
+    assert not isinstance(raised.value, SoundError)
 
 
 def kaldi_filter_banks(waveform, rate=RATE, mels=MELS):

@@ -11,7 +11,7 @@ import pytest
 
 from data.index import load_index
 from data.text import Tokenizer
-from launch.make_shards import TASKS, main, make_shards, plan_shards
+from launch.make_shards import ALL_TASKS, TASKS, main, make_shards, plan_shards
 from launch.toy.maker import PHOTOGRAPHS, load_sources
 
 
@@ -105,13 +105,14 @@ def test_videos_show_what_is_asked(corpus):
 
 def test_every_shard_has_an_index_and_small_media(corpus):
     tokenizer = Tokenizer(corpus / "tokenizer.json")
-    for shard in sorted(corpus.glob("*/*.tar")):
+    for shard in sorted(corpus.rglob("*.tar")):
         index = load_index(shard, tokenizer.sha256)
         assert index.n_samples in (60, 16) and {group.domain for group in index.groups} == {shard.name.split("-")[0]}
         if index.n_media:
             assert min(index.media["height"].min(), index.media["width"].min()) >= 14
             assert max(index.media["height"].max(), index.media["width"].max()) <= 224
         assert (index.n_events > 0) == shard.name.startswith("video")
+    assert {path.name.split("-")[0] for path in corpus.glob("train/*.tar")} == set(TASKS)
 
 
 def test_the_same_arguments_again_do_nothing(corpus, tmp_path, capsys):
@@ -131,7 +132,7 @@ def test_the_same_arguments_again_do_nothing(corpus, tmp_path, capsys):
 def test_the_corpus_depends_on_the_seed_alone(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         make_shards(tmp_path / name, samples=3, seed=seed)
-    files = {n: [p.read_bytes() for p in sorted((tmp_path / n).glob("*/*.tar"))] for n in "abc"}
+    files = {n: [p.read_bytes() for p in sorted((tmp_path / n).rglob("*.tar"))] for n in "abc"}
     assert files["a"] == files["b"] and all(x != y for x, y in zip(files["a"], files["c"], strict=True))
     assert not Path(tmp_path / "a.partial").exists()
 
@@ -139,6 +140,6 @@ def test_the_corpus_depends_on_the_seed_alone(tmp_path):
 def test_default_sizes():
     shards = plan_shards(None, 0)
     for split in ("train", "heldout"):
-        for name, task in TASKS.items():
+        for name, task in ALL_TASKS.items():
             counts = [shard.count for shard in shards if shard.task == name and shard.split == split]
             assert sum(counts) == getattr(task, split) and max(counts) <= task.shard

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.video import VideoError, _Frames, decode_frames, frame_grid, opened, probe, sample_frames
-from tests.data.videos import make_video, number_of, only_sound
+from tests.data.videos import Counted, make_video, number_of, only_sound
 
 LEVELS = (640, 512, 384, 256, 160, 128)
 BUDGET = 81_920
@@ -91,24 +91,6 @@ def test_rotation_is_applied_and_seen_by_the_probe(rotation, white):
     assert frame[white].min() > 240
     for corner in {(0, 0), (0, -1), (-1, 0), (-1, -1)} - {white}:
         assert frame[corner].max() < 15
-
-
-class Counted:
-    """A file that counts the bytes read."""
-
-    def __init__(self, data):
-        self._file, self.bytes_read = io.BytesIO(data), 0
-
-    def read(self, size):
-        data = self._file.read(size)
-        self.bytes_read += len(data)
-        return data
-
-    def seek(self, offset, whence=0):
-        return self._file.seek(offset, whence)
-
-    def tell(self):
-        return self._file.tell()
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv"])
