@@ -3,7 +3,8 @@
 A trained module costs three forwards; a frozen one costs its forward, and where gradients pass through it once more for
 its weights' products and twice more for its attention, which has no weights to save a product on.
 
-Legend: n patches of an image, d encoder width, D LLM width, pairs = query-key pairs that attention looks at.
+Legend: n patches of an image or tokens of a text, d width of its blocks, D LLM width, pairs = query-key pairs that
+attention looks at.
 """
 
 import time
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from train.models.llm import LLMConfig
+from train.models.masked import MimConfig
+from train.models.text_encoder import TextConfig
 from train.models.vit import PATCH_VALUES, ViTConfig
 
 PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
@@ -29,9 +32,43 @@ PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
 
 def encoder_flops(config: ViTConfig, patches_I: np.ndarray) -> int:
     """Forward FLOPs of the encoder over images of `patches_I` patches."""
-    n, d = np.asarray(patches_I, dtype=np.int64), config.width
-    block = n * (8 * d * d + 4 * d * int(d * config.mlp_ratio)) + 4 * n * n * d
-    return int((config.depth * block + 2 * n * PATCH_VALUES * d).sum())
+    n = np.asarray(patches_I, dtype=np.int64)
+    return 2 * int(n.sum()) * PATCH_VALUES * config.width + _blocks(config.width, config.depth, config.mlp_ratio, n)
+
+
+def _blocks(d: int, depth: int, mlp_ratio: float, lengths_N: np.ndarray) -> int:
+    """Forward FLOPs of pre-norm blocks whose tokens attend to all of their segment."""
+    n = np.asarray(lengths_N, dtype=np.int64)
+    return depth * int((n * (8 * d * d + 4 * d * int(d * mlp_ratio)) + 4 * n * n * d).sum())
+
+
+def mim_flops(
+    vit: ViTConfig, mim: MimConfig, patches_I: np.ndarray, visible_I: np.ndarray, teacher_width: int
+) -> tuple[int, int]:
+    """Forward FLOPs of masked image modelling, (encoder, all else), the teacher's own not counted.
+
+    patches_I: of each image; visible_I: those of them that are not masked.
+    """
+    visible, masked = int(np.sum(visible_I)), int(np.sum(patches_I) - np.sum(visible_I))
+    if mim.masked == "token":  # the trunk runs over all places, the embedding over visible patches
+        embedding = 2 * visible * PATCH_VALUES * vit.width
+        trunk = _blocks(vit.width, vit.depth, vit.mlp_ratio, patches_I)
+        return embedding + trunk, 2 * masked * vit.width * teacher_width
+    decoder = _blocks(mim.decoder_width, mim.decoder_depth, vit.mlp_ratio, patches_I)
+    head = 2 * mim.decoder_width * (visible * vit.width + masked * teacher_width)
+    return encoder_flops(vit, visible_I), decoder + head
+
+
+def pool_flops(vit: ViTConfig, patches_I: np.ndarray, out_width: int) -> int:
+    """Forward FLOPs of attention pooling: one learned query, keys and values of every patch, an MLP of ratio 4."""
+    n, images, d = int(np.sum(patches_I)), len(patches_I), vit.width
+    project = 0 if out_width == d else 2 * d * out_width
+    return 2 * d * d + n * (4 * d * d + 4 * d) + images * (18 * d * d + project)
+
+
+def text_flops(config: TextConfig, lengths_N: np.ndarray) -> int:
+    """Forward FLOPs of our text encoder over texts of these tokens, without a projection."""
+    return _blocks(config.width, config.depth, config.mlp_ratio, lengths_N)
 
 
 def adapter_flops(config: ViTConfig, llm_width: int, visual_tokens: int) -> int:

@@ -14,7 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from parallel.balance import image_costs
 from tests.support import settings
 from tests.train.toys import LLM_KINDS, packed, random_images
-from train.flops import adapter_flops, causal_pairs, encoder_flops, llm_flops, step_flops
+from train.flops import (
+    adapter_flops,
+    causal_pairs,
+    encoder_flops,
+    llm_flops,
+    mim_flops,
+    pool_flops,
+    step_flops,
+    text_flops,
+)
+from train.models.attention_pool import AttentionPool
+from train.models.masked import MaskedImages, MimConfig, MimTower
+from train.models.masking import mask_images
+from train.models.text_encoder import PackedTexts, TextConfig, TextEncoder
 from train.models.vision_tower import Adapter
 from train.models.vit import PATCH_VALUES, SeedViT
 
@@ -62,6 +75,33 @@ def test_adapter_forward():
     config = settings("stage1").model.encoder
     adapter = Adapter(config.width, 96, config.norm_eps)
     assert counted(lambda: adapter(torch.randn(13, config.width))) == adapter_flops(config, 96, 13)
+
+
+@pytest.mark.parametrize("reading", ["drop", "token"])
+def test_masked_modelling_forward(reading, encoder, images):
+    """Its encoder costs what is left of the images where masked patches are dropped, all of their trunk otherwise."""
+    (patches_I, pixels), width = images, 24
+    mask_N = mask_images(patches_I, 0.75, np.arange(len(patches_I))[:, None])
+    visible_I = np.add.reduceat(~mask_N, patches_I.cumsum() - patches_I, dtype=np.int64)
+    mim = MimConfig(masked=reading, decoder_width=32, decoder_depth=3, decoder_heads=2)
+    tower, masked = MimTower(encoder.config, mim, width), MaskedImages.of(pixels, mask_N)
+    of_encoder, of_head = mim_flops(encoder.config, mim, patches_I, visible_I, width)
+    assert counted(lambda: tower.predict(masked)) == of_encoder + of_head
+    assert (of_encoder == encoder_flops(encoder.config, visible_I)) == (reading == "drop")
+
+
+@pytest.mark.parametrize("out_width", [48, None], ids=["projected", "as wide as the encoder"])
+def test_attention_pooling_forward(out_width, encoder, images):
+    config, (patches_I, pixels) = encoder.config, images
+    out_width = out_width or config.width
+    pool, features_ND = AttentionPool(config.width, 4, out_width, config.norm_eps), torch.randn(52, config.width)
+    assert counted(lambda: pool(features_ND, pixels.segments)) == pool_flops(config, patches_I, out_width)
+
+
+def test_text_encoder_forward():
+    config = TextConfig(width=48, depth=3, heads=4, vocab_size=90, max_tokens=32)
+    texts = PackedTexts.of(np.arange(sum(LENGTHS)), np.array(LENGTHS), torch.device("cpu"))
+    assert counted(lambda: TextEncoder(config)(texts)) == text_flops(config, np.array(LENGTHS))
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,13 @@ from data.image import patch_positions, to_patches
 from tests.support import ROOT, settings
 from tests.train.toys import LLM_KINDS, packed, random_images
 from train.flops import llm_parameters
+from train.models import blocks
+from train.models.blocks import RECOMPUTE
+from train.models.initial import initialize
 from train.models.llm import LLMConfig
+from train.models.masking import drop_path_factors
 from train.models.rotary import axis_angles, rotate, tables
-from train.models.vision_tower import RECOMPUTE, VisionTower, initialize
+from train.models.vision_tower import VisionTower
 from train.models.vit import SeedViT, ViTConfig, pool
 
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2], [4, 4]]  # equal neighbours run as one batch, others alone
@@ -119,7 +123,7 @@ def test_rotary_scores_depend_on_both_axes_of_the_difference():
     q_K, k_K = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
 
     def score(query, key):
-        cos_2K, sin_2K = encoder._rotary(torch.tensor([query, key]))
+        cos_2K, sin_2K = encoder.rotary(torch.tensor([query, key]))
         turned_2K = rotate(torch.stack([q_K, k_K])[:, None], cos_2K, sin_2K)[:, 0]
         return float(turned_2K[0] @ turned_2K[1])
 
@@ -184,6 +188,76 @@ def test_recomputation_changes_memory_and_no_gradient():
     for recompute in RECOMPUTE:
         assert torch.equal(gradients[recompute], gradients["none"]), recompute
     assert kept_bytes["full"] < kept_bytes["selective"] < kept_bytes["none"] == kept_bytes["replay"]
+
+
+# ---- dropped branches ------------------------------------------------------------------------------------------------
+
+DEPTH = 2
+
+
+def with_factors(keep_LI, images=None):
+    return dataclasses.replace(packed(images or random_images(GRIDS), GRIDS), keep_LI=torch.from_numpy(keep_LI))
+
+
+def test_factors_of_one_change_nothing(encode):
+    ones_LI = np.ones((2 * DEPTH, len(GRIDS)), np.float32)
+    assert torch.equal(encode(with_factors(ones_LI)), encode(packed(random_images(GRIDS), GRIDS)))
+
+
+def test_an_image_without_branches_is_its_embedding(tower, encode):
+    """And its neighbours are what they were, to the bit."""
+    keep_LI = np.ones((2 * DEPTH, len(GRIDS)), np.float32)
+    keep_LI[:, 1] = 0
+    before_ND, after_ND = encode(packed(random_images(GRIDS), GRIDS)), encode(with_factors(keep_LI))
+    first, last = BORDERS[1:3]
+    with torch.no_grad():
+        embedded_ND = tower.encoder.final_norm(tower.encoder.embed(packed(random_images(GRIDS), GRIDS).patches_NP))
+    assert torch.equal(after_ND[first:last], embedded_ND[first:last])
+    before_ND[first:last] = after_ND[first:last]
+    assert torch.equal(after_ND, before_ND)
+
+
+def test_each_factor_is_of_one_branch_of_one_block(tower, encode):
+    """Attention and MLP of each block in turn: a factor is as good as a scaled output matrix."""
+    outputs = [matrix for block in tower.encoder.blocks for matrix in (block.projection, block.mlp_down)]
+    images = packed(random_images(GRIDS), GRIDS)
+    for branch, matrix in enumerate(outputs):
+        keep_LI = np.ones((2 * DEPTH, len(GRIDS)), np.float32)
+        keep_LI[branch] = 2.0  # a power of two scales without rounding
+        found_ND = encode(with_factors(keep_LI))
+        with torch.no_grad():
+            for parameter in matrix.parameters():
+                parameter.mul_(2.0)
+            wanted_ND = encode(images)
+            for parameter in matrix.parameters():
+                parameter.mul_(0.5)
+        torch.testing.assert_close(found_ND, wanted_ND, rtol=0, atol=1e-6)
+        assert (found_ND - encode(images)).abs().max() > 1e-3
+
+
+def test_recomputation_drops_the_same_branches():
+    keep_LI, gradients = drop_path_factors(DEPTH, 0.6, np.arange(len(GRIDS))[:, None]), {}
+    assert (keep_LI == 0).any() and (keep_LI > 1).any()
+    for recompute in RECOMPUTE:
+        tower = toy_tower(recompute)
+        tower(with_factors(keep_LI)).square().sum().backward()
+        gradients[recompute] = torch.cat([parameter.grad.flatten() for parameter in tower.parameters()])
+        assert torch.equal(gradients[recompute], gradients["none"]), recompute
+
+
+def test_factors_stay_fp32_beside_bf16_weights():
+    """bf16 would round 1 / (1 - p), and so be biased; the sum is rounded once."""
+    x_ND, branch_ND = torch.randn(2, 100, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    keep_N = torch.full((100,), 1 / 0.9)
+    added_ND = blocks._AddKept.apply(x_ND, branch_ND, keep_N)
+    assert added_ND.dtype == torch.bfloat16
+    assert torch.equal(added_ND, (x_ND.float() + branch_ND.float() * keep_N[:, None]).bfloat16())
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_impossible_drop_rates_are_refused(rate):
+    with pytest.raises(ValueError, match=rf"model.encoder.drop_path={rate}"):
+        ViTConfig(drop_path=rate)
 
 
 # ---- the LLM -------------------------------------------------------------------------------------------------------

@@ -66,3 +66,11 @@ def packed(images: list[np.ndarray], grids_I2, shift_I2=None) -> PackedImages:
     if shift_I2 is not None:
         positions_N2 = positions_N2 + np.repeat(np.asarray(shift_I2, np.int32), patches_I, axis=0)
     return PackedImages.of(np.concatenate(images), positions_N2, patches_I, CPU)
+
+
+def to_meta(value):
+    """The same input without its numbers: a model that runs on it has read nothing back from the device."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: to_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value.to("meta") if isinstance(value, torch.Tensor) else value

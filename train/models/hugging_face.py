@@ -1,0 +1,116 @@
+"""Models of Hugging Face transformers from a local folder: safetensors only, nothing fetched, no foreign code.
+
+A pickle can run code when it is read, and `trust_remote_code` runs what the folder holds; neither is ever done.  Every
+way in which a folder cannot serve is a ValueError of one sentence that begins with what the caller calls it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def transformers_for(what: str) -> ModuleType:
+    """The library, for the setting `what`."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"{what}: needs Hugging Face transformers: pip install 'tandem[hf]'") from error
+    return transformers
+
+
+def weight_names(folder: Path, what: str) -> set[str]:
+    """Names of the tensors in a folder's safetensors files, as they are written there."""
+    if not folder.is_dir():
+        raise ValueError(f"{what}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{what}: has no config.json, which save_pretrained writes beside the weights")
+    files = [*folder.glob("model*.safetensors")]
+    if not files:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{what}: has its weights only as a pickle ({pickles[0]}), which can run code when it is read; "
+                "save the model again as safetensors"
+            )
+        raise ValueError(f"{what}: has no model.safetensors")
+    names: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{what}: {path.name} cannot be read: {first_line(error)}") from error
+    return names
+
+
+def read_config(folder: Path, what: str):
+    """The folder's configuration as transformers understands it."""
+    transformers = transformers_for(what)
+    try:
+        with _quiet():
+            return transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"{what}: config.json is of no model that transformers has: {first_line(error)}") from error
+
+
+def load(model_class: type, folder: Path, what: str, *, unused: tuple[str, ...] = (), **settings) -> nn.Module:
+    """The model with the folder's weights on the CPU; settings go to its configuration, or are `dtype`.
+
+    unused: substrings of names of weights that nobody will use, which the folder may lack.  What else it lacks
+    transformers would draw at random: that is refused.
+    """
+    try:
+        with _quiet():
+            model, info = model_class.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **LOCAL, **settings
+            )
+    except (ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        why = first_line(error)
+        if "mismatch" in str(error):  # the first line does not say so, or refers to a report that was printed
+            why = "its weights are of other sizes than config.json says"
+        raise ValueError(f"{what}: cannot be loaded as {model_class.__name__}: {why}") from error
+    missing = sorted(name for name in info["missing_keys"] if not any(part in name for part in unused))
+    if missing:
+        raise ValueError(
+            f"{what}: has no weights for {len(missing)} tensors of {model_class.__name__}: {missing[0]} ..."
+        )
+    return model
+
+
+def single_number(value, what: str, key: str) -> int:
+    """A size that may be written once or as an equal pair."""
+    sizes = set(value) if isinstance(value, (list, tuple)) else {value}
+    if len(sizes) != 1 or not isinstance(number := sizes.pop(), int) or number < 1:
+        raise ValueError(
+            f"{what}: {key}={value} in config.json: must be one number, square images and patches are wanted"
+        )
+    return number
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' reports of weights it did not use, and its progress bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, for a sentence of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
