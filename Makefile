@@ -20,7 +20,13 @@ DIGITS := read count
 comma := ,
 digit_shards = [$(subst $() ,$(comma),$(foreach task,$(DIGITS),$(SHARDS)/$(1)/$(task)-*.tar))]
 
-.PHONY: toy learn test soak lint clean
+# The encoder's own stages: how to start one, and how its encoder is scored on scans that were held out.
+VIT = $(BIN)/torchrun --standalone --nproc-per-node $(TOY_RANKS) launch/pretrain.py scale=toy logger.every=100 \
+	optim.min_lr=1e-5 run.dir=runs/$@ +recipe=$@
+SCORE = $(BIN)/python launch/evaluate.py runs/$@ --data '$(SHARDS)/vision/heldout/digit-*.tar'
+PROMPTS := --template 'a photo of the digit {}' --template 'a handwritten {}' --template 'the digit {} in ink'
+
+.PHONY: toy learn vit_mim vit_contrastive vit_omni test soak lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +52,28 @@ learn: $(VENV)/installed $(SHARDS)/tokenizer.json
 		--at-least 0.9 --exchanged-at-most 0.25
 	$(BIN)/python launch/plot.py runs/learn
 
+$(SHARDS)/teacher/config.json: $(SHARDS)/tokenizer.json
+	$(BIN)/python launch/make_teacher.py $(SHARDS)/teacher
+
+# The encoder from scratch, each stage from the last: features of masked patches, captions, then sound as well.
+vit_mim: $(SHARDS)/teacher/config.json
+	rm -rf runs/$@
+	$(VIT) objective.teacher=$(SHARDS)/teacher train.steps=1500 optim.lr=2e-3 optim.warmup_steps=50
+	$(SCORE) --train '$(SHARDS)/vision/train/digit-*.tar'
+	$(BIN)/python launch/plot.py runs/$@
+
+vit_contrastive:
+	rm -rf runs/$@
+	$(VIT) checkpoint.load_from=runs/vit_mim train.steps=2000 optim.lr=1e-3 optim.warmup_steps=50
+	$(SCORE) $(PROMPTS) --picture runs/$@/retrieval.png --at-least 0.92
+	$(BIN)/python launch/plot.py runs/$@
+
+vit_omni:
+	rm -rf runs/$@
+	$(VIT) checkpoint.load_from=runs/vit_contrastive train.steps=400 optim.lr=2e-4 optim.warmup_steps=20
+	$(SCORE) $(PROMPTS) --at-least 0.92
+	$(BIN)/python launch/plot.py runs/$@
+
 test: $(VENV)/installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest
@@ -58,4 +86,4 @@ lint: $(VENV)/installed
 	$(BIN)/python -m ruff check --fix . && $(BIN)/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(SHARDS) runs/toy runs/learn runs/soak *.egg-info
+	rm -rf $(VENV) $(SHARDS) runs/toy runs/learn runs/vit_mim runs/vit_contrastive runs/vit_omni runs/soak *.egg-info

@@ -64,7 +64,7 @@ def worker(folder: Path) -> None:
     from parallel.hybrid_step import hybrid_step
     from parallel.phases import PhaseTimer
     from train.build import build_engines, start_world, train_forward, train_loss
-    from train.staging import to_device
+    from train.rows import to_device
 
     warnings.simplefilter("ignore")
     config, device = settings(), torch.device("cpu")

@@ -93,7 +93,7 @@ def worker() -> None:
     from parallel.hybrid_step import hybrid_step
     from parallel.phases import PhaseTimer
     from train.build import build_engines, start_world, train_forward, train_loss
-    from train.staging import to_device
+    from train.rows import to_device
 
     config = settings()
     device = torch.device("cpu")
@@ -106,7 +106,7 @@ def worker() -> None:
     for repeat in range(REPEATS + 1):
         for balance in (True, False):
             prepared = skewed_step(config, engines.grid, balance)
-            loads[balance] = prepared.routes.load_max_over_mean
+            loads[balance] = prepared.share.routes.load_max_over_mean
             batch, before = to_device(prepared, engines.grid), engines.exchange.elements_delivered
             dist.barrier()
             begin = time.perf_counter()
@@ -155,6 +155,7 @@ def skewed_step(config, grid, balance: bool):
     from parallel.routes import assign_owners, build_routes
     from train.batch import RowText, rows_of_replica, visual_plan
     from train.feed import PreparedStep
+    from train.rows import RowShare
 
     tokens = SIDE * SIDE // 4
     rows_RMB = [
@@ -207,9 +208,10 @@ def skewed_step(config, grid, balance: bool):
         loss_mask=np.ones(shape, bool),
         domain=np.zeros(shape, np.int16),
     )
-    return PreparedStep(
-        plan, routes, images, rows_RMB[grid.place.dp], [text] * config.micro_batches(grid.layout), ROWS * SEQ
+    share = RowShare(
+        image_ids=np.concatenate(routes.chunks), rows=rows[:0], digest=0, routes=routes, rows_MB=rows_RMB[grid.place.dp]
     )
+    return PreparedStep(plan, share, images, [text] * config.micro_batches(grid.layout), ROWS * SEQ)
 
 
 def print_steps(config, times, phases, loads, sent, expected) -> None:

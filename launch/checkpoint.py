@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         if name == "export":
             command.add_argument("folder", help="new folder to write into")
             command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
-            command.add_argument("--modules", nargs="+", choices=checkpoint.MODULES, default=checkpoint.MODULES)
+            command.add_argument("--modules", nargs="+", help="such as encoder adapter llm (default: all there are)")
             command.add_argument("--file-gb", type=float, default=5.0, help="largest file (default 5)")
         if name == "prune":
             command.add_argument("--keep", type=int, required=True, help="newest undamaged ones to keep, at least 1")
@@ -137,7 +137,10 @@ def export(arguments) -> int:
         raise ValueError(f"{folder} is not empty: name a new folder")
     if wrong := damage(reader.path):
         raise ValueError("; ".join(wrong))
-    names = [name for name in reader.tensors if name.partition(".")[0] in arguments.modules]
+    modules = set(arguments.modules or reader.modules)
+    if unknown := modules - reader.modules:
+        raise ValueError(f"--modules {' '.join(unknown)}: the checkpoint has {' '.join(sorted(reader.modules))}")
+    names = [name for name in reader.tensors if name.partition(".")[0] in modules]
     files, size = [[]], 0
     for name in sorted(names):
         count = reader.numel(name) * dtype.itemsize

@@ -1,10 +1,16 @@
-"""Scores a checkpoint on held-out shards, with the right images and, as a control, with exchanged ones:
+"""Scores a checkpoint on held-out data.  Of a run with a language model, loss and exact match of its answers, with the
+right images and, as a control, with exchanged ones:
 
     python launch/evaluate.py RUN data.sources.main.shards='[shards/toy/heldout/read-0000.tar]'
 
+Of a run of the encoder alone (vit_mim, vit_contrastive, vit_omni), zero-shot classification, retrieval, and with
+--train a linear probe; on folders of classes, or on shards, which need no index:
+
+    python launch/evaluate.py RUN --data HELDOUT --train TRAIN
+
 RUN is a run directory or one of its checkpoints; settings come from the run's config.yaml and can be overridden by
-key=value.  Runs in one process, or under torchrun in any layout with cp = 1.  Prints a table and writes
-evaluation.json into the run directory.
+key=value.  Prints a table and writes evaluation.json into the run directory.  Encoders are scored in one process,
+language models in one or under torchrun in any layout with cp = 1.
 """
 
 import argparse
@@ -28,42 +34,91 @@ from train.feed import AgreedError
 
 RESULT = "evaluation.json"
 ONE_PROCESS = ("tp", "pp", "vpp", "ep", "cp")
+WIDTH = 150  # of tables in a pipe or file
+ENCODER_ONLY = ("data", "train", "template", "templates", "classes", "features", "weights", "picture")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run directory or checkpoint")
-    parser.add_argument("overrides", nargs="*", help="settings as key=value, as in data.sources.main.shards='[a.tar]'")
-    parser.add_argument("--at-least", type=float, default=0.0, help="exact match over all that fails the command below")
-    parser.add_argument("--exchanged-at-most", type=float, default=1.0, help="the same, above, with exchanged images")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)  # settings may stand behind options
     try:
-        scores = report(arguments.run, arguments.overrides)
+        path = checkpoint.resolve(arguments.run)
+        config = settings_of(path, arguments.overrides)
+        missed = (score_encoder if config.is_vision else score_language)(config, path, arguments)
     except (ValueError, AgreedError) as error:
         sys.exit(f"error: {error}")
-    right, exchanged = (scores[kind]["all"]["exact_match"] for kind in ("images", "exchanged images"))
-    if right < arguments.at_least or exchanged > arguments.exchanged_at_most:
-        sys.exit(
-            f"error: exact match {right:.1%} (at least {arguments.at_least:.1%} wanted), with exchanged images "
-            f"{exchanged:.1%} (at most {arguments.exchanged_at_most:.1%} wanted)"
-        )
+    if missed:
+        sys.exit(f"error: {missed}")
 
 
-def report(run: str, overrides: list[str]) -> dict:
-    """Evaluates and returns {"images": scores, "exchanged images": scores}, printed and written by rank 0."""
-    path = checkpoint.resolve(run)
-    config = settings_of(path, overrides)
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("run", help="run directory or checkpoint")
+    out.add_argument("overrides", nargs="*", help="settings as key=value, as in data.sources.main.shards='[a.tar]'")
+    least = "fails the command below this: exact match over all; of an encoder zero-shot accuracy, or else the probe's"
+    out.add_argument("--at-least", type=float, default=0.0, help=least)
+    language = out.add_argument_group("runs with a language model")
+    language.add_argument("--exchanged-at-most", type=float, help="fails above this exact match with exchanged images")
+    encoder = out.add_argument_group("runs of the encoder alone, each of the first four as often as needed")
+    place = "folder of classes, folder of shards, or shards by a path with braces and globs"
+    encoder.add_argument("--data", action="append", metavar="PLACE", help=f"what is scored: {place}")
+    encoder.add_argument("--train", action="append", metavar="PLACE", help="likewise, what a linear probe is fitted on")
+    encoder.add_argument("--template", action="append", help="prompt of a class, as in 'a photo of {}'")
+    encoder.add_argument("--templates", action="append", metavar="FILE", help="file with a template a line")
+    encoder.add_argument("--classes", metavar="FILE", help="file with a class a line: label, or label, tab and name")
+    encoder.add_argument(
+        "--features", choices=("patches", "pooled"), help="of the probe: mean of patches (default), or embedding"
+    )
+    encoder.add_argument("--weights", choices=("param", "ema"), help="those trained (default), or their running mean")
+    encoder.add_argument("--picture", metavar="FILE", help="PNG to write: images with their best captions")
+    return out
+
+
+def score_encoder(config: Config, path: Path, arguments: argparse.Namespace) -> str | None:
+    """Evaluates a run of the encoder alone; what was missed of --at-least, in words."""
+    from launch import evaluate_encoder
+
+    if arguments.exchanged_at_most is not None:
+        raise ValueError(f"--exchanged-at-most: a run of {config.recipe} has no answers to compare")
+    scores = evaluate_encoder.evaluate(config, path, arguments)
+    write(path, scores, *evaluate_encoder.tables(scores))
+    for key, what in (("skipped", "samples cannot be used"), ("unheard", "videos without sound")):
+        if count := scores[key]["count"]:
+            print(f"{count} {what}, the first: {scores[key]['samples'][0]['name']}: {scores[key]['samples'][0]['why']}")
+    if not arguments.at_least:
+        return None
+    what, value = evaluate_encoder.headline(scores)
+    return None if value >= arguments.at_least else f"{what} {value:.1%} (at least {arguments.at_least:.1%} wanted)"
+
+
+def score_language(config: Config, path: Path, arguments: argparse.Namespace) -> str | None:
+    """Evaluates a run with a language model; what was missed of the limits, in words."""
+    for name in ENCODER_ONLY:
+        if getattr(arguments, name) is not None:
+            hint = "name shards as data.sources.main.shards='[...]'"
+            raise ValueError(f"--{name} is for runs of the encoder alone, and this is one of {config.recipe}; {hint}")
     scores = evaluate_checkpoint(config, path)
+    right, exchanged = (scores[kind]["all"]["exact_match"] for kind in ("images", "exchanged images"))
     if int(os.environ.get("RANK", "0")) == 0:
-        target = run_directory(path) / RESULT
         shards = {name: source.shards for name, source in config.data.sources.items()}
-        target.write_text(json.dumps({"checkpoint": str(path), "shards": shards, **scores}, indent=2) + "\n")
-        Console().print(table(scores))
+        write(path, {"checkpoint": str(path), "shards": shards, **scores}, table(scores))
         left_out = {key: scores["images"]["all"][key] for key in ("unreadable", "refused")}
         if any(left_out.values()):
             print(f"not scored: {left_out['unreadable']} unreadable samples, {left_out['refused']} longer than a row")
-        print(f"written to {target}")
-    return scores
+    most = 1.0 if arguments.exchanged_at_most is None else arguments.exchanged_at_most
+    if right >= arguments.at_least and exchanged <= most:
+        return None
+    return (
+        f"exact match {right:.1%} (at least {arguments.at_least:.1%} wanted), with exchanged images {exchanged:.1%} "
+        f"(at most {most:.1%} wanted)"
+    )
+
+
+def write(path: Path, scores: dict, *tables: Table) -> None:
+    """Scores into the run's directory and onto the console."""
+    target = run_directory(path) / RESULT
+    target.write_text(json.dumps(scores, indent=2) + "\n")
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(*tables, sep="\n")
+    print(f"written to {target}")
 
 
 def run_directory(path: Path) -> Path:
@@ -109,7 +164,7 @@ def _score_once(sources: DictConfig, overrides: list[str]) -> None:
 def evaluate_checkpoint(config: Config, path: Path) -> dict:
     """Loads the weights of a checkpoint and scores them both ways."""
     from train.build import build_engines, local_device, open_data, start_world
-    from train.evaluation import answer_forward, answer_report, evaluate
+    from train.evaluation.answers import answer_forward, answer_report, evaluate
 
     layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
     if layout.cp > 1:

@@ -1,4 +1,4 @@
-"""Draws a run as one picture: training loss by data domain, and exact match where the run was evaluated.
+"""Draws a run as one picture: training loss by data domain or by term, and its scores where the run was evaluated.
 
 python launch/plot.py RUN [--out RUN/curve.png]
 """
@@ -33,24 +33,53 @@ def draw(lines: list[dict], evaluation: dict | None, out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2 if evaluation else 1, figsize=(10 if evaluation else 6, 3.6), squeeze=False)
-    domains = sorted({domain for line in lines for domain in line["loss_by_domain"]})
-    for domain in domains:
-        points = [(line["step"], line["loss_by_domain"][domain]) for line in lines if domain in line["loss_by_domain"]]
-        axes[0][0].plot(*running_mean(points), label=domain)
-    axes[0][0].set(xlabel="step", ylabel="loss of trained tokens", ylim=(0, None), title="training")
-    axes[0][0].legend()
+    draw_losses(axes[0][0], lines)
     if evaluation:
-        names = list(evaluation["images"])
-        for shift, kind in ((-0.2, "images"), (0.2, "exchanged images")):
-            values = [evaluation[kind][name]["exact_match"] * 100 for name in names]
-            bars = axes[0][1].bar([place + shift for place in range(len(names))], values, width=0.38, label=kind)
-            axes[0][1].bar_label(bars, fmt="%.1f")
-        axes[0][1].set_xticks(range(len(names)), names)
-        axes[0][1].set(ylabel="exact match, %", ylim=(0, 130), yticks=range(0, 101, 20), title="held-out scans")
-        axes[0][1].legend(loc="upper center", ncols=2)
+        (draw_answers if "images" in evaluation else draw_encoder)(axes[0][1], evaluation)
     figure.tight_layout()
     figure.savefig(out, dpi=110)
     print(f"written to {out}")
+
+
+def draw_losses(axis, lines: list[dict]) -> None:
+    """By data domain; of a run of the encoder alone, by term of its loss."""
+    of_domains = any("loss_by_domain" in line for line in lines)
+    parts = [line["loss_by_domain" if of_domains else "losses"] for line in lines]
+    for name in sorted({name for part in parts for name in part}):
+        points = [(line["step"], part[name]) for line, part in zip(lines, parts, strict=True) if name in part]
+        axis.plot(*running_mean(points), label=name)
+    axis.set(xlabel="step", ylabel="loss of trained tokens" if of_domains else "loss", ylim=(0, None), title="training")
+    axis.legend()
+
+
+def draw_answers(axis, evaluation: dict) -> None:
+    """Exact match by data domain, with the right images and with exchanged ones."""
+    names = list(evaluation["images"])
+    for shift, kind in ((-0.2, "images"), (0.2, "exchanged images")):
+        values = [evaluation[kind][name]["exact_match"] * 100 for name in names]
+        bars = axis.bar([place + shift for place in range(len(names))], values, width=0.38, label=kind)
+        axis.bar_label(bars, fmt="%.1f")
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylabel="exact match, %", ylim=(0, 130), yticks=range(0, 101, 20), title="held-out scans")
+    axis.legend(loc="upper center", ncols=2)
+
+
+def draw_encoder(axis, evaluation: dict) -> None:
+    """Whatever was measured of an encoder, beside chance."""
+    bars = {}
+    if shot := evaluation.get("zero_shot"):
+        bars["zero-shot"] = (shot["top1"], shot["chance"])
+    if probe := evaluation.get("probe"):
+        bars["probe"] = (probe["accuracy"], probe["chance"])
+    for name, found in evaluation.get("retrieval", {}).items():
+        bars[name.replace("_to_", " to\n") + " R@5"] = (found["r5"], found["chance_r5"])
+    for shift, kind, part in ((-0.2, "encoder", 0), (0.2, "chance", 1)):
+        values = [100 * values[part] for values in bars.values()]
+        drawn = axis.bar([place + shift for place in range(len(bars))], values, width=0.38, label=kind)
+        axis.bar_label(drawn, fmt="%.0f", fontsize=8)
+    axis.set_xticks(range(len(bars)), list(bars), fontsize=7)
+    axis.set(ylabel="%", ylim=(0, 130), yticks=range(0, 101, 20), title="held-out data")
+    axis.legend(loc="upper center", ncols=2)
 
 
 def running_mean(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:

@@ -11,7 +11,7 @@ Legend: V visual rows this rank encodes, U rows this rank's leaves hold, D LLM w
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,11 @@ class Engines:
     llm: LLMEngine
     exchange: Exchange
     width: int
+
+    @property
+    def by_name(self) -> dict[str, EncoderEngine | LLMEngine]:
+        """The engines that train and save, by the names that checkpoints know them by."""
+        return {"encoder": self.encoder, "llm": self.llm}
 
 
 @dataclass(frozen=True)
@@ -105,18 +110,13 @@ def hybrid_step(
         _encoder_backward(encoder, batch, kept, grad_VD)
 
     with timer.phase("update"):
-        loss, norms, stop = _agree(engines, reports, stop)
-        loss /= max(batch.trained_tokens, 1)
-        total = math.hypot(*norms.values())
+        grid, loss = engines.grid, torch.zeros((), dtype=torch.float64, device=engines.grid.device)
+        if reports and grid.place.tp == 0:  # ranks of a tensor-parallel group hold equal reports
+            loss = torch.stack([report[0].sum() for report in reports]).sum() / max(batch.trained_tokens, 1)
+        squares = torch.cat([encoder.squared_grad_norms(), llm.squared_grad_norm().double()[None]])
+        loss, norms, stop = agree([*encoder.part_names, "llm"], squares, loss, stop)
         learnt = batch.trained_tokens > 0  # else an update would be weight decay and momentum alone
-        applied = learnt and math.isfinite(loss) and math.isfinite(total) and accept(loss, total)
-        if applied:
-            scale = min(1.0, clip_norm / (total + 1e-6)) if clip_norm > 0 else 1.0
-            encoder.step(scale)
-            llm.step(scale)
-        else:
-            encoder.discard()
-            llm.discard()
+        total, applied = update([encoder, llm], loss, norms, clip_norm, lambda *said: learnt and accept(*said))
     return StepOutput(reports, loss, total, norms, applied, stop)
 
 
@@ -160,19 +160,35 @@ def _encoder_backward(encoder: EncoderEngine, batch: StepInput, kept: list, grad
         place += count
 
 
-def _agree(engines: Engines, reports: list, stop: bool) -> tuple[float, dict[str, float], bool]:
-    """What decides about the update, over the world: loss summed over trained tokens, gradient norm of every part,
-    non-finite where any value is; and whether any rank would stop.
+def agree(
+    names: Sequence[str], squares_P: torch.Tensor, loss: torch.Tensor, stop: bool
+) -> tuple[float, dict[str, float], bool]:
+    """What decides about the update, over the world: the loss, the gradient norm of every part, both non-finite where
+    any value is; and whether any rank would stop.  One reduction for all of it.
 
-    One reduction for all of it.  A report's first row holds sums of losses; ranks of a tensor-parallel group hold equal
-    ones.
+    names: of the parts whose squared norms, this rank's share of them fp64 [P], are given.  loss: this rank's share.
     """
-    grid = engines.grid
-    names = [*engines.encoder.part_names, "llm"]
-    flag_2 = torch.tensor([0.0, float(stop)], dtype=torch.float64, device=grid.device)
-    if reports and grid.place.tp == 0:
-        flag_2[0] = torch.stack([report[0].sum() for report in reports]).sum()
-    sums = torch.cat([engines.encoder.squared_grad_norms(), engines.llm.squared_grad_norm().double()[None], flag_2])
+    flags = torch.stack([loss.double(), torch.full_like(loss, float(stop), dtype=torch.float64)])
+    sums = torch.cat([squares_P, flags])
     dist.all_reduce(sums)
     *squares, loss, wishes = sums.tolist()
     return loss, {name: math.sqrt(square) for name, square in zip(names, squares, strict=True)}, wishes > 0
+
+
+def update(
+    engines: Sequence[EncoderEngine | LLMEngine],
+    loss: float,
+    norms: Mapping[str, float],
+    clip_norm: float,
+    accept: Callable[[float, float], bool],
+) -> tuple[float, bool]:
+    """Updates all engines or none; (joint gradient norm before clipping, whether they were updated)."""
+    total = math.hypot(*norms.values())
+    applied = math.isfinite(loss) and math.isfinite(total) and accept(loss, total)
+    scale = min(1.0, clip_norm / (total + 1e-6)) if clip_norm > 0 else 1.0
+    for engine in engines:
+        if applied:
+            engine.step(scale)
+        else:
+            engine.discard()
+    return total, applied

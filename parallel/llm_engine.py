@@ -62,6 +62,7 @@ class LLMEngine:
         for chunk in self.chunks:
             chunk.requires_grad_(trainable)
         self._models = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in self.chunks]
+        self._shards = [shard for chunk in self.chunks for shard in shards_of(chunk)]
         self._optimizer = None
         if trainable:
             self._wrap(adam)
@@ -211,7 +212,7 @@ class LLMEngine:
 
         Over the ranks every entry comes once.  No collective: this is on the way of the training loop.
         """
-        for shard in self._shards():
+        for shard in self._shards:
             group, once = self._holder(shard)
             owned = self._main(shard.parameter) if self.trainable else None
             if not once or (owned is None and (self.trainable or dist.get_rank(group) != 0)):
@@ -231,17 +232,13 @@ class LLMEngine:
     @torch.no_grad()
     def load(self, read: Callable, optimizer: bool) -> None:
         """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor."""
-        for shard in self._shards():
+        for shard in self._shards:
             for kind in KINDS if optimizer and self.trainable else KINDS[:1]:
                 whole = torch.empty(shard.parameter.shape, dtype=torch.float32)
                 for piece in shard.pieces:
                     part = piece.of_local(whole)
                     part.copy_(read(shard.name, kind, piece.corner(part.dim()), tuple(part.shape)))
                 self._put(shard, kind, whole)
-
-    def _shards(self) -> Iterator[Shard]:
-        for chunk in self.chunks:
-            yield from shards_of(chunk)
 
     def _holder(self, shard: Shard):
         """Data-parallel group that shares this parameter, and whether it, not another copy's group, saves it."""

@@ -2,10 +2,12 @@
 every layout."""
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from data.corpus import Corpus, SourceSettings
 from data.reader import ShardReader
@@ -25,6 +27,7 @@ from train.config import Config
 from train.feed import BATCHES_HELD
 from train.models import llm as llm_model
 from train.models import vision_tower
+from train.models.initial import initialize
 from train.rendezvous import agent_store
 
 
@@ -40,10 +43,12 @@ def open_data(config: Config) -> Data:
     """Loads tokenizer and indexes.  Raises ValueError, in one sentence, for anything missing or that cannot fit."""
     data = config.data
     tokenizer = Tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > config.model.llm.vocab_size:
+    reader = "text" if config.is_vision else "llm"
+    known = getattr(config.model, reader).vocab_size
+    if tokenizer.vocab_size > known:
         raise ValueError(
             f"data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
-            f"model.llm.vocab_size={config.model.llm.vocab_size}"
+            f"model.{reader}.vocab_size={known}"
         )
     sources = [
         SourceSettings(
@@ -63,6 +68,8 @@ def open_data(config: Config) -> Data:
         block_samples=data.block_samples,
         window_shards=data.window_shards,
         too_long=data.too_long,
+        rows="samples" if config.is_vision else "packed",
+        audio_seconds=data.audio_seconds,
     )
     stream = Stream(corpus, settings, tokenizer.stamp_lengths)
     pinning = {"on_new_buffer": pin, "on_old_buffer": unpin} if torch.cuda.is_available() else {}
@@ -99,37 +106,50 @@ def build_engines(config: Config, layout: Layout, device: torch.device, *, forwa
     forward, loss: what the LLM's schedule runs, see `LLMEngine`; `train_forward` and `train_loss` in training.
     """
     grid = build_grid(layout, device, config.train.seed)
-    adam = AdamSettings(
-        lr=config.optim.lr,
-        betas=tuple(config.optim.betas),
-        eps=config.optim.eps,
-        weight_decay=config.optim.weight_decay,
-    )
+    tower = vision_tower.VisionTower(config.model.encoder, config.model.llm.width, config.parallel.encoder.recompute)
+    initialize(tower, config.train.seed)
     return Engines(
         grid=grid,
-        encoder=_encoder_engine(config, grid, adam),
-        llm=_llm_engine(config, grid, adam, forward, loss),
+        encoder=build_encoder_engine(config, tower, device),
+        llm=_llm_engine(config, grid, forward, loss),
         exchange=Exchange(grid.balance),
         width=config.model.llm.width,
     )
 
 
-def _encoder_engine(config: Config, grid: Grid, adam: AdamSettings) -> EncoderEngine:
-    tower = vision_tower.VisionTower(config.model.encoder, config.model.llm.width, config.parallel.encoder.recompute)
-    vision_tower.initialize(tower, config.train.seed)
-    parts = {"encoder": tower.encoder, "adapter": tower.adapter}
+def build_encoder_engine(config: Config, tower: nn.Module, device: torch.device) -> EncoderEngine:
+    """The engine of a tower whose children are its parts (collective over the world)."""
+    parts = dict(tower.named_children())
     for name, part in parts.items():
         part.requires_grad_(name in config.train.trainable)
     return EncoderEngine(
-        tower.to(grid.device),
+        tower.to(device),
         parts,
         zero_stage=config.parallel.encoder.zero_stage,
         precision=config.train.precision,
-        adam=adam,
+        adam=_adam_settings(config),
+        lr_scale=lambda name: layer_lr_scale(name, config.model.encoder.depth, config.optim.layer_decay),
+        ema=config.optim.ema,
     )
 
 
-def _llm_engine(config: Config, grid: Grid, adam: AdamSettings, forward, loss) -> LLMEngine:
+def layer_lr_scale(name: str, depth: int, decay: float) -> float:
+    """Factor of a parameter's learning rate: decay ** (layers of the encoder above it); 1 outside of the encoder.
+
+    The patch embedding lies under all `depth` blocks, the final norm above them (BEiT, Bao et al. 2022).
+    """
+    place = re.match(r"encoder\.(?:blocks\.(\d+)|(patch_embedding))\.", name)
+    if place is None:
+        return 1.0
+    return decay ** (depth + 1 if place[2] else depth - int(place[1]))
+
+
+def _adam_settings(config: Config) -> AdamSettings:
+    optim = config.optim
+    return AdamSettings(lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
+
+
+def _llm_engine(config: Config, grid: Grid, forward, loss) -> LLMEngine:
     model = config.model.llm
     megatron = llm_model.transformer_config(
         model,
@@ -145,7 +165,13 @@ def _llm_engine(config: Config, grid: Grid, adam: AdamSettings, forward, loss) -
         return chunk
 
     return LLMEngine(
-        megatron, grid, build=build, forward=forward, loss=loss, trainable="llm" in config.train.trainable, adam=adam
+        megatron,
+        grid,
+        build=build,
+        forward=forward,
+        loss=loss,
+        trainable="llm" in config.train.trainable,
+        adam=_adam_settings(config),
     )
 
 

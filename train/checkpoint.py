@@ -23,14 +23,14 @@ from safetensors import SafetensorError, safe_open
 
 from parallel import random_state
 from parallel.layout import Layout
+from parallel.state import EMA
 
 if TYPE_CHECKING:  # launch/checkpoint.py reads checkpoints without Megatron-core and DeepSpeed
     from parallel.hybrid_step import Engines
 
 FORMAT = "tandem checkpoint 2"
 MANIFEST = "manifest.json"
-MODULES = ("encoder", "adapter", "llm")
-RANDOM = "random/"  # keys of a rank's random states
+RANDOM, RECIPE = "random/", "recipe/"  # keys of a rank's random states, and in rank 0's file of its recipe's tensors
 NAME = re.compile(r"step-(\d{8})")
 BLOCK = 1 << 22  # bytes; what was summed is still in the cache when it is written
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
@@ -235,13 +235,24 @@ class Reader:
         shape = tuple(self.tensors[name]["shape"]) if name in self.tensors else ()
         return self.read(name, kind, (0,) * len(shape), shape)
 
+    @property
+    def modules(self) -> set[str]:
+        """First words of the tensors' names: encoder, adapter, llm, text ..."""
+        return {name.split(".")[0] for name in self.tensors}
+
     def random_state(self, rank: int) -> dict[str, torch.Tensor]:
         """The random states that a rank saved."""
-        file = file_of(rank)
+        return self._keyed(file_of(rank), RANDOM)
+
+    def recipe_tensors(self) -> dict[str, torch.Tensor]:
+        """What the recipe keeps besides weights, as `Saver.save` got it."""
+        return self._keyed(file_of(0), RECIPE)
+
+    def _keyed(self, file: str, prefix: str) -> dict[str, torch.Tensor]:
         try:
             handle = self._handle(file)
-            keys = [key for key in handle.keys() if key.startswith(RANDOM)]  # noqa: SIM118  (it is no mapping)
-            return {key.removeprefix(RANDOM): handle.get_tensor(key) for key in keys}
+            keys = [key for key in handle.keys() if key.startswith(prefix)]  # noqa: SIM118  (it is no mapping)
+            return {key.removeprefix(prefix): handle.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"checkpoint {self.path}: {file} is damaged: {error}") from error
 
@@ -269,28 +280,45 @@ def box_key(name: str, kind: str, corner: Collection[int]) -> str:
 # ---- into the engines -----------------------------------------------------------------------------------------------
 
 
-def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collection[str] = MODULES) -> None:
+def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collection[str] | None = None) -> list[str]:
     """Takes weights of `modules`, and with `optimizer` Adam's moments and counts, into the engines (collective).
 
-    Raises ValueError where moments are asked for that were not saved, as from a stage that froze the module.
+    modules: None for all that the checkpoint and the engines share.  Returns those taken.
+    Raises ValueError where the two have no module in common, where one that is named is missing, and where moments are
+    asked for that were not saved, as from a stage that froze the module.
     """
-    wanted = {
-        "llm": (engines.llm, "llm" in modules),
-        "encoder": (engines.encoder, bool({"encoder", "adapter"} & set(modules))),
-    }
-    for name, (engine, here) in wanted.items():
-        if here and optimizer and engine.trainable and reader.state.optimizer_steps.get(name) is None:
+    wanted = _modules_of(engines) if modules is None else set(modules)
+    taken = wanted & reader.modules
+    if missing := wanted - taken if modules is not None else set() if taken else wanted:
+        raise ValueError(
+            f"checkpoint {reader.path} of recipe {reader.state.recipe} has no {', '.join(sorted(missing))}; it has "
+            f"{', '.join(sorted(reader.modules))}: see checkpoint.load_modules"
+        )
+    parts_of = {name: taken & set(_parts_of(name, engine)) for name, engine in engines.by_name.items()}
+    for name, engine in engines.by_name.items():
+        moments = optimizer and engine.trainable and parts_of[name]
+        if moments and reader.state.optimizer_steps.get(name) is None:
             raise ValueError(
                 f"checkpoint {reader.path} has no optimizer state of the {name}, frozen in its recipe "
                 f"{reader.state.recipe}; set checkpoint.load_optimizer=false to start with fresh moments"
             )
-    if wanted["llm"][1]:
-        engines.llm.load(lambda name, *box: reader.read(f"llm.{name}", *box), optimizer)
-    if wanted["encoder"][1]:
-        engines.encoder.load(reader.read, optimizer, modules)
-    for name, (engine, here) in wanted.items():
-        if here and optimizer and engine.trainable:
+    for name, engine in engines.by_name.items():
+        if name == "encoder" and parts_of[name]:
+            engine.load(reader.read, optimizer, parts_of[name], lambda tensor: EMA in reader.tensors[tensor]["kinds"])
+        elif parts_of[name]:
+            engine.load(lambda tensor, *box, of=name: reader.read(f"{of}.{tensor}", *box), optimizer)
+        if optimizer and engine.trainable and parts_of[name]:
             engine.optimizer_steps = reader.state.optimizer_steps[name]
+    return sorted(taken)
+
+
+def _parts_of(name: str, engine) -> list[str]:
+    """The modules that an engine holds: the encoder's parts, and any other engine as a whole."""
+    return engine.part_names if name == "encoder" else [name]
+
+
+def _modules_of(engines: "Engines") -> set[str]:
+    return {part for name, engine in engines.by_name.items() for part in _parts_of(name, engine)}
 
 
 def restore_random(reader: Reader, engines: "Engines") -> bool:

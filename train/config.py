@@ -1,56 +1,43 @@
-"""Every setting of a run, typed, and every rule between settings, checked before anything is allocated.
+"""Every setting of a run, typed.
 
 Hydra fills these dataclasses from recipes/ and the command line; an unknown key or a wrong type is refused there.
-`Config.check` holds what types cannot say.  Full-scale values and their sources stand in recipes/.
+What types cannot say stands in `train/checks.py`.  Full-scale values and their sources stand in recipes/.
 """
 
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any
 
 from parallel.layout import Layout
+from train.models.contrastive import ContrastiveConfig
 from train.models.llm import LLMConfig
-from train.models.vision_tower import RECOMPUTE
+from train.models.masked import MimConfig
+from train.models.omni import OmniConfig
+from train.models.text_encoder import TextConfig
 from train.models.vit import ViTConfig
 
-PARTS = ("encoder", "adapter", "llm")
-LEAST = {
-    "train.steps": 1,
-    "train.global_batch_size": 1,
-    "train.micro_batch_size": 1,
-    "train.seq_length": 1,
-    "optim.lr": 0,
-    "optim.min_lr": 0,
-    "optim.warmup_steps": 0,
-    "optim.eps": 0,
-    "optim.weight_decay": 0,
-    "optim.clip_norm": 0,
-    "data.min_patches": 4,
-    "data.max_patches": 4,
-    "data.max_pixels": 1,
-    "data.workers": 0,
-    "data.prefetch": 1,
-    "data.max_skip_rate": 0,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "checkpoint.keep_every": 0,
-    "logger.every": 1,
-    "watchdog.timeout_s": 0,
-    "guard.window": 2,
-    "guard.spike_loss": 0,
-    "guard.spike_norm": 0,
-    "guard.consecutive": 1,
-    "guard.total": 1,
-    "guard.rollbacks": 0,
-    "health.every": 0,
-    "health.slow_factor": 1,
-}
+VISION = ("vit_mim", "vit_contrastive", "vit_omni")  # recipes of the encoder alone
 
 
 @dataclass
 class ModelConfig:
+    """text: the captions' encoder of vit_contrastive and vit_omni.  embedding: width of the space in which images and
+    captions are compared."""
+
     encoder: ViTConfig
     llm: LLMConfig
+    text: TextConfig
+    embedding: int
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the encoder's own stages learn.  teacher of vit_mim: a folder with a Hugging Face vision model, or a run or
+    checkpoint of ours."""
+
+    teacher: str | None
+    mim: MimConfig
+    contrastive: ContrastiveConfig
+    omni: OmniConfig
 
 
 @dataclass
@@ -83,8 +70,9 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """global_batch_size and micro_batch_size count rows of seq_length tokens.  trainable: which of encoder, adapter and
-    llm learn.  recompute: recompute the LLM's layers in the backward."""
+    """global_batch_size and micro_batch_size count rows of seq_length tokens; in the vit recipes samples, of at most
+    seq_length tokens.  trainable: which modules learn, of encoder, adapter and llm, or in the vit recipes of encoder,
+    mim, pool, text, contrastive and omni.  recompute: recompute the LLM's layers in the backward."""
 
     steps: int
     global_batch_size: int
@@ -100,7 +88,8 @@ class TrainConfig:
 @dataclass
 class OptimConfig:
     """AdamW; lr rises over warmup_steps and then follows `schedule` (cosine or constant) to min_lr.  clip_norm: joint
-    over encoder, adapter and LLM, 0 for none."""
+    over all modules, 0 for none.  layer_decay: factor of the learning rate from each layer of the encoder to the one
+    below, 1 for none.  ema: decay of the running mean of encoder weights that is kept beside them, 0 for none."""
 
     lr: float
     min_lr: float
@@ -110,6 +99,8 @@ class OptimConfig:
     eps: float
     weight_decay: float
     clip_norm: float
+    layer_decay: float
+    ema: float
 
 
 @dataclass
@@ -142,9 +133,9 @@ class VideoConfig:
 @dataclass
 class DataConfig:
     """sources: by name, mixed by weight.  block_samples: samples packed together; window_shards: shards of a source
-    shuffled together.  too_long: cut or refuse a sample longer than a row.  workers: processes of a rank that read and
-    decode, 0 for none beside its own thread.  prefetch: steps read ahead.  max_skip_rate: share of unreadable samples
-    above which the run stops."""
+    shuffled together.  too_long: cut or refuse a sample longer than a row.  audio_seconds: most sound read of a video,
+    0 for none.  workers: processes of a rank that read and decode, 0 for none beside its own thread.  prefetch: steps
+    read ahead.  max_skip_rate: share of unreadable samples above which the run stops."""
 
     sources: dict[str, SourceConfig]
     tokenizer: str
@@ -155,6 +146,7 @@ class DataConfig:
     block_samples: int
     window_shards: int
     too_long: str
+    audio_seconds: float
     workers: int
     prefetch: int
     max_skip_rate: float
@@ -164,8 +156,8 @@ class DataConfig:
 class CheckpointConfig:
     """dir: null for <run.dir>/checkpoints.  every: steps between checkpoints, 0 for only the last.  keep: newest ones
     kept; keep_every: and those whose step is a multiple of it.  resume: go on from the newest valid checkpoint in dir.
-    load_from: a run or checkpoint to start from, under any layout; load_modules: which of encoder, adapter and llm to
-    take; load_optimizer: their Adam moments too."""
+    load_from: a run or checkpoint to start from, under any layout; load_modules: which modules to take, null for all
+    that the two share; load_optimizer: their Adam moments too."""
 
     dir: str | None
     every: int
@@ -173,7 +165,7 @@ class CheckpointConfig:
     keep_every: int
     resume: bool
     load_from: str | None
-    load_modules: list[str]
+    load_modules: list[str] | None
     load_optimizer: bool
 
 
@@ -235,6 +227,7 @@ class RunConfig:
 class Config:
     recipe: str
     model: ModelConfig
+    objective: ObjectiveConfig
     parallel: ParallelConfig
     train: TrainConfig
     optim: OptimConfig
@@ -265,114 +258,13 @@ class Config:
         """Micro-batches of one step in one replica."""
         return self.train.global_batch_size // (layout.dp * self.train.micro_batch_size)
 
+    @property
+    def is_vision(self) -> bool:
+        """Whether this is a stage of the encoder alone."""
+        return self.recipe in VISION
+
     def check(self, world: int) -> Layout:
         """The layout.  Raises ValueError, one sentence naming keys and values, for any setting that cannot work."""
-        layout = self.layout(world)
-        for key, least in LEAST.items():
-            if attrgetter(key)(self) < least:
-                raise ValueError(f"{key}={attrgetter(key)(self)}: must be at least {least}")
-        self.model.llm.check(layout)
-        self._check_parallel(layout)
-        self._check_batch(layout)
-        self._check_choices()
-        if self.watchdog.patience_s < self.watchdog.timeout_s:
-            raise ValueError(
-                f"watchdog.patience_s={self.watchdog.patience_s} is shorter than watchdog.timeout_s="
-                f"{self.watchdog.timeout_s}"
-            )
-        self._check_data()
-        return layout
+        from train.checks import check
 
-    def _check_parallel(self, layout: Layout) -> None:
-        if self.parallel.sequence_parallel is False and layout.tp > 1:
-            raise ValueError(
-                f"parallel.sequence_parallel=false with parallel.tp={layout.tp}: visual rows and experts need sequence "
-                "parallelism; leave it null"
-            )
-        encoder = self.parallel.encoder
-        if encoder.zero_stage not in (1, 2, 3):
-            raise ValueError(f"parallel.encoder.zero_stage={encoder.zero_stage}: must be 1, 2 or 3")
-        if encoder.recompute not in RECOMPUTE:
-            raise ValueError(f"parallel.encoder.recompute={encoder.recompute}: must be one of {', '.join(RECOMPUTE)}")
-        if encoder.chunk_patches < self.data.max_patches:
-            raise ValueError(
-                f"parallel.encoder.chunk_patches={encoder.chunk_patches} is smaller than one image of "
-                f"data.max_patches={self.data.max_patches}"
-            )
-
-    def _check_batch(self, layout: Layout) -> None:
-        t = self.train
-        if t.global_batch_size % (layout.dp * t.micro_batch_size):
-            raise ValueError(
-                f"train.global_batch_size={t.global_batch_size} is not divisible by "
-                f"dp*train.micro_batch_size = {layout.dp}*{t.micro_batch_size}"
-            )
-        row = t.seq_length * t.micro_batch_size
-        parts = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
-        if row % parts:
-            raise ValueError(
-                f"train.seq_length*micro_batch_size = {row} is not divisible by {parts} "
-                f"(parallel.tp={layout.tp}, and twice parallel.cp={layout.cp} where cp > 1)"
-            )
-        count = self.micro_batches(layout)
-        if layout.vpp > 1 and count % layout.pp:
-            raise ValueError(
-                f"parallel.vpp={layout.vpp}: the {count} micro-batches of a replica (train.global_batch_size over "
-                f"dp*train.micro_batch_size) must be a multiple of parallel.pp={layout.pp}"
-            )
-        if self.data.max_patches // 4 + 2 > t.seq_length:
-            raise ValueError(
-                f"train.seq_length={t.seq_length} is shorter than one image of data.max_patches="
-                f"{self.data.max_patches} ({self.data.max_patches // 4} tokens)"
-            )
-
-    def _check_data(self) -> None:
-        data, video = self.data, self.data.video
-        if not data.sources:
-            raise ValueError("data.sources is empty: name at least one source of shards")
-        for name, source in data.sources.items():
-            if not source.shards:
-                raise ValueError(
-                    f"data.sources.{name}.shards is empty: name one or more WebDataset shards (paths or brace "
-                    "patterns) or a .catalog file"
-                )
-        levels = list(video.levels)
-        if not levels or levels != sorted(set(levels), reverse=True) or levels[-1] < 1:
-            raise ValueError(f"data.video.levels={levels}: must be tokens of a frame, falling, at least 1")
-        if not levels[-1] <= video.budget <= self.train.seq_length:
-            raise ValueError(
-                f"data.video.budget={video.budget}: must be from {levels[-1]} (the last of data.video.levels) to "
-                f"train.seq_length={self.train.seq_length}"
-            )
-
-    def _check_choices(self) -> None:
-        choices = (
-            ("data.too_long", self.data.too_long, ("cut", "refuse")),
-            ("train.precision", self.train.precision, ("fp32", "bf16")),
-            ("optim.schedule", self.optim.schedule, ("cosine", "constant")),
-            ("logger.wandb", self.logger.wandb, ("offline", "online", "disabled")),
-        )
-        for key, value, allowed in choices:
-            if value not in allowed:
-                raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}")
-        unknown = set(self.train.trainable) - set(PARTS)
-        if unknown or "adapter" not in self.train.trainable:
-            raise ValueError(
-                f"train.trainable={list(self.train.trainable)}: must name adapter and may name encoder and llm"
-            )
-        self._check_loading()
-        if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
-            raise ValueError(f"optim.betas={list(self.optim.betas)}: must be two numbers from 0 to below 1")
-
-    def _check_loading(self) -> None:
-        modules, trainable = set(self.checkpoint.load_modules), set(self.train.trainable)
-        if not modules or modules - set(PARTS):
-            raise ValueError(
-                f"checkpoint.load_modules={list(self.checkpoint.load_modules)}: must name one or more of "
-                f"{', '.join(PARTS)}"
-            )
-        if self.checkpoint.load_optimizer and trainable - modules:
-            raise ValueError(
-                f"checkpoint.load_optimizer=true with checkpoint.load_modules={list(self.checkpoint.load_modules)}: "
-                f"must name all of train.trainable={list(self.train.trainable)}; set checkpoint.load_optimizer=false"
-            )
+        return check(self, world)

@@ -1,18 +1,17 @@
-"""Steps made ready ahead of time, in a thread: plan, routes, this rank's pixels and text, and agreement of all ranks.
+"""Steps made ready ahead of time, in a thread: plan, this rank's pixels and text, and agreement of all ranks.
 
-Every pixel and every row's text is read by one rank.  Before a step is handed out, ranks compare a digest of its plan
-and tell each other, over gloo groups that only this thread uses, what went wrong: a sample that cannot be read is
-dropped on every rank (its shape stays, its loss does not count), and an error on one rank stops all of them with the
-same sentence.  Then the ranks of a replica that need token ids give each other the rows that they have read.
-
-Legend: M micro-batches, B rows of a micro-batch, S positions of a row.
+Every pixel and every row's text is read by one rank; which, a `Division` says.  Before a step is handed out, ranks
+compare a digest of its plan and tell each other, over gloo groups that only this thread uses, what went wrong: a sample
+that cannot be used is dropped on every rank (its shape stays, its loss does not count), and an error on one rank stops
+all of them with the same sentence.
 """
 
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,27 +21,55 @@ from data.plan import StepPlan
 from data.reader import Failure, ImageBatch, Pending, RowBatch, ShardReader
 from data.stream import Stream
 from parallel.grid import Grid
-from parallel.routes import Routes, assign_owners, build_routes
-from train.batch import RowText, rows_of_replica, visual_plan
-from train.config import Config
+from train.config import DataConfig
 
 READING = 2  # steps being read at once, so that no worker waits for the slowest image of a step
 BATCHES_HELD = READING + 4  # besides those made ready ahead: handed over, copied, computed and let go
 LEAST_SEEN = 1000  # samples: the rate of unreadable ones is over the latest steps that hold so many
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one rank reads of a step: images and rows by their numbers in the plan.
+
+    digest: of how the step is divided, equal on all ranks.  pixels: a plan of the same shapes whose pixels are read
+    instead, in evaluations.
+    """
+
+    image_ids: np.ndarray
+    rows: np.ndarray
+    digest: int
+    pixels: StepPlan | None = None
+
+
+class Division(Protocol):
+    """How a recipe divides a step over the ranks, and what it makes of the text."""
+
+    def divide(self, plan: StepPlan) -> Share:
+        """This rank's share: a pure function of the plan."""
+
+    def inspect(self, plan: StepPlan, share: Share, text: RowBatch) -> list[Failure]:
+        """Samples whose text this rank has read and that cannot be used."""
+
+    def count(self, share: Share, text: RowBatch) -> int:
+        """Tokens of this rank's share that are trained; of no other rank's."""
+
+    def complete(self, plan: StepPlan, share: Share, text: RowBatch) -> Any:
+        """What the step needs of the text, once all ranks agreed (may be collective on the feed's gloo groups)."""
+
+
 @dataclass
 class PreparedStep:
-    """One step on the host: its plan, this rank's routes, pixels, rows and their text, and what the ranks agreed on.
+    """One step on the host: its plan, this rank's share and pixels, its text as `Division.complete` made it, and what
+    the ranks agreed on.
 
     trained_tokens, bytes_read, skipped: of all ranks.  Call `release` when the pixels are no longer needed.
     """
 
     plan: StepPlan
-    routes: Routes
+    share: Share
     images: ImageBatch
-    rows_MB: np.ndarray
-    text_M: list[RowText] | None
+    text: Any = None
     trained_tokens: int = 0
     bytes_read: int = 0
     skipped: list[Failure] = field(default_factory=list)
@@ -56,8 +83,7 @@ class _Reading:
     """One step that is being read, or the error that planning it met."""
 
     plan: StepPlan | None = None
-    routes: Routes | None = None
-    digest: int = 0
+    share: Share | None = None
     pending: Pending | None = None
     error: str | None = None
 
@@ -74,30 +100,16 @@ class Feed:
     """Iterator over `steps` prepared steps, equal on every rank; `drain` ends it early.
 
     Consume it to its end: its thread enters collectives as long as there are steps to prepare.
-    substitute: for evaluation, maps a plan to the one whose pixels are read instead (same shapes).
     """
 
     def __init__(
-        self,
-        stream: Stream,
-        reader: ShardReader,
-        config: Config,
-        grid: Grid,
-        *,
-        steps: int,
-        substitute: Callable[[StepPlan], StepPlan] | None = None,
+        self, stream: Stream, reader: ShardReader, config: DataConfig, grid: Grid, division: Division, *, steps: int
     ):
         self._stream, self._reader, self._config, self._grid = stream, reader, config, grid
-        self._steps, self._substitute = steps, substitute
-        self._rows_MB = rows_of_replica(
-            grid.layout, grid.place.dp, config.micro_batches(grid.layout), config.train.micro_batch_size
-        )
-        readers = grid.layout.text_ranks(grid.place.dp)
-        mine = readers.index(grid.rank) if grid.text else None
-        self._my_rows = self._rows_MB.reshape(-1)[mine :: len(readers)] if grid.text else self._rows_MB[:0, 0]
+        self._division, self._steps = division, steps
         self._latest: deque[tuple[int, int]] = deque()  # (samples, unreadable ones) of the latest steps
         self._stop = threading.Event()
-        self._ready: queue.Queue = queue.Queue(maxsize=config.data.prefetch)
+        self._ready: queue.Queue = queue.Queue(maxsize=config.prefetch)
         self._aside: list = []  # what `poll` met and cannot hand out
         self._thread = threading.Thread(target=self._run, name="tandem-feed", daemon=True)
         self._thread.start()
@@ -161,20 +173,12 @@ class Feed:
 
     def _begin(self) -> _Reading:
         """Plans the next step and starts to read this rank's part of it."""
-        config, grid = self._config, self._grid
         try:
             plan = self._stream.next_step()
-            chunk_patches = config.parallel.encoder.chunk_patches
-            visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.model.encoder, chunk_patches)
-            owner_I = assign_owners(visual, grid.layout, config.parallel.balance)
-            routes = build_routes(visual, owner_I, grid.layout, grid.rank, len(self._rows_MB), chunk_patches)
-            pixels = self._substitute(plan) if self._substitute else None
-            image_ids = np.concatenate(routes.chunks).astype(np.int64)
-            pending = self._reader.begin(plan, image_ids, self._my_rows, pixels)
+            share = self._division.divide(plan)
+            return _Reading(plan, share, self._reader.begin(plan, share.image_ids, share.rows, share.pixels))
         except Exception as caught:
             return _Reading(error=self._say(caught))
-        digest = (plan.digest() ^ visual.digest(owner_I)) & (2**62 - 1)
-        return _Reading(plan, routes, digest, pending)
 
     def _say(self, error: Exception) -> str:
         return f"rank {self._grid.rank}: {type(error).__name__}: {error}"
@@ -182,19 +186,21 @@ class Feed:
     def _agree(self, reading: _Reading) -> PreparedStep | None:
         """Ends the reading of one step and agrees on it; None where a rank drains.
 
-        Collective on the control group, always; then, where no rank failed, on the text group.
+        Collective on the control group, always; then, where no rank failed, as the division has it.
         """
         images, text, error, failures = None, None, reading.error, {}
         if error is None:
             try:
                 images, text = self._reader.finish(reading.pending)
-                failures = {failure.sample: failure for failure in (*images.failures, *text.failures)}
+                found = (*self._division.inspect(reading.plan, reading.share, text), *images.failures, *text.failures)
+                failures = {failure.sample: failure for failure in found}
             except Exception as caught:
                 error = self._say(caught)
         whole = images is not None
-        count = int(text.trained.sum()) if whole else 0
+        count = self._division.count(reading.share, text) if whole else 0
         bytes_read = images.bytes_read + text.bytes_read if whole else 0
-        mine = torch.tensor([reading.digest, len(failures), error is not None, self._stop.is_set(), count, bytes_read])
+        digest = (reading.plan.digest() ^ reading.share.digest) & (2**62 - 1) if reading.share else 0
+        mine = torch.tensor([digest, len(failures), error is not None, self._stop.is_set(), count, bytes_read])
         seen_W6 = [torch.empty_like(mine) for _ in range(self._grid.layout.world)]
         dist.all_gather(seen_W6, mine, group=self._grid.control)
         seen_W6 = torch.stack(seen_W6)
@@ -209,30 +215,30 @@ class Feed:
             raise AgreedError(f"ranks {odd} planned step {reading.plan.step} differently from rank 0")
         if stopped:
             return None
-        prepared = PreparedStep(reading.plan, reading.routes, images, self._rows_MB, None)
+        prepared = PreparedStep(reading.plan, reading.share, images)
         prepared.trained_tokens, prepared.bytes_read = seen_W6[:, 4:].sum(dim=0).tolist()
         if seen_W6[:, 1].any():
             self._drop(prepared, text, failures)
         self._check_rate(prepared)
-        prepared.text_M = self._share(reading.plan, text)
+        prepared.text = self._division.complete(reading.plan, reading.share, text)
         return prepared
 
     def _drop(self, prepared: PreparedStep, text: RowBatch, failures: dict[int, Failure]) -> None:
         """Takes the samples that any rank could not read out of the loss, on every rank."""
         dropped = {sample: failure for told in self._tell(failures) for sample, failure in told.items()}
         prepared.skipped = [dropped[sample] for sample in sorted(dropped)]
-        plan = prepared.plan
+        plan, rows = prepared.plan, prepared.share.rows
         for sample in dropped:
-            for place in np.flatnonzero(self._my_rows == plan.row_S[sample]):
+            for place in np.flatnonzero(rows == plan.row_S[sample]):
                 start = int(plan.start_S[sample])
                 text.trained[place, start : start + int(plan.length_S[sample])] = False
-        count = torch.tensor([int(text.trained.sum())])
+        count = torch.tensor([self._division.count(prepared.share, text)])
         dist.all_reduce(count, group=self._grid.control)
         prepared.trained_tokens = int(count)
 
     def _check_rate(self, prepared: PreparedStep) -> None:
         """AgreedError where too many of the latest samples could not be read: a lost disk is noticed at once."""
-        latest, rate = self._latest, self._config.data.max_skip_rate
+        latest, rate = self._latest, self._config.max_skip_rate
         latest.append((prepared.plan.length_S.size, len(prepared.skipped)))
         while sum(samples for samples, _ in latest) - latest[0][0] >= LEAST_SEEN:
             latest.popleft()
@@ -241,24 +247,6 @@ class Feed:
             prepared.release()
             sentence = f"{skipped} of the latest {seen} samples could not be read, above data.max_skip_rate={rate}"
             raise AgreedError(f"{sentence}; the last one: {prepared.skipped[-1].sentence}", prepared.skipped)
-
-    def _share(self, plan: StepPlan, text: RowBatch) -> list[RowText] | None:
-        """Every micro-batch's text, on ranks that need it: each has read some of the replica's rows."""
-        if self._grid.text is None:
-            return None
-        rows = self._rows_MB.reshape(-1)
-        ranks = dist.get_world_size(self._grid.text)
-        tokens, trained = text.tokens, text.trained
-        if ranks > 1:
-            mine = np.zeros((-(-len(rows) // ranks), plan.seq_length), np.int32)
-            mine[: len(tokens)] = 2 * tokens + trained
-            parts = [torch.empty(mine.shape, dtype=torch.int32) for _ in range(ranks)]
-            dist.all_gather(parts, torch.from_numpy(mine), group=self._grid.text)
-            both = torch.stack(parts, dim=1).flatten(0, 1)[: len(rows)].numpy()  # row i is rank i % ranks' i // ranks
-            tokens, trained = both >> 1, (both & 1).astype(bool)
-        pad, b = self._reader.tokenizer.pad_id, self._rows_MB.shape[1]
-        cuts = [slice(i, i + b) for i in range(0, len(rows), b)]
-        return [RowText.of(plan, rows[cut], tokens[cut], trained[cut], pad) for cut in cuts]
 
     def _tell(self, mine) -> list:
         everyone = [None] * self._grid.layout.world

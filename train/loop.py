@@ -3,7 +3,6 @@
 `run` is what launch/pretrain.py calls on every rank; `train` is the loop itself.
 """
 
-import functools
 import gc
 import os
 import time
@@ -13,20 +12,22 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallel.hybrid_step import Engines, StepOutput, hybrid_step
+from parallel.hybrid_step import StepOutput
 from parallel.layout import Layout
 from parallel.phases import PhaseTimer
 from train import checkpoint, guards, watchdog
-from train.build import Data, build_engines, local_device, open_data, start_world, train_forward, train_loss
+from train.build import Data, local_device, open_data, start_world
 from train.config import Config
-from train.feed import AgreedError, Feed
+from train.feed import AgreedError
 from train.health import Health
 from train.metrics import Logger, StepMetrics
 from train.saving import Saver
 from train.schedule import learning_rate
-from train.staging import Staging
+from train.stages import Stage
+from train.stages.build import build_stage
 from train.start import Places, Position, agree_on_places, go_back, restore
 from train.stopping import end_launcher, follow_launcher, stop_wish
+from train.towers import check_folders
 from train.watchdog import Heartbeat
 
 COLLECT_EVERY = 50  # steps between garbage collections, on all ranks at once
@@ -37,7 +38,7 @@ class Run:
     """What the loop works with."""
 
     config: Config
-    engines: Engines
+    stage: Stage
     data: Data
     places: Places
     saver: Saver
@@ -53,6 +54,7 @@ def run(config: Config) -> str:
     layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
     launcher = follow_launcher()
     with watchdog.watch(config.watchdog.timeout_s, config.watchdog.patience_s) as heartbeat:
+        check_folders(config)
         data = open_data(config)
         load_from = config.checkpoint.load_from
         start = checkpoint.Reader(checkpoint.resolve(load_from)) if load_from else None
@@ -81,19 +83,18 @@ def run_in_world(
     places = agree_on_places(config)
     heartbeat.place(places.run_dir, places.attempt)
     heartbeat.beat("build")
-    loss = functools.partial(train_loss, domains=len(data.stream.domains))
-    engines = build_engines(config, layout, device, forward=train_forward, loss=loss)
+    stage = build_stage(config, layout, device, data)
     keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
-    saver = Saver(places.folder, engines, recipe=config.recipe, **keep)
+    saver = Saver(places.folder, stage.engines, recipe=config.recipe, **keep)
     heartbeat.beat("restore")
-    position, damaged = restore(config, engines, data, start, saver, places)
-    logger = Logger(config, places, engines.grid.rank, position)
+    position, told = restore(config, stage, data, start, saver, places)
+    logger = Logger(config, places, stage.engines.grid.rank, position)
     logger.say(
         f"{config.recipe} at {config.scale['name']} scale on {layout.world} ranks, run directory {places.run_dir}"
     )
-    for sentence in damaged:
-        logger.say(f"DAMAGED, an older one is used: {sentence}")
-    status = train(Run(config, engines, data, places, saver, logger, heartbeat), position)
+    for sentence in told:
+        logger.say(sentence)
+    status = train(Run(config, stage, data, places, saver, logger, heartbeat), position)
     data.reader.close()
     return status
 
@@ -105,12 +106,13 @@ def train(run: Run, position: Position) -> str:
     is raised once the steps so far are saved.  Steps that the guards refuse are skipped on all ranks; too many of them
     send the run back to its last checkpoint.
     """
-    config, engines, saver, logger, heartbeat = run.config, run.engines, run.saver, run.logger, run.heartbeat
-    metrics = StepMetrics(config, engines, run.data.stream.domains)
-    timer = PhaseTimer(engines.grid.device, begins=heartbeat.beat)
-    health = Health(run.places.folder, engines.grid.device)
+    config, stage, saver, logger, heartbeat = run.config, run.stage, run.saver, run.logger, run.heartbeat
+    grid = stage.engines.grid
+    metrics = StepMetrics(config, grid)
+    timer = PhaseTimer(grid.device, begins=heartbeat.beat)
+    health = Health(run.places.folder, grid.device)
     step, saved, data, record = position.step, position.step, position.data, position.record
-    staging, failure = _open_feed(run, step), None
+    staging, failure = stage.steps(config.train.steps - step), None
     with stop_wish() as stop, _quiet_collector():
         begin = time.perf_counter()
         while True:
@@ -123,7 +125,7 @@ def train(run: Run, position: Position) -> str:
                 logger.unreadable(error.skipped)
                 failure = error
                 break
-            lr = _set_lr(config, engines, step)
+            lr = _set_lr(run, step)
             output = _step(run, batch, record, timer, stop.is_set())
             if not output.applied:
                 _tell_skipped(run, step, batch, record, output, timer)
@@ -131,8 +133,9 @@ def train(run: Run, position: Position) -> str:
             prepared.release()
             logger.unreadable(prepared.skipped)
             heartbeat.beat("metrics")
+            facts = stage.facts(prepared, output)
             now, phases = time.perf_counter(), timer.take()
-            logger.log(metrics.numbers(step, lr, now - begin, prepared, output), phases)
+            logger.log(metrics.numbers(step, lr, now - begin, prepared, output, facts), phases)
             health.add(phases)
             begin, step, data = now, step + 1, prepared.plan.state_after
             heartbeat.step_done(step)
@@ -148,7 +151,7 @@ def train(run: Run, position: Position) -> str:
                     failure = error
                     break
                 step, saved, data, record = position.step, position.step, position.data, position.record
-                staging, begin = _open_feed(run, step), time.perf_counter()
+                staging, begin = stage.steps(config.train.steps - step), time.perf_counter()
                 continue
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 _save(run, step, data, record)
@@ -172,23 +175,13 @@ def train(run: Run, position: Position) -> str:
     return status
 
 
-def _open_feed(run: Run, step: int) -> Staging:
-    config, data, grid = run.config, run.data, run.engines.grid
-    return Staging(Feed(data.stream, data.reader, config, grid, steps=config.train.steps - step), grid)
-
-
 def _step(run: Run, batch, record: guards.Record, timer: PhaseTimer, stop: bool, update: bool = True) -> StepOutput:
-    """One hybrid step, applied if the guards have nothing against it."""
-    config = run.config
-    return hybrid_step(
-        run.engines,
-        batch,
-        clip_norm=config.optim.clip_norm,
-        replay=config.parallel.encoder.recompute == "replay",
-        stop=stop,
-        timer=timer,
-        accept=lambda loss, norm: update and guards.verdict(config.guard, record, loss, norm) is None,
-    )
+    """One step, applied if the guards have nothing against it."""
+
+    def accept(loss: float, norm: float) -> bool:
+        return update and guards.verdict(run.config.guard, record, loss, norm) is None
+
+    return run.stage.step(batch, timer=timer, stop=stop, accept=accept)
 
 
 def _tell_skipped(run: Run, step: int, batch, record: guards.Record, output: StepOutput, timer: PhaseTimer) -> None:
@@ -215,7 +208,7 @@ def _roll_back(run: Run, why: str, step: int, data: dict) -> Position:
         if before >= run.config.guard.rollbacks:
             raise AgreedError(f"{why} after {before} rollbacks to step {target}; guard.rollbacks allows no more")
         run.places.rollbacks.append((target, data))
-        position = go_back(run.config, run.engines, run.data, newest, run.places.rollbacks)
+        position = go_back(run.config, run.stage, run.data, newest, run.places.rollbacks)
         run.logger.rolled_back(why, step, position)
         cleared = guards.Record(position.record.losses, position.record.norms)
         return Position(position.step, position.data, cleared, newest)
@@ -223,21 +216,21 @@ def _roll_back(run: Run, why: str, step: int, data: dict) -> Position:
 
 def _save(run: Run, step: int, data: dict, record: guards.Record) -> None:
     with run.heartbeat.patient("save"):  # it may have to wait for the write before
-        run.saver.save(step, data, {"guard": record.state()})
+        run.saver.save(step, data, {"guard": record.state()}, run.stage.tensors())
 
 
-def _set_lr(config: Config, engines: Engines, step: int) -> float:
-    optim = config.optim
+def _set_lr(run: Run, step: int) -> float:
+    optim = run.config.optim
     lr = learning_rate(
         step,
         lr=optim.lr,
         min_lr=optim.min_lr,
         warmup_steps=optim.warmup_steps,
-        total_steps=config.train.steps,
+        total_steps=run.config.train.steps,
         schedule=optim.schedule,
     )
-    engines.encoder.set_lr(lr)
-    engines.llm.set_lr(lr)
+    for engine in run.stage.engines.by_name.values():
+        engine.set_lr(lr)
     return lr
 
 

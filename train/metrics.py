@@ -12,83 +12,56 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.reader import Failure
-from parallel.hybrid_step import Engines, StepOutput
+from parallel.grid import Grid
+from parallel.hybrid_step import StepOutput
 from train import history
 from train.config import Config
 from train.feed import PreparedStep
-from train.flops import device_peak_tflops, step_flops
+from train.flops import device_peak_tflops
 from train.health import Slow
 from train.history import History
+from train.stages import StepFacts
 from train.start import Places, Position
 from train.stopping import launch_id
 
 
 class StepMetrics:
-    """The numbers of one step, equal on all ranks where they need a reduction (collective)."""
+    """The numbers of one step, equal on all ranks."""
 
-    def __init__(self, config: Config, engines: Engines, domains: tuple[str, ...]):
-        self._config, self._engines, self._domains = config, engines, domains
-        peak = config.logger.peak_tflops or device_peak_tflops(engines.grid.device)
-        self._peak_flops = peak * 1e12 * engines.grid.layout.world
+    def __init__(self, config: Config, grid: Grid):
+        peak = config.logger.peak_tflops or device_peak_tflops(grid.device)
+        self._peak_flops = peak * 1e12 * grid.layout.world
         self._skipped = 0
 
-    def numbers(self, step: int, lr: float, seconds: float, prepared: PreparedStep, output: StepOutput) -> dict:
+    def numbers(
+        self, step: int, lr: float, seconds: float, prepared: PreparedStep, output: StepOutput, facts: StepFacts
+    ) -> dict:
         """One line of metrics.jsonl."""
-        config, plan = self._config, prepared.plan
-        loss_D, trained_D = self._by_domain(output.reports)
         self._skipped += len(prepared.skipped)
-        tokens = config.train.global_batch_size * config.train.seq_length
-        flops = step_flops(
-            config.model.encoder,
-            config.model.llm,
-            config.train.trainable,
-            plan.grid_hw_I2.prod(axis=1, dtype=np.int64),
-            tokens,
-            plan.length_S,
-        )
         return {
             "step": step,
-            "loss": float(loss_D.sum() / max(trained_D.sum(), 1)),
+            "loss": facts.loss,
             "lr": lr,
             "grad_norm": output.grad_norm,
             **{f"grad_norm_{part}": norm for part, norm in output.part_norms.items()},
             "applied": output.applied,
-            "tokens": tokens,
-            "trained_tokens": prepared.trained_tokens,
-            "fill": float(plan.length_S.sum() / tokens),
-            "tokens_per_s": tokens / seconds,
+            "tokens": facts.tokens,
+            "tokens_per_s": facts.tokens / seconds,
             "step_time_s": seconds,
-            "mfu": flops.total / seconds / self._peak_flops,
-            "encoder_flops_share": flops.encoder / flops.total,
-            "encoder_load_max_over_mean": prepared.routes.load_max_over_mean,
-            "images": len(plan.tokens_I),
-            "visual_tokens": int(plan.tokens_I.sum()),
-            "cut": int(plan.cut_S.sum()),
-            "refused": sum(plan.state_after["refused"].values()),
+            "mfu": facts.flops / seconds / self._peak_flops,
+            "encoder_flops_share": facts.encoder_flops / max(facts.flops, 1),
+            "encoder_load_max_over_mean": facts.load_max_over_mean,
+            "images": len(prepared.plan.tokens_I),
+            "refused": sum(prepared.plan.state_after["refused"].values()),
             "bytes_read": prepared.bytes_read,
             "skipped": self._skipped,
-            "loss_by_domain": {
-                name: float(loss / count)
-                for name, loss, count in zip(self._domains, loss_D, trained_D, strict=True)
-                if count
-            },
+            **facts.more,
         }
-
-    def _by_domain(self, reports: list) -> tuple[np.ndarray, np.ndarray]:
-        grid = self._engines.grid
-        totals_2D = torch.zeros(2, len(self._domains), dtype=torch.float64, device=grid.device)
-        if reports and grid.place.tp == 0:
-            totals_2D += torch.stack(reports).sum(dim=0)
-        dist.all_reduce(totals_2D)
-        loss_D, trained_D = totals_2D.cpu().numpy()
-        return loss_D, trained_D
 
 
 class Logger:

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from parallel import random_state
 from parallel.hybrid_step import Engines
 from parallel.state import StateChunk
 from train import checkpoint
-from train.checkpoint import FORMAT, MANIFEST, RANDOM, TrainState, box_key, file_of, step_of, write_file
+from train.checkpoint import FORMAT, MANIFEST, RANDOM, RECIPE, TrainState, box_key, file_of, step_of, write_file
 from train.retention import clean, prune
 
 
@@ -55,21 +56,22 @@ class Saver:
             clean(folder)
 
     @torch.no_grad()
-    def save(self, step: int, position: dict, extra: dict | None = None) -> None:
+    def save(
+        self, step: int, position: dict, extra: dict | None = None, tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Starts checkpoint step-N: returns when the state is copied to host memory.
 
         position: the data's, after this step.  extra: JSON of guards and counters, found again in TrainState.extra.
+        tensors: what the recipe keeps besides weights, equal on all ranks; written by rank 0.
         """
         self.wait()
         chunks, names = self._chunks()
         views = self._host.split([chunk.tensor_N.numel() for chunk in chunks])
         torch._foreach_copy_(list(views), [chunk.tensor_N for chunk in chunks], non_blocking=True)
-        random = random_state.capture()
-        counts = {
-            name: engine.optimizer_steps
-            for name, engine in (("encoder", self._engines.encoder), ("llm", self._engines.llm))
-            if engine.trainable
-        }
+        others = {RANDOM + name: tensor for name, tensor in random_state.capture().items()}
+        if self._rank == 0:
+            others |= {RECIPE + name: tensor.cpu().clone() for name, tensor in (tensors or {}).items()}
+        counts = {name: engine.optimizer_steps for name, engine in self._engines.by_name.items() if engine.trainable}
         state = TrainState(
             step=step,
             data=position,
@@ -82,7 +84,7 @@ class Saver:
             torch.cuda.synchronize()
         snapshot = list(zip(names, chunks, views, strict=True))
         self._thread = threading.Thread(
-            target=self._run, args=(snapshot, random, state), name="tandem-saving", daemon=True
+            target=self._run, args=(snapshot, others, state), name="tandem-saving", daemon=True
         )
         self._thread.start()
 
@@ -124,20 +126,20 @@ class Saver:
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
-    def _run(self, snapshot, random, state: TrainState) -> None:
+    def _run(self, snapshot, others, state: TrainState) -> None:
         try:
-            self._published = self._newest = self._save_together(snapshot, random, state)
+            self._published = self._newest = self._save_together(snapshot, others, state)
         except Exception as error:  # whatever it is, the run goes on with the checkpoint it has
             newest = f"{self._newest.name} stays the newest" if self._newest else "and there is none yet"
             why = error if isinstance(error, NotSavedError) else f"rank {self._rank}: {_words(error)}"
             self._failures.append(f"CHECKPOINT step-{state.step:08d} WAS NOT SAVED, {newest}: {why}")
 
-    def _save_together(self, snapshot, random, state: TrainState) -> Path:
+    def _save_together(self, snapshot, others, state: TrainState) -> Path:
         final = self._folder / f"step-{state.step:08d}"
         staging = self._folder / f".{final.name}.partial"
         self._rank_0_does(lambda: _prepare(staging))
         try:
-            report = (*self._write(staging, snapshot, random), state.optimizer_steps, None)
+            report = (*self._write(staging, snapshot, others), state.optimizer_steps, None)
         except Exception as error:
             report = ([], {}, {}, f"rank {self._rank}: {_words(error)}")
         everyone = [None] * self._engines.grid.layout.world if self._rank == 0 else None
@@ -160,9 +162,9 @@ class Saver:
             raise NotSavedError(outcome[0])
 
     @torch.no_grad()
-    def _write(self, staging: Path, snapshot, random) -> tuple[list, dict]:
+    def _write(self, staging: Path, snapshot, others) -> tuple[list, dict]:
         """Writes this rank's file; (name, kind, shape, corner, size) of its boxes, and the file's size and checksum."""
-        tensors, boxes = {RANDOM + name: tensor for name, tensor in random.items()}, []
+        tensors, boxes = dict(others), []
         for name, chunk, host_N in snapshot:
             for corner, values in dataclasses.replace(chunk, tensor_N=host_N).boxes():
                 tensors[box_key(name, chunk.kind, corner)] = values
@@ -182,8 +184,12 @@ class Saver:
 
     def _chunks(self) -> tuple[list[StateChunk], list[str]]:
         """What this rank saves, and its names in the checkpoint: the first word is the module."""
-        encoder, llm = list(self._engines.encoder.state()), list(self._engines.llm.state())
-        return encoder + llm, [chunk.name for chunk in encoder] + [f"llm.{chunk.name}" for chunk in llm]
+        chunks, names = [], []
+        for name, engine in self._engines.by_name.items():
+            own = list(engine.state())
+            chunks += own
+            names += [chunk.name if name == "encoder" else f"{name}.{chunk.name}" for chunk in own]
+        return chunks, names
 
 
 def verify_together(path: Path, engines: Engines) -> list[str]:

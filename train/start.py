@@ -7,12 +7,13 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from parallel.hybrid_step import Engines
 from train import checkpoint, history, watchdog
 from train.build import Data
+from train.checks import parts_of
 from train.config import Config
 from train.guards import Record
 from train.saving import Saver, verify_together
+from train.stages import Stage
 from train.stopping import launch_id
 
 RUNS = Path("runs")
@@ -86,25 +87,33 @@ def _of_this_launch() -> Path | None:
 
 def restore(
     config: Config,
-    engines: Engines,
+    stage: Stage,
     data: Data,
     start: checkpoint.Reader | None,
     saver: Saver,
     places: Places,
 ) -> tuple[Position, list[str]]:
-    """(position to go on from, sentences about damaged checkpoints): resumes, or starts from `checkpoint.load_from`."""
+    """(position to go on from, what to tell about it): resumes, or starts from `checkpoint.load_from`."""
     newest, damaged = saver.newest_valid()
+    told = [f"DAMAGED, an older one is used: {sentence}" for sentence in damaged]
     if newest is not None:
-        return go_back(config, engines, data, newest, places.rollbacks), damaged
+        return go_back(config, stage, data, newest, places.rollbacks), told
     if start is not None:
-        if wrong := verify_together(start.path, engines):
+        if wrong := verify_together(start.path, stage.engines):
             raise ValueError(f"checkpoint.load_from={config.checkpoint.load_from}: {'; '.join(wrong)}")
         wanted = config.checkpoint
-        checkpoint.load(start, engines, optimizer=wanted.load_optimizer, modules=wanted.load_modules)
-    return Position(0, data.stream.state(), Record()), damaged
+        if wanted.load_optimizer and (new := set(config.train.trainable) - start.modules):
+            raise ValueError(
+                f"checkpoint.load_optimizer=true, but checkpoint {start.path} of recipe {start.state.recipe} has no "
+                f"{', '.join(sorted(new))}; set checkpoint.load_optimizer=false"
+            )
+        taken = checkpoint.load(start, stage.engines, optimizer=wanted.load_optimizer, modules=wanted.load_modules)
+        others = [part for part in parts_of(config.recipe) if part not in taken]
+        told.append(f"{', '.join(taken)} from {start.path}" + (f"; first weights: {', '.join(others)}" * bool(others)))
+    return Position(0, data.stream.state(), Record()), told
 
 
-def go_back(config: Config, engines: Engines, data: Data, path: Path, rollbacks: list[tuple[int, dict]]) -> Position:
+def go_back(config: Config, stage: Stage, data: Data, path: Path, rollbacks: list[tuple[int, dict]]) -> Position:
     """Takes everything from a checkpoint of this run; the data goes on behind what rollbacks to it left out."""
     reader = checkpoint.Reader(path)
     state = reader.state
@@ -113,8 +122,9 @@ def go_back(config: Config, engines: Engines, data: Data, path: Path, rollbacks:
             f"checkpoint.resume=true, but {path} is of recipe {state.recipe}, not {config.recipe}; "
             "start from it with checkpoint.load_from and another run.dir"
         )
-    checkpoint.load(reader, engines, optimizer=True)
-    checkpoint.restore_random(reader, engines)
+    checkpoint.load(reader, stage.engines, optimizer=True)
+    checkpoint.restore_random(reader, stage.engines)
+    stage.load_tensors(reader.recipe_tensors())
     skipped = [position for step, position in rollbacks if step == state.step]
     position = skipped[-1] if skipped else state.data
     data.stream.load_state(position)

@@ -11,9 +11,8 @@ from parallel.phases import PhaseTimer
 from tests.support import settings
 from train import checkpoint
 from train.build import build_engines, open_data, train_forward, train_loss
-from train.feed import Feed
 from train.loop import run_in_world
-from train.staging import to_device
+from train.rows import row_feed, to_device
 from train.watchdog import Heartbeat
 
 
@@ -32,7 +31,7 @@ def build_run(recipe: str, overrides: list[str], steps: int):
     data = open_data(config)
     loss = functools.partial(train_loss, domains=len(data.stream.domains))
     engines = build_engines(config, layout, torch.device("cpu"), forward=train_forward, loss=loss)
-    return config, engines, data, Feed(data.stream, data.reader, config, engines.grid, steps=steps)
+    return config, engines, data, row_feed(data, config, engines.grid, steps=steps)
 
 
 def step_by_hand(config, engines, prepared, lr: float = 1e-3):

@@ -11,6 +11,7 @@ from tests.support import corpus_overrides, read_metrics
 from tests.support import settings as toy_settings
 from train import checkpoint
 from train.build import open_data
+from train.checks import LANGUAGE_PARTS as PARTS
 from train.saving import Saver
 
 SMALL = ["train.seq_length=256", "train.global_batch_size=8", "data.max_patches=64", "optim.lr=1e-3"]
@@ -169,7 +170,7 @@ def load_parts(overrides, source, modules):
     before = weights()
     checkpoint.load(reader, engines, optimizer=False, modules=modules)
     after = weights()
-    loaded, untouched = set(checkpoint.MODULES), set(checkpoint.MODULES)
+    loaded, untouched = set(PARTS), set(PARTS)
     for name, tensor in after.items():
         module = name.partition(".")[0]
         if not torch.equal(tensor, reader.whole(name)):
@@ -185,7 +186,7 @@ def test_parts_are_loaded_alone(corpus, half_way, modules, stage):
     overrides = [*SMALL, *corpus_overrides(corpus), f"parallel.encoder.zero_stage={stage}", "train.seed=5"]
     for loaded, untouched in run_world(load_parts, 2, overrides, checkpoint.resolve(half_way), modules, timeout=180):
         assert loaded == set(modules)
-        assert untouched == set(checkpoint.MODULES) - set(modules)
+        assert untouched == set(PARTS) - set(modules)
 
 
 def test_moments_that_were_never_saved_are_refused(corpus, tmp_path):

@@ -21,7 +21,7 @@ from parallel.grid import build_grid
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, settings
 from train.build import open_data
-from train.feed import Feed
+from train.rows import row_feed
 
 STEPS = 9
 BATCH = ["train.global_batch_size=24", "train.seq_length=256", "data.max_patches=64", "data.block_samples=128"]
@@ -48,7 +48,7 @@ def contents(prepared, grid) -> torch.Tensor:
         sums[0] += zlib.crc32(prepared.images.patches_N588[first : first + count].tobytes())
         first += count
     if grid.is_first_stage and not grid.place.tp and not grid.place.cp:
-        for rows, text in zip(prepared.rows_MB, prepared.text_M, strict=True):
+        for rows, text in zip(prepared.share.rows_MB, prepared.text, strict=True):
             for place, row in enumerate(rows.tolist()):
                 line = (text.tokens, text.labels, text.loss_mask, text.domain)
                 sums[1] += row * zlib.crc32(b"".join(array[place].tobytes() for array in line))
@@ -63,7 +63,7 @@ def live(overrides: list[str], steps: int, position: str, log: str, deadly: bool
     grid = build_grid(config.check(dist.get_world_size()), torch.device("cpu"), 0)
     if Path(position).exists():
         data.stream.load_state(json.loads(Path(position).read_text()))
-    for done, prepared in enumerate(Feed(data.stream, data.reader, config, grid, steps=STEPS), 1):
+    for done, prepared in enumerate(row_feed(data, config, grid, steps=STEPS), 1):
         plan, sums = prepared.plan, contents(prepared, grid).tolist()
         prepared.release()
         assert not prepared.skipped
@@ -129,7 +129,7 @@ def read_an_epoch(overrides: list[str]) -> tuple[int, int]:
     while seen < data.stream.samples_per_epoch:
         seen, steps = seen + data.stream.next_step().shard_S.size, steps + 1
     data.stream.load_state(start)
-    for prepared in Feed(data.stream, data.reader, config, grid, steps=steps):
+    for prepared in row_feed(data, config, grid, steps=steps):
         plan = prepared.plan
         read += prepared.bytes_read
         for shard, sample in sorted(set(zip(plan.shard_S.tolist(), plan.index_S.tolist(), strict=True))):

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from tests.distributed.runs import build_run, step_by_hand, weights_of
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides
-from train.staging import to_device
+from train.rows import to_device
 
 SMALL = ["train.seq_length=256", "train.global_batch_size=4", "data.max_patches=64"]
 
@@ -121,7 +121,7 @@ def step_without_targets(overrides):
     config, engines, _, feed = build_run("stage1", overrides, steps=2)
     step_by_hand(config, engines, next(feed))
     prepared, before = next(feed), weights_of(engines)
-    for text in prepared.text_M or []:
+    for text in prepared.text or []:
         text.loss_mask[:] = False
     prepared.trained_tokens = 0
     return step_by_hand(config, engines, prepared).applied, before, weights_of(engines)

@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200, help="of forked ranks")
     parser.add_argument("--torchrun-kills", type=int, default=10)
     parser.add_argument("--endurance-minutes", type=float, default=12.0)
-    parser.add_argument("--minutes-between-kills", type=float, default=3.0, help="in the endurance part")
+    parser.add_argument("--minutes-between-kills", type=float, default=4.0, help="in the endurance part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/soak", help="folder for logs and result.json")
     options = parser.parse_args(argv)

@@ -19,6 +19,7 @@ from tests.curation_shards import encoded, pair
 from tests.distributed.world import run_torchrun, run_world
 from tests.support import ROOT, corpus_overrides, settings, write_tar
 from train import loop
+from train.towers import check_folders
 
 # ---- settings and files, refused before anything starts -----------------------------------------------------------
 
@@ -124,6 +125,9 @@ def files(corpus, tmp_path_factory):
     (folder / "changed").mkdir()
     shutil.copy(f"{shard}.index", folder / "changed")
     (folder / "changed" / shard.name).write_bytes(shard.read_bytes() + bytes(512))
+    (folder / "pickle").mkdir()
+    (folder / "pickle/config.json").write_text("{}")
+    (folder / "pickle/pytorch_model.bin").write_bytes(b"cos\nsystem\n")
     (folder / "step-00000001").mkdir()
     (folder / "step-00000001" / "manifest.json").write_text("{}")
     return folder
@@ -158,6 +162,40 @@ def test_every_rank_refuses_with_the_same_sentence(name, said, files):
     first, second = said[name]
     assert REFUSED[name][1].format(files=files) in first
     assert first == second and "\n" not in first
+
+
+VIT_REFUSED = {  # name: (recipe, overrides, what the sentence says)
+    "no teacher": ("vit_mim", [], "objective.teacher is missing: name a folder with a Hugging Face vision model"),
+    "missing teacher": ("vit_mim", ["objective.teacher={files}/none"], "none: there is no such folder"),
+    "teacher that is none": ("vit_mim", ["objective.teacher={files}/changed"], "has no config.json"),
+    "teacher in a pickle": ("vit_mim", ["objective.teacher={files}/pickle"], "only as a pickle (pytorch_model.bin)"),
+    "mask of everything": ("vit_mim", ["objective.mim.mask_ratio=1"], "objective.mim.mask_ratio=1.0: must be between"),
+    "reading": ("vit_mim", ["objective.mim.masked=none"], "objective.mim.masked=none: must be one of drop, token"),
+    "layout of an LLM": ("vit_contrastive", ["parallel.tp=2"], "parallel.tp=2: vit_contrastive has no LLM to split"),
+    "micro-batches": ("vit_contrastive", ["train.micro_batch_size=2"], "train.micro_batch_size=2: has no meaning in"),
+    "trainable": ("vit_contrastive", ["train.trainable=[llm]"], "must name one or more of encoder, pool, text"),
+    "text encoder": ("vit_contrastive", ["model.text.folder={files}/pickle"], "only as a pickle (pytorch_model.bin)"),
+    "no weight": ("vit_contrastive", ["objective.contrastive.siglip_weight=-1"], "siglip_weight=-1.0: must be 0"),
+    "layer decay": ("vit_contrastive", ["optim.layer_decay=1.1"], "optim.layer_decay=1.1: must be above 0"),
+    "average": ("vit_contrastive", ["optim.ema=1"], "optim.ema=1.0: must be from 0 to below 1"),
+    "drop path": ("vit_contrastive", ["model.encoder.drop_path=1"], "model.encoder.drop_path=1.0: must be from 0"),
+    "sound for nobody": ("vit_contrastive", ["data.audio_seconds=2"], "data.audio_seconds=2.0: must be 0 in vit_c"),
+    "nothing to hear": ("vit_omni", ["objective.omni.pairs=[frames:visual]"], "none has audio, for frames alone"),
+    "sound in the LLM's rows": ("stage1", ["data.audio_seconds=2"], "data.audio_seconds=2.0: stage1 hears no sound"),
+    "no sound": ("vit_omni", ["data.audio_seconds=0"], "data.audio_seconds=0.0: must be above 0"),
+    "pairs": ("vit_omni", ["objective.omni.pairs=[frames:smell]"], "'frames:smell' names 'smell', must be of frames"),
+    "tuple larger than a chunk": ("vit_omni", ["data.video.budget=511"], "chunk_patches=2048 is smaller than a sample"),
+}
+
+
+@pytest.mark.parametrize("name", VIT_REFUSED)
+def test_the_encoders_own_stages_refuse_before_the_ranks_meet(name, files):
+    recipe, overrides, words = VIT_REFUSED[name]
+    with pytest.raises(ValueError) as error:
+        config = settings(recipe, *(override.format(files=files) for override in overrides))
+        config.check(2 if "parallel.tp=2" in overrides else 1)
+        check_folders(config)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def on_the_command_line(monkeypatch, *overrides):

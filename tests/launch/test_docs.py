@@ -1,6 +1,7 @@
 """What README.md and docs/ say is so: keys and their values, names of the code, files, and command lines."""
 
 import dataclasses
+import functools
 import importlib
 import re
 import shlex
@@ -19,7 +20,9 @@ from train.config import Config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = ("stage0", "stage1", "stage2")
-GROUPS = {"recipe", "scale", "model", "parallel", "optim", "data", "logger"}
+VISION_STAGES = ("vit_mim", "vit_contrastive", "vit_omni")
+VISION_SECTION = "\n## The encoder's own stages\n"  # of docs/configuration.md; its table is of these alone
+GROUPS = {"recipe", "scale", "model", "objective", "parallel", "optim", "data", "logger"}
 OUTPUTS = ("runs/", "shards/", "checkpoints/", "wandb/", "stacks/", "ends/")  # written by a run
 OUTPUT_FILES = (
     "config.yaml",
@@ -48,7 +51,9 @@ def keys_of(node: type, prefix: str = "") -> list[str]:
 KEYS = keys_of(Config)
 
 
+@functools.cache
 def composed(*overrides: str):
+    """Settings, not to be changed."""
     with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
         return compose("config", overrides=list(overrides))
 
@@ -75,9 +80,10 @@ def pairs(command_of) -> list:
     ]
 
 
-def table_rows() -> dict[str, list[str]]:
-    """Cells of every row of docs/configuration.md, by key."""
-    lines = (ROOT / "docs/configuration.md").read_text().splitlines()
+def table_rows(stages: tuple[str, ...] = STAGES) -> dict[str, list[str]]:
+    """Cells of every row of docs/configuration.md about these stages, by key."""
+    about_all, _, about_vision = (ROOT / "docs/configuration.md").read_text().partition(VISION_SECTION)
+    lines = (about_vision if stages == VISION_STAGES else about_all).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| `")]
     return {row[0].strip("` "): [cell.strip("| ") for cell in row[1:]] for row in cells}
 
@@ -88,17 +94,30 @@ def test_every_key_is_documented_once_and_nothing_else_is():
 
 
 @pytest.mark.parametrize(("column", "scale"), [(0, "full"), (1, "toy")])
-def test_documented_values_are_those_of_the_recipes(column, scale):
-    settings = [composed(f"+recipe={stage}", f"scale={scale}") for stage in STAGES]
-    for key, cells in table_rows().items():
+@pytest.mark.parametrize("stages", [STAGES, VISION_STAGES], ids=lambda stages: stages[0])
+def test_documented_values_are_those_of_the_recipes(stages, column, scale):
+    settings = [composed(f"+recipe={stage}", f"scale={scale}") for stage in stages]
+    for key, cells in table_rows(stages).items():
         if key == "scale":
             continue
         values = [yaml.safe_load(value.strip("` ")) for value in cells[column].split(" / ")]
         values *= 3 if len(values) == 1 else 1
-        for stage, value, found in zip(STAGES, values, settings, strict=True):
-            real = OmegaConf.select(found, key.replace("*", "main"))
-            real = OmegaConf.to_container(real) if OmegaConf.is_config(real) else real
-            assert value == real, f"{key} in {stage} at scale={scale}"
+        for stage, value, found in zip(stages, values, settings, strict=True):
+            assert value == setting(found, key), f"{key} in {stage} at scale={scale}"
+
+
+def test_what_the_encoders_own_stages_set_otherwise_than_stage1_is_documented_in_the_keys_order():
+    differ = set()
+    for scale in ("full", "toy"):
+        stage1, *vision = (composed(f"+recipe={stage}", f"scale={scale}") for stage in ("stage1", *VISION_STAGES))
+        differ |= {key for key in KEYS if any(setting(found, key) != setting(stage1, key) for found in vision)}
+    assert list(table_rows(VISION_STAGES)) == [key for key in KEYS if key in differ]
+
+
+def setting(composed_config, key: str):
+    """The value of a key, of the one source of the recipes where the key is of sources."""
+    value = OmegaConf.select(composed_config, key.replace("*", "main"))
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -125,13 +144,20 @@ def resolve(name: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_exist(page):
-    links = re.findall(r"\]\(([^)#\s]+)\)", page.read_text())
-    for link in links:
-        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    for link, place in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        linked = page.parent / link if link else page
+        assert linked.exists(), f"{page.name} links to {link}"
+        assert not place or place in headings(linked), f"{page.name} links to {link}#{place}"
     for word in in_backticks(page):
         path_like = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", word) and (word.endswith(("/", *SUFFIXES)))
         if path_like and not word.startswith(OUTPUTS) and word not in OUTPUT_FILES:
             assert (ROOT / word).exists(), f"{page.name} names {word}"
+
+
+def headings(page: Path) -> set[str]:
+    """Of a page, as links name them."""
+    found = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,4 +1,4 @@
-"""Every recipe composes at both scales into settings that a world can run, and says what the report says (Table 4)."""
+"""Every recipe composes at both scales into settings that a world can run, and says what the report's tables say."""
 
 import dataclasses
 from operator import attrgetter
@@ -21,6 +21,11 @@ WORLDS = {
         ["parallel.tp=4", "parallel.pp=8", "parallel.ep=8", "data.sources.main.shards=['corpus/{0000..0099}.tar']"],
     ),
 }
+VISION_STAGES = {  # samples, batch, warm-up, maximum rate, minimum rate
+    "vit_mim": (2.2e9, 55_296, 1_692, 7.06e-3, 1.05e-5),
+    "vit_contrastive": (4.8e9, 32_768, 2_000, 1.0e-4, 1.2e-6),
+    "vit_omni": (65e6, 1_024, 12_800, 5.0e-5, 2.02e-7),
+}
 STAGES = {  # trained tokens, tokens of a row, what learns, tokens of a batch, warm-up, maximum rate, minimum, schedule
     "stage0": (16e9, 32_768, ["adapter"], 8.4e6, 100, 2.52e-4, 4.50e-5, "cosine"),
     "stage1": (3e12, 32_768, ["encoder", "adapter", "llm"], 71e6, 500, 5.22e-5, 5.22e-6, "cosine"),
@@ -33,25 +38,34 @@ def composed(*overrides):
         return compose("config", overrides=list(overrides))
 
 
+def overrides_of(recipe, scale):
+    """What a user adds to the recipe: the data, and the layout of the LLM or the teacher."""
+    overrides = WORLDS[scale][1]
+    if recipe in VISION_STAGES:
+        overrides = [override for override in overrides if not override.startswith("parallel.")]
+    return overrides + (["objective.teacher=folder"] if recipe == "vit_mim" else [])
+
+
 def full(recipe):
-    return read_config(composed(f"+recipe={recipe}", *WORLDS["full"][1]))
+    return read_config(composed(f"+recipe={recipe}", *overrides_of(recipe, "full")))
 
 
 def test_there_is_a_recipe_for_every_stage_of_the_report():
-    assert set(STAGES) <= set(RECIPES)
+    assert {*STAGES, *VISION_STAGES} == set(RECIPES)
 
 
 @pytest.mark.parametrize("scale", WORLDS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_composes_resolves_and_passes_its_checks(recipe, scale):
-    world, overrides = WORLDS[scale]
+    world, overrides = WORLDS[scale][0], overrides_of(recipe, scale)
     settings = composed(f"+recipe={recipe}", f"scale={scale}", *overrides)
     OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     config = read_config(settings)
     assert isinstance(config, Config)
     layout = config.check(world)
     assert (config.recipe, config.scale["name"]) == (recipe, scale)
-    assert config.micro_batches(layout) * layout.dp * config.train.micro_batch_size == config.train.global_batch_size
+    rows = config.micro_batches(layout) * layout.dp * config.train.micro_batch_size
+    assert recipe in VISION_STAGES or rows == config.train.global_batch_size  # samples need not divide by ranks
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -60,6 +74,14 @@ def test_settings_survive_the_file_of_a_run(recipe):
     config = full(recipe)
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     assert read_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))) == config
+
+
+@pytest.mark.parametrize("stage", VISION_STAGES)
+def test_full_scale_vision_recipe_says_what_the_report_says(stage):
+    samples, batch, warmup, lr, min_lr = VISION_STAGES[stage]
+    train, optim = full(stage).train, full(stage).optim
+    assert (train.global_batch_size, optim.warmup_steps, optim.lr, optim.min_lr) == (batch, warmup, lr, min_lr)
+    assert train.steps * batch == pytest.approx(samples, rel=0.001)
 
 
 @pytest.mark.parametrize("stage", STAGES)

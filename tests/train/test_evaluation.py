@@ -4,7 +4,7 @@ import numpy as np
 
 from tests.support import corpus_overrides, settings
 from train.build import open_data
-from train.evaluation import Score, exchange_images
+from train.evaluation.answers import Score, exchange_images
 
 
 def one_step(corpus, shards):

@@ -19,8 +19,7 @@ from parallel.hybrid_step import Engines, forward_only
 from train.batch import MicroBatch
 from train.build import Data, train_forward
 from train.config import Config
-from train.feed import Feed
-from train.staging import replace_pixels, to_device
+from train.rows import replace_pixels, row_feed, to_device
 
 
 @dataclass
@@ -77,7 +76,7 @@ def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -
     scores = {name: Score() for name in data.stream.domains}
     seen: set[tuple[int, int]] = set()
     start, unreadable = data.stream.state(), set()
-    for prepared in Feed(data.stream, data.reader, config, engines.grid, steps=steps, substitute=substitute):
+    for prepared in row_feed(data, config, engines.grid, steps=steps, substitute=substitute):
         fresh_S = _first_seen(prepared.plan, seen)
         _add(scores, data.stream.domains, prepared.plan, fresh_S, *_score(engines, prepared))
         places = (prepared.plan.shard_S, prepared.plan.index_S)
@@ -118,7 +117,7 @@ def _score(engines: Engines, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarr
     totals_3S = torch.zeros(3, plan.length_S.size, dtype=torch.float64)
     reports = forward_only(engines, to_device(prepared, grid))
     if reports and grid.place.tp == 0:
-        for report_2T, rows, text in zip(reports, prepared.rows_MB, prepared.text_M, strict=True):
+        for report_2T, rows, text in zip(reports, prepared.share.rows_MB, prepared.text, strict=True):
             mask_T = torch.from_numpy(text.loss_mask.reshape(-1))
             owner = torch.from_numpy(row_samples(plan, rows).reshape(-1))[mask_T].long()
             loss, right = report_2T.cpu().double()[:, mask_T]

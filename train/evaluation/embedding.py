@@ -1,0 +1,171 @@
+"""Labelled samples and texts through a pre-trained tower, without gradients.
+
+    Labelled  ->  chunks of bounded patches  ->  Embedded: a row a sample, on the CPU
+
+Of a sample nothing else is kept than its embedding, its features, its label and its captions.
+
+Legend: B samples, I images, N patches, D encoder width, E embedding width, V samples with sound, U texts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.captions import captions
+from data.image import patch_positions
+from data.labelled import LabelledSample, Patches
+from data.text import Tokenizer
+from train.checkpoint import Reader
+from train.models.text_encoder import PackedTexts
+from train.models.vit import PackedImages, SeedViT, ViTConfig
+from train.samples import cut_samples
+
+
+@dataclass
+class Embedded:
+    """What is kept of samples, in order; rows of fp32 on the CPU.
+
+    image_BE: unit embeddings.  mean_BD: means of patch features.  sound_VE: unit embeddings of the sound of the samples
+    sound_V.  What was not asked for, or nobody has, is None.
+    """
+
+    labels: list[str | None] = field(default_factory=list)
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+    image_BE: torch.Tensor | None = None
+    mean_BD: torch.Tensor | None = None
+    sound_VE: torch.Tensor | None = None
+    sound_V: list[int] = field(default_factory=list)
+
+
+def load_weights(tower: nn.Module, reader: Reader, kind: str) -> None:
+    """Puts the weights ("param") of a checkpoint, or their running mean ("ema"), into a tower of its recipe.
+
+    Raises ValueError where the checkpoint has none.
+    """
+    kinds = {name: tensor["kinds"] for name, tensor in reader.tensors.items()}
+    if not any(kind in there for there in kinds.values()):
+        raise ValueError(
+            f"checkpoint {reader.path} has no {kind} of its weights: optim.ema was 0; give --weights param"
+        )
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            parameter.copy_(reader.whole(name, kind if kind in kinds.get(name, ()) else "param"))  # frozen: equal
+
+
+class BareEncoder(nn.Module):
+    """The encoder alone, which is all that vit_mim's tower is asked for; named as in every tower."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.encoder = SeedViT(config)
+
+
+class Embedder:
+    """A tower on its device, applied to samples and texts in chunks of at most `chunk` patches or tokens.
+
+    tokenizer, most_tokens: of captions; None and 0 for a tower that reads none.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        device: torch.device,
+        chunk: int,
+        tokenizer: Tokenizer | None = None,
+        most_tokens: int = 0,
+    ):
+        self.tower, self.device, self.chunk = tower.to(device).eval(), device, chunk
+        self.tokenizer, self.most_tokens = tokenizer, most_tokens
+        self.reads_texts, self.hears = (hasattr(tower, name) for name in ("embed_texts", "embed_audio"))
+
+    @torch.no_grad()
+    def embed(
+        self,
+        samples: Iterable[LabelledSample],
+        *,
+        embeddings: bool,
+        means: bool,
+        seen: Callable[[int, LabelledSample], None] | None = None,
+    ) -> Embedded:
+        """Embeds samples as far as asked; `seen` is told the place and the content of each."""
+        out, images, features, sounds = Embedded(), [], [], []
+        for chunk in _chunks(((sample, sample.images) for sample in samples), self.chunk):
+            first = len(out.labels)
+            for place, (sample, _) in enumerate(chunk, start=first):
+                out.labels.append(sample.label)
+                out.captions.append(sample.captions)
+                if seen:
+                    seen(place, sample)
+            packed, images_B = pack([patches for _, patches in chunk], self.device)
+            if embeddings:
+                images.append(self.tower.embed_images(packed, images_B).float().cpu())
+            if means:
+                features.append(mean_features(self.tower.encoder(packed), packed, images_B).cpu())
+            heard = [(first + place, sample.sound) for place, (sample, _) in enumerate(chunk) if sample.sound]
+            for part in _chunks(heard, self.chunk) if embeddings and self.hears else ():
+                packed, _ = pack([patches for _, patches in part], self.device)
+                sounds.append(self.tower.embed_audio(packed).float().cpu())
+                out.sound_V += [place for place, _ in part]
+        out.image_BE, out.mean_BD, out.sound_VE = (
+            torch.cat(rows) if rows else None for rows in (images, features, sounds)
+        )
+        return out
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit embeddings of one text or more, read as the assistant's in training, fp32 [U, E] on the CPU.
+
+        Raises ValueError for a text without a token, or with a placeholder of an image or a video.
+        """
+        parts = [self._ids(text) for text in texts]
+        lengths_U = np.array([part.size for part in parts])
+        chunks = cut_samples(np.arange(len(parts)), lengths_U, self.chunk)
+        packed = (
+            PackedTexts.of(np.concatenate([parts[text] for text in chunk]), lengths_U[chunk], self.device)
+            for chunk in chunks
+        )
+        return torch.cat([self.tower.embed_texts(texts).float().cpu() for texts in packed])
+
+    def _ids(self, text: str) -> np.ndarray:
+        turns = [{"role": "assistant", "text": text}]
+        encoded = self.tokenizer.encode_sample(turns, ("assistant",), (), f"the text {text!r}")
+        ids, _ = captions(encoded.tokens_T[None], encoded.trained_T[None], 1, self.most_tokens)
+        if not ids.size:
+            raise ValueError(f"the text {text!r} has no token")
+        return ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def pack(parts: Sequence[Patches], device: torch.device) -> tuple[PackedImages, torch.Tensor]:
+    """(the images of samples end to end, how many each sample has, int64 [B] on the device)."""
+    grid_hw_I2 = np.concatenate([part.grid_hw_I2 for part in parts])
+    patches_NP = np.concatenate([part.patches_N588 for part in parts])
+    patches_I = grid_hw_I2.prod(axis=1, dtype=np.int64)
+    images = PackedImages.of(patches_NP, patch_positions(grid_hw_I2), patches_I, device)
+    return images, torch.tensor([len(part.grid_hw_I2) for part in parts], device=device)
+
+
+def mean_features(features_ND: torch.Tensor, images: PackedImages, images_B: torch.Tensor) -> torch.Tensor:
+    """The mean over patches of each image, then over the images of each sample, fp32 [B, D]."""
+    image_ID = torch.stack([part.float().mean(0) for part in features_ND.split(list(images.segments.q_lengths_N))])
+    return torch.stack([part.mean(0) for part in image_ID.split(images_B.tolist())])
+
+
+def _chunks(items: Iterable[tuple], most: int) -> Iterator[list[tuple]]:
+    """(what, Patches) pairs in order, together while they have at most `most` patches; one pair at least."""
+    chunk, used = [], 0
+    for item in items:
+        count = len(item[1].patches_N588)
+        if chunk and used + count > most:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(item)
+        used += count
+    if chunk:
+        yield chunk

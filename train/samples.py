@@ -1,0 +1,138 @@
+"""How a step of samples is divided for the encoder's own stages: a sample, its images, sound and captions, to one rank.
+
+    cost of a sample = encoder FLOPs of its images + those of its text   -> longest-processing-time over the world
+    samples of a rank, in order                                         -> chunks of bounded patches
+
+Every rank has as many chunks as the one with most, so that all make the same calls.
+
+Legend: S samples and I images of the step, R rows that this rank reads, K captions of a sample.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.captions import captions
+from data.corpus import Corpus
+from data.plan import AUDIO, StepPlan
+from data.reader import Failure, RowBatch
+from parallel.balance import assign_images, image_costs, load_max_over_mean
+from train.config import Config
+from train.feed import Share
+
+
+@dataclass(frozen=True)
+class SampleShare(Share):
+    """owner_S: rank of every sample.  chunks: samples of this rank, chunk by chunk, as many chunks as any rank has; its
+    rows are theirs in that order, and after them, where negatives are wanted, those of each one's successor."""
+
+    owner_S: np.ndarray = None
+    chunks: tuple[np.ndarray, ...] = ()
+    load_max_over_mean: float = 1.0
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Captions of rows, end to end: caption k of row r is the next length_RK[r, k] of the tokens, row by row."""
+
+    tokens_T: np.ndarray
+    length_RK: np.ndarray
+
+    def of(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens end to end, lengths) of caption k of some rows."""
+        first_RK = (np.cumsum(self.length_RK) - self.length_RK.ravel()).reshape(self.length_RK.shape)
+        length, first = self.length_RK[rows, k], first_RK[rows, k]
+        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+        return self.tokens_T[np.repeat(first, length) + within], length
+
+    def pairs(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokens of both captions of some rows."""
+        both = [np.split(tokens_T, np.cumsum(length)[:-1]) for tokens_T, length in (self.of(rows, 0), self.of(rows, 1))]
+        return list(zip(*both, strict=True))
+
+
+class Samples:
+    """The division of samples, as rank `rank` of `world` sees it.
+
+    wanted: captions that each sample must have, 0 to 2.  negatives: also read the captions of each sample's successor.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, rank: int, world: int, *, wanted: int, negatives: bool = False):
+        self._config, self._corpus, self._rank, self._world = config, corpus, rank, world
+        self._wanted, self._negatives = wanted, negatives
+
+    def divide(self, plan: StepPlan) -> SampleShare:
+        config, world = self._config, self._world
+        count = plan.length_S.size
+        patches_I = plan.grid_hw_I2.prod(axis=1, dtype=np.int64)
+        sample_I = plan.image_sample_I
+        cost_S, patches_S = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        np.add.at(cost_S, sample_I, image_costs(patches_I, config.model.encoder.width, config.model.encoder.depth))
+        np.add.at(patches_S, sample_I, patches_I)
+        if self._wanted:
+            visual_S = np.bincount(sample_I, plan.tokens_I, count).astype(np.int64)
+            text_S = np.minimum(plan.length_S - visual_S, self._wanted * config.model.text.max_tokens)
+            cost_S += image_costs(text_S, config.model.text.width, config.model.text.depth)
+        owner_S = assign_images(cost_S, world) if config.parallel.balance else np.arange(count) % world
+        chunks_W = [
+            cut_samples(np.flatnonzero(owner_S == rank), patches_S, config.parallel.encoder.chunk_patches)
+            for rank in range(world)
+        ]
+        most = max(1, *map(len, chunks_W))
+        mine = chunks_W[self._rank]
+        chunks = (*mine, *[np.empty(0, np.int64)] * (most - len(mine)))
+        samples = np.concatenate(chunks)
+        return SampleShare(
+            image_ids=images_of(plan, samples),
+            rows=np.concatenate([samples, (samples + 1) % count]) if self._negatives else samples,
+            digest=int(np.dot(owner_S + 1, np.arange(1, count + 1)) % (1 << 62)),
+            owner_S=owner_S,
+            chunks=chunks,
+            load_max_over_mean=load_max_over_mean(cost_S, owner_S, world),
+        )
+
+    def inspect(self, plan: StepPlan, share: SampleShare, text: RowBatch) -> list[Failure]:
+        """Samples without an image, without as many captions as wanted, or of two captions without just one sound."""
+        samples = np.concatenate(share.chunks)
+        blind = np.bincount(plan.image_sample_I, minlength=plan.length_S.size)[samples] == 0
+        sounds = np.bincount(plan.image_sample_I[plan.time_I == AUDIO], minlength=plan.length_S.size)[samples]
+        many = (sounds != 1) & (self._wanted == 2)
+        mute = (self._captions(text).length_RK[: samples.size] == 0).any(axis=1)
+        lacks = f"fewer than {self._wanted} captions with a token that is trained"
+        found = [(sample, "no caption", lacks) for sample in samples[mute].tolist()]
+        found += [(sample, "not one video", "not just one video with sound") for sample in samples[many].tolist()]
+        found += [(sample, "no image", "no image") for sample in samples[blind].tolist()]
+        failures = []
+        for sample, reason, what in found:
+            shard = self._corpus.shard_name(int(plan.shard_S[sample]))
+            failures.append(Failure(sample, shard, reason, f"sample {plan.index_S[sample]} of {shard} has {what}"))
+        return failures
+
+    def count(self, share: SampleShare, text: RowBatch) -> int:
+        return int(self._captions(text).length_RK[: sum(map(len, share.chunks))].sum())
+
+    def complete(self, plan: StepPlan, share: SampleShare, text: RowBatch) -> Captions:
+        return self._captions(text)
+
+    def _captions(self, text: RowBatch) -> Captions:
+        tokens_T, length_RK = captions(text.tokens, text.trained, self._wanted, self._config.model.text.max_tokens)
+        return Captions(tokens_T, length_RK)
+
+
+def cut_samples(samples: np.ndarray, patches_S: np.ndarray, most: int) -> list[np.ndarray]:
+    """Samples in order, in chunks of at most `most` patches; one with more is a chunk of its own."""
+    borders, used = [], 0
+    for place, patches in enumerate(patches_S[samples].tolist()):
+        if used and used + patches > most:
+            borders.append(place)
+            used = 0
+        used += patches
+    return np.split(samples, borders) if samples.size else []
+
+
+def images_of(plan: StepPlan, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Images of some samples, in the samples' order, by their numbers in the plan, int64."""
+    first, end = (np.searchsorted(plan.image_sample_I, np.asarray(samples) + shift) for shift in (0, 1))
+    count = end - first
+    return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())
