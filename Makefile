@@ -58,19 +58,19 @@ $(SHARDS)/teacher/config.json: $(SHARDS)/tokenizer.json
 # The encoder from scratch, each stage from the last: features of masked patches, captions, then sound as well.
 vit_mim: $(SHARDS)/teacher/config.json
 	rm -rf runs/$@
-	$(VIT) objective.teacher=$(SHARDS)/teacher train.steps=1500 optim.lr=2e-3 optim.warmup_steps=50
+	$(VIT) objective.teacher=$(SHARDS)/teacher train.steps=1000 optim.lr=2e-3 optim.warmup_steps=50
 	$(SCORE) --train '$(SHARDS)/vision/train/digit-*.tar'
 	$(BIN)/python launch/plot.py runs/$@
 
 vit_contrastive:
 	rm -rf runs/$@
-	$(VIT) checkpoint.load_from=runs/vit_mim train.steps=2000 optim.lr=1e-3 optim.warmup_steps=50
+	$(VIT) checkpoint.load_from=runs/vit_mim train.steps=2000 optim.lr=3e-3 optim.warmup_steps=50
 	$(SCORE) $(PROMPTS) --picture runs/$@/retrieval.png --at-least 0.92
 	$(BIN)/python launch/plot.py runs/$@
 
 vit_omni:
 	rm -rf runs/$@
-	$(VIT) checkpoint.load_from=runs/vit_contrastive train.steps=400 optim.lr=2e-4 optim.warmup_steps=20
+	$(VIT) checkpoint.load_from=runs/vit_contrastive train.steps=300 optim.lr=5e-4 optim.warmup_steps=20
 	$(SCORE) $(PROMPTS) --at-least 0.92
 	$(BIN)/python launch/plot.py runs/$@
 

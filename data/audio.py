@@ -22,6 +22,9 @@ RATE = 16_000
 WINDOW_MS, STEP_MS = 25, 10
 MELS = 8 * PATCH
 BLOCK_MS = BLOCK * STEP_MS  # pictures are whole 2x2 blocks of patches wide
+RATES = (4_000, 768_000)  # of tracks that are heard: at 1 Hz, 16-bit samples would grow 32,000-fold
+MAX_CHANNELS = 64
+MAX_PLANES = 8  # beyond these, PyAV's arrays of planar frames reach into memory that is not theirs
 SILENCE = 1e-4  # a track within this range of values is silent; one step of 16-bit sound is 3e-5
 # Of log energies, black and white: Kaldi's floor, which is silence, and a little more than loud speech has.
 FLOOR, TOP = float(np.log(np.finfo(np.float32).eps)), 10.0
@@ -62,22 +65,48 @@ def spectrogram(file: BinaryIO, across: int) -> np.ndarray:
 def decode_audio(file: BinaryIO, rate: int = RATE, samples: int | None = None) -> np.ndarray:
     """The first audio track, the mean of its channels, float32 [S] within -1 to 1; at most its first `samples`.
 
-    Nothing is decoded beyond those. Raises SoundError, and VideoError if the file cannot be opened.
+    Nothing is decoded beyond those, and of a frame at most a second beyond them resampled. Raises SoundError, also for
+    a track outside RATES or of more than MAX_CHANNELS, and VideoError if the file cannot be opened.
     """
-    resampler = av.AudioResampler(format="fltp", rate=rate)
-    parts, length = [], 0
+    resampler = av.AudioResampler(format="flt", rate=rate)
+    parts, length = [np.zeros(0, np.float32)], 0
     with opened(file, "audio") as (container, stream):
-        try:
-            for frame in container.decode(stream):
-                parts += (fresh := resampler.resample(frame))
-                length += sum(part.samples for part in fresh)
-                if samples is not None and length >= samples:
-                    break
-            else:
-                parts += resampler.resample(None)
-        except av.FFmpegError as error:
-            raise SoundError(f"the audio cannot be decoded: {' '.join(str(error).split())[:120]}") from error
-    return np.concatenate([np.zeros(0, np.float32), *(part.to_ndarray().mean(0) for part in parts)])[:samples]
+        for frame in container.decode(stream):
+            _check_track(frame.sample_rate, frame.layout.nb_channels)
+            if samples is not None:
+                frame = _beginning(frame, (samples - length + rate) * frame.sample_rate // rate)
+            fresh = [_mono(part) for part in resampler.resample(frame)]
+            parts += fresh
+            length += sum(map(len, fresh))
+            if samples is not None and length >= samples:
+                break
+        else:
+            parts += [_mono(part) for part in resampler.resample(None)]
+    return np.concatenate(parts)[:samples]
+
+
+def _check_track(rate: int, channels: int) -> None:
+    """Raises SoundError for what no recording has."""
+    if not RATES[0] <= rate <= RATES[1]:
+        raise SoundError(f"the audio track has {rate} samples a second; heard are {RATES[0]} to {RATES[1]}")
+    if channels > MAX_CHANNELS:
+        raise SoundError(f"the audio track has {channels} channels; the limit is {MAX_CHANNELS}")
+
+
+def _mono(frame: av.AudioFrame) -> np.ndarray:
+    """The mean of the channels of a packed frame, float32 [S]."""
+    return frame.to_ndarray().reshape(-1, frame.layout.nb_channels).mean(1)
+
+
+def _beginning(frame: av.AudioFrame, samples: int) -> av.AudioFrame:
+    """A frame without what comes after its first `samples`; as it is, where it has more than MAX_PLANES."""
+    planar, channels = frame.format.is_planar, frame.layout.nb_channels
+    if frame.samples <= samples or (planar and channels > MAX_PLANES):
+        return frame
+    values = frame.to_ndarray()[:, : samples * (1 if planar else channels)]
+    short = av.AudioFrame.from_ndarray(np.ascontiguousarray(values), frame.format.name, frame.layout.name)
+    short.sample_rate, short.time_base, short.pts = frame.sample_rate, frame.time_base, frame.pts
+    return short
 
 
 def log_mel(waveform_S: np.ndarray, rate: int = RATE, mels: int = MELS) -> np.ndarray:

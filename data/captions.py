@@ -3,8 +3,9 @@
     row 0   . . . a b c <eos> . . d e <eos>  pad        ->  a b c <eos> | d e <eos> | f <eos>,  lengths [[4, 3], [2, 0]]
     row 1   . . f <eos>  pad
 
-A run ends with its <eos>, which is trained too. Where a row has fewer runs than asked for, or one that is an <eos>
-alone, the length is 0: a sample without that caption.
+A run ends with its <eos>, which is trained too. The length is 0, a sample without that caption, where a row has fewer
+runs than asked for, and for a run that is an <eos> alone or does not end with one: it was cut with its row
+(data.too_long=cut) and is no whole caption.
 
 Shapes: R rows, P positions of a row, K captions of a row, X runs, T tokens of all captions.
 """
@@ -13,7 +14,7 @@ import numpy as np
 
 
 def captions(
-    tokens_RP: np.ndarray, trained_RP: np.ndarray, runs: int, max_tokens: int
+    tokens_RP: np.ndarray, trained_RP: np.ndarray, runs: int, max_tokens: int, eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [T], lengths int32 [R, K]) of the first K = `runs` runs of every row, row by row.
 
@@ -26,8 +27,8 @@ def captions(
     run_X = np.arange(len(row_X)) - np.searchsorted(row_X, row_X)  # which of its row's
     asked_X = run_X < runs
     row_X, run_X, begin_X, end_X = row_X[asked_X], run_X[asked_X], begin_X[asked_X], end_X[asked_X]
-    length_X = np.minimum(end_X - begin_X, max_tokens)
-    length_X[length_X == 1] = 0
+    whole_X = (end_X - begin_X > 1) & (tokens_RP[row_X, end_X - 1] == eos_id)
+    length_X = np.where(whole_X, np.minimum(end_X - begin_X, max_tokens), 0)
 
     first_X = np.cumsum(length_X) - length_X
     within_T = np.arange(length_X.sum()) - np.repeat(first_X, length_X)

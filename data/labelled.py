@@ -9,6 +9,7 @@ decode the samples a little ahead.
 Shapes: N patches, I images (frames of a video count one by one), 588 = 14 * 14 * 3.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -64,14 +65,16 @@ class Patches:
 @dataclass(frozen=True)
 class LabelledSample:
     """images: still images and frames in order.  sound: the spectrogram of the first video, one image, or None;
-    unheard: why there is none, where sound was asked for of a video."""
+    unheard: why there is none, where sound was asked for of a video.  captions: one a turn of the assistant, None
+    for an empty one.  content: a hash of the media."""
 
     name: str
     label: str | None
-    captions: tuple[str, ...]
+    captions: tuple[str | None, ...]
     images: Patches
     sound: Patches | None = None
     unheard: str | None = None
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class _Raw:
 
     name: str
     label: str | None
-    captions: tuple[str, ...]
+    captions: tuple[str | None, ...]
     media: Sequence[tuple[str, bytes]]
 
 
@@ -195,11 +198,13 @@ def _raw(sample: Sample, name: str) -> _Raw:
     return _Raw(name, None if label is None else printable(str(label)), captions, media)
 
 
-def captions_of(turns: Sequence[dict], name: str) -> tuple[str, ...]:
-    """Texts of the assistant's turns without placeholders, empty ones left out.  Raises SampleError."""
+def captions_of(turns: Sequence[dict], name: str) -> tuple[str | None, ...]:
+    """Texts of the assistant's turns without placeholders, None for an empty one, which keeps its place as in training:
+    the second is the sound's.  Raises SampleError.
+    """
     texts_of(turns, name)
     said = ["".join(texts_of([turn], name)) for turn in turns if turn["role"] == "assistant"]
-    return tuple(text for text in said if text)
+    return tuple(text or None for text in said)
 
 
 def decode(raw: _Raw, sizes: Sizes) -> LabelledSample:
@@ -218,7 +223,13 @@ def decode(raw: _Raw, sizes: Sizes) -> LabelledSample:
                 sound = Patches.of([(to_patches(pixels_HW3, *pixels_HW3.shape[:2]), grid)])
             except SoundError as error:
                 unheard = str(error)
-    return LabelledSample(raw.name, raw.label, raw.captions, Patches.of(parts), sound, unheard)
+    return LabelledSample(raw.name, raw.label, raw.captions, Patches.of(parts), sound, unheard, _content(raw.media))
+
+
+def _content(media: Sequence[tuple[str, bytes]]) -> str:
+    """Equal for equal media in the same order."""
+    digests = [hashlib.blake2b(data, digest_size=16).digest() for _, data in media]
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
 
 
 def _image(data: bytes, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:

@@ -179,11 +179,12 @@ class _Frames:
 def opened(file: BinaryIO, kind: str) -> Iterator[tuple]:
     """(container, its first track of `kind`, video or audio); what goes wrong inside comes out as a VideoError.
 
-    A file without a track of sound, or with one of an unknown codec, is a SoundError.
+    Of sound, all that goes wrong once the file is open is a SoundError.
     """
-    unusable = SoundError if kind == "audio" else VideoError
+    unusable = VideoError
     try:
         with av.open(file, container_options=_OPEN, options=_STREAMS, buffer_size=BUFFER_BYTES) as container:
+            unusable = SoundError if kind == "audio" else VideoError
             tracks = [track for track in container.streams if track.type == kind]
             if not tracks:
                 raise unusable(f"the file has no {kind} track")
@@ -198,7 +199,7 @@ def opened(file: BinaryIO, kind: str) -> Iterator[tuple]:
         raise
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise VideoError(f"the {kind} cannot be decoded: {text[:120]}") from error
+        raise unusable(f"the {kind} cannot be decoded: {text[:120]}") from error
 
 
 def _limit_pixels(stream, max_pixels: int) -> None:

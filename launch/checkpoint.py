@@ -105,6 +105,10 @@ def diff(arguments) -> int:
         for (key, mine), theirs in zip(vars(one.state).items(), vars(other.state).values(), strict=True)
         if mine != theirs
     ]
+    kept = [reader.recipe_tensors() for reader in (one, other)]
+    for name in sorted(kept[0].keys() | kept[1].keys()):
+        if not (name in kept[0] and name in kept[1] and torch.equal(kept[0][name], kept[1][name])):
+            state.append(f"  {name}: other values")
     print("\n".join(["state:", *state]) if state else "state: equal")
     rows, named = Table("module", "kind", "tensors", "equal", "largest difference", "only in one"), []
     totals: dict[tuple[str, str], list] = {}

@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.progress import track
@@ -31,9 +32,10 @@ def evaluate(config: Config, path: Path, options: argparse.Namespace) -> dict:
     names = read_classes(options.classes) if options.classes else None
     templates = read_templates(options)
     embedder = build(config, reader, weights)
-    data, gallery = labelled(config, options.data), Gallery()
-    means, seen = bool(options.train) and features == "patches", gallery.see if options.picture else None
-    embedded = embedder.embed(progress(data), embeddings=embedder.reads_texts, means=means, seen=seen)
+    data, gallery, scored = labelled(config, options.data), Gallery(), {}
+    means, seen = bool(options.train) and features == "patches", partial(see, gallery) if options.picture else None
+    samples = noted(progress(data), scored) if options.train else progress(data)
+    embedded = embedder.embed(samples, embeddings=embedder.reads_texts, means=means, seen=seen)
     scores, skipped, device = {}, data.skipped, embedder.device
     if embedder.reads_texts:
         if any(label is not None for label in embedded.labels):
@@ -45,7 +47,7 @@ def evaluate(config: Config, path: Path, options: argparse.Namespace) -> dict:
             picture(gallery, embedder, embedded, options.picture)
     if options.train:
         train = labelled(config, options.train, sound=False)
-        fitted_on = embedder.embed(progress(train), embeddings=not means, means=means)
+        fitted_on = embedder.embed(apart(progress(train), scored), embeddings=not means, means=means)
         probed = encoder.linear_probe(fitted_on, embedded, features, device)
         scores["probe"] = {"features": features, "train": options.train, **probed}
         skipped = skipped + train.skipped
@@ -115,6 +117,31 @@ def progress(data: Labelled) -> Iterable[LabelledSample]:
     return track(data, what, total=None, transient=True, disable=not sys.stdout.isatty())
 
 
+def noted(samples: Iterable[LabelledSample], names: dict[str, str]) -> Iterator[LabelledSample]:
+    """Passes samples on; `names` gets {content: name} of those with a label."""
+    for sample in samples:
+        if sample.label is not None:
+            names[sample.content] = sample.name
+        yield sample
+
+
+def apart(samples: Iterable[LabelledSample], scored: dict[str, str]) -> Iterator[LabelledSample]:
+    """Passes samples on.  Raises ValueError for one with a label and the content of one that is scored."""
+    for sample in samples:
+        if sample.label is not None and sample.content in scored:
+            raise ValueError(
+                f"--train: {sample.name} is also scored, as {scored[sample.content]} of --data; a linear probe "
+                "is to be fitted on other samples than it is scored on"
+            )
+        yield sample
+
+
+def see(gallery: Gallery, place: int, sample: LabelledSample) -> None:
+    """Shows a gallery the samples with a first caption."""
+    if sample.captions and sample.captions[0]:
+        gallery.see(place, sample)
+
+
 def read_classes(path: str) -> dict[str, str]:
     """{label: what prompts call it} of a file with a class a line: a label, and after a tab its name if it has one."""
     lines = read_lines("--classes", path)
@@ -146,7 +173,7 @@ def read_lines(flag: str, path: str) -> list[str]:
 
 def picture(gallery: Gallery, embedder: Embedder, embedded: Embedded, out: str) -> None:
     """Writes images with their best captions, of all captions that the data has."""
-    texts = list(dict.fromkeys(said[0] for said in embedded.captions if said))
+    texts = list(dict.fromkeys(said[0] for said in embedded.captions if said and said[0]))
     if not texts:
         print(f"{out} is not drawn: the data has no captions")
         return
@@ -154,7 +181,7 @@ def picture(gallery: Gallery, embedder: Embedder, embedded: Embedded, out: str) 
     of_label: dict[str, set[str]] = {}
     for label, said in zip(embedded.labels, embedded.captions, strict=True):
         if label is not None:
-            of_label.setdefault(label, set()).update(said[:1])
+            of_label.setdefault(label, set()).update(text for text in said[:1] if text)
     alike = [of_label.get(embedded.labels[place], set()) for place in gallery.places]
     draw(gallery, right, alike, embedded.image_BE[gallery.places], texts, embedder.texts(texts), Path(out))
     print(f"written to {out}")

@@ -61,7 +61,7 @@ TASKS = {
 VISION_TASKS = {
     "digit": Task(VisionTasks, 12000, heldout=800, folder="vision"),
     "photo": Task(VisionTasks, 1500, heldout=200, folder="vision"),
-    "sound": Task(VisionTasks, 600, heldout=100, shard=200, folder="vision"),
+    "sound": Task(VisionTasks, 800, heldout=120, shard=200, folder="vision"),
 }
 ALL_TASKS = TASKS | VISION_TASKS
 

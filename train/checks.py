@@ -1,5 +1,6 @@
 """Every rule between settings that types cannot say, checked before anything is allocated."""
 
+import math
 from operator import attrgetter
 
 from data.audio import sound_grid
@@ -151,6 +152,9 @@ def _check_choices(config: Config) -> None:
             raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}")
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"optim.betas={list(config.optim.betas)}: must be two numbers from 0 to below 1")
+    for key in ("lr", "min_lr", "eps", "weight_decay", "clip_norm"):
+        if not math.isfinite(getattr(config.optim, key)):
+            raise ValueError(f"optim.{key}={getattr(config.optim, key)}: must be a finite number")
     if not 0 < config.optim.layer_decay <= 1:
         raise ValueError(f"optim.layer_decay={config.optim.layer_decay}: must be above 0, and at most 1 for none")
     if not 0 <= config.optim.ema < 1:

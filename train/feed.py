@@ -245,7 +245,7 @@ class Feed:
         seen, skipped = (sum(column) for column in zip(*latest, strict=True))
         if prepared.skipped and skipped > rate * max(seen, LEAST_SEEN):
             prepared.release()
-            sentence = f"{skipped} of the latest {seen} samples could not be read, above data.max_skip_rate={rate}"
+            sentence = f"{skipped} of the latest {seen} samples could not be used, above data.max_skip_rate={rate}"
             raise AgreedError(f"{sentence}; the last one: {prepared.skipped[-1].sentence}", prepared.skipped)
 
     def _tell(self, mine) -> list:

@@ -186,14 +186,13 @@ def _step(run: Run, batch, record: guards.Record, timer: PhaseTimer, stop: bool,
 
 def _tell_skipped(run: Run, step: int, batch, record: guards.Record, output: StepOutput, timer: PhaseTimer) -> None:
     """Records why a step was skipped and, where asked for, what computing it again says (collective)."""
-    guard, first = run.config.guard, (output.loss, output.grad_norm)
-    finding = None
-    if guard.replay:
+    guard, first, finding = run.config.guard, (output.loss, output.grad_norm), None
+    why = guards.verdict(guard, record, *first)
+    if guard.replay and why:
         again = _step(run, batch, record, timer, stop=False, update=False)
         second = (again.loss, again.grad_norm)
         finding = guards.replay_finding(first, second, guards.verdict(guard, record, *second))
-    why = guards.verdict(guard, record, *first) or "none of its tokens is trained"
-    run.logger.skipped(step, output, why, finding)
+    run.logger.skipped(step, output, why or "nothing in it can be learnt from", finding)
 
 
 def _roll_back(run: Run, why: str, step: int, data: dict) -> Position:

@@ -61,6 +61,7 @@ class Rows:
         owner_I = assign_owners(visual, grid.layout, config.parallel.balance)
         routes = build_routes(visual, owner_I, grid.layout, grid.rank, len(self._rows_MB), chunk_patches)
         image_ids, encoder = np.concatenate(routes.chunks).astype(np.int64), config.model.encoder
+        rate = encoder.drop_path if "encoder" in config.train.trainable else 0.0
         keys_I3 = np.stack(np.broadcast_arrays(config.train.seed, plan.step, image_ids), axis=1)
         return RowShare(
             image_ids=image_ids,
@@ -69,7 +70,7 @@ class Rows:
             pixels=self._substitute(plan) if self._substitute else None,
             routes=routes,
             rows_MB=self._rows_MB,
-            keep_LI=drop_path_factors(encoder.depth, encoder.drop_path, keys_I3) if encoder.drop_path else None,
+            keep_LI=drop_path_factors(encoder.depth, rate, keys_I3) if rate else None,
         )
 
     def inspect(self, plan: StepPlan, share: RowShare, text: RowBatch) -> list[Failure]:

@@ -1,7 +1,7 @@
 """How a step of samples is divided for the encoder's own stages: a sample, its images, sound and captions, to one rank.
 
     cost of a sample = encoder FLOPs of its images + those of its text   -> longest-processing-time over the world
-    samples of a rank, in order                                         -> chunks of bounded patches
+    samples of a rank, in order                                         -> chunks of bounded patches and tokens
 
 Every rank has as many chunks as the one with most, so that all make the same calls.
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from data.captions import captions
 from data.corpus import Corpus
-from data.plan import AUDIO, StepPlan
+from data.plan import AUDIO, STILL, StepPlan
 from data.reader import Failure, RowBatch
 from parallel.balance import assign_images, image_costs, load_max_over_mean
 from train.config import Config
@@ -55,37 +55,50 @@ class Captions:
 class Samples:
     """The division of samples, as rank `rank` of `world` sees it.
 
-    wanted: captions that each sample must have, 0 to 2.  negatives: also read the captions of each sample's successor.
+    eos_id: the tokenizer's.  wanted: captions that each sample must have, 0 to 2.  negatives: also read the captions of
+    each sample's successor.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, rank: int, world: int, *, wanted: int, negatives: bool = False):
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        rank: int,
+        world: int,
+        *,
+        eos_id: int,
+        wanted: int,
+        negatives: bool = False,
+    ):
         self._config, self._corpus, self._rank, self._world = config, corpus, rank, world
-        self._wanted, self._negatives = wanted, negatives
+        self._eos_id, self._wanted, self._negatives = eos_id, wanted, negatives
 
     def divide(self, plan: StepPlan) -> SampleShare:
         config, world = self._config, self._world
         count = plan.length_S.size
         patches_I = plan.grid_hw_I2.prod(axis=1, dtype=np.int64)
         sample_I = plan.image_sample_I
-        cost_S, patches_S = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        cost_S, size_S = np.zeros(count, np.int64), np.zeros(count, np.int64)
         np.add.at(cost_S, sample_I, image_costs(patches_I, config.model.encoder.width, config.model.encoder.depth))
-        np.add.at(patches_S, sample_I, patches_I)
+        np.add.at(size_S, sample_I, patches_I)
         if self._wanted:
             visual_S = np.bincount(sample_I, plan.tokens_I, count).astype(np.int64)
             text_S = np.minimum(plan.length_S - visual_S, self._wanted * config.model.text.max_tokens)
             cost_S += image_costs(text_S, config.model.text.width, config.model.text.depth)
+            size_S += text_S
         owner_S = assign_images(cost_S, world) if config.parallel.balance else np.arange(count) % world
         chunks_W = [
-            cut_samples(np.flatnonzero(owner_S == rank), patches_S, config.parallel.encoder.chunk_patches)
+            cut_samples(np.flatnonzero(owner_S == rank), size_S, config.parallel.encoder.chunk_patches)
             for rank in range(world)
         ]
         most = max(1, *map(len, chunks_W))
         mine = chunks_W[self._rank]
         chunks = (*mine, *[np.empty(0, np.int64)] * (most - len(mine)))
         samples = np.concatenate(chunks)
+        rows = samples if self._wanted else samples[:0]
         return SampleShare(
             image_ids=images_of(plan, samples),
-            rows=np.concatenate([samples, (samples + 1) % count]) if self._negatives else samples,
+            rows=np.concatenate([rows, (rows + 1) % count]) if self._negatives else rows,
             digest=int(np.dot(owner_S + 1, np.arange(1, count + 1)) % (1 << 62)),
             owner_S=owner_S,
             chunks=chunks,
@@ -96,10 +109,15 @@ class Samples:
         """Samples without an image, without as many captions as wanted, or of two captions without just one sound."""
         samples = np.concatenate(share.chunks)
         blind = np.bincount(plan.image_sample_I, minlength=plan.length_S.size)[samples] == 0
-        sounds = np.bincount(plan.image_sample_I[plan.time_I == AUDIO], minlength=plan.length_S.size)[samples]
-        many = (sounds != 1) & (self._wanted == 2)
-        mute = (self._captions(text).length_RK[: samples.size] == 0).any(axis=1)
-        lacks = f"fewer than {self._wanted} captions with a token that is trained"
+        sounds, stills = (
+            np.bincount(plan.image_sample_I[plan.time_I == time], minlength=plan.length_S.size)[samples]
+            for time in (AUDIO, STILL)
+        )
+        many = ((sounds != 1) | (stills > 0)) & (self._wanted == 2)
+        mute = np.zeros(samples.size, bool)
+        if self._wanted:
+            mute = (self._captions(text).length_RK[: samples.size] == 0).any(axis=1)
+        lacks = f"fewer than {self._wanted} captions with a token that is trained and an <eos>"
         found = [(sample, "no caption", lacks) for sample in samples[mute].tolist()]
         found += [(sample, "not one video", "not just one video with sound") for sample in samples[many].tolist()]
         found += [(sample, "no image", "no image") for sample in samples[blind].tolist()]
@@ -116,18 +134,19 @@ class Samples:
         return self._captions(text)
 
     def _captions(self, text: RowBatch) -> Captions:
-        tokens_T, length_RK = captions(text.tokens, text.trained, self._wanted, self._config.model.text.max_tokens)
+        most = self._config.model.text.max_tokens
+        tokens_T, length_RK = captions(text.tokens, text.trained, self._wanted, most, self._eos_id)
         return Captions(tokens_T, length_RK)
 
 
-def cut_samples(samples: np.ndarray, patches_S: np.ndarray, most: int) -> list[np.ndarray]:
-    """Samples in order, in chunks of at most `most` patches; one with more is a chunk of its own."""
+def cut_samples(samples: np.ndarray, size_S: np.ndarray, most: int) -> list[np.ndarray]:
+    """Samples in order, in chunks of at most `most` patches and tokens; one with more is a chunk of its own."""
     borders, used = [], 0
-    for place, patches in enumerate(patches_S[samples].tolist()):
-        if used and used + patches > most:
+    for place, size in enumerate(size_S[samples].tolist()):
+        if used and used + size > most:
             borders.append(place)
             used = 0
-        used += patches
+        used += size
     return np.split(samples, borders) if samples.size else []
 
 

@@ -108,6 +108,8 @@ def restore(
                 f"{', '.join(sorted(new))}; set checkpoint.load_optimizer=false"
             )
         taken = checkpoint.load(start, stage.engines, optimizer=wanted.load_optimizer, modules=wanted.load_modules)
+        if wanted.load_optimizer and start.state.recipe == config.recipe:
+            stage.load_tensors(start.recipe_tensors())
         others = [part for part in parts_of(config.recipe) if part not in taken]
         told.append(f"{', '.join(taken)} from {start.path}" + (f"; first weights: {', '.join(others)}" * bool(others)))
     return Position(0, data.stream.state(), Record()), told

@@ -1,12 +1,10 @@
 """The tower of each of the encoder's own stages, with its first weights, on the CPU."""
 
-from pathlib import Path
-
 from torch import nn
 
 from train.config import Config
 from train.models.contrastive import ContrastiveTower
-from train.models.hugging_face import read_config, weight_names
+from train.models.hf_text import text_folder
 from train.models.initial import initialize
 from train.models.masked import MimTower
 from train.models.omni import OmniTower
@@ -18,9 +16,7 @@ def check_folders(config: Config) -> None:
     if config.recipe == "vit_mim":
         check_teacher(config.objective.teacher)
     elif config.is_vision and config.model.text.folder:
-        what = f"model.text.folder={config.model.text.folder}"
-        weight_names(Path(config.model.text.folder), what)
-        read_config(Path(config.model.text.folder), what)
+        text_folder(config.model.text)
 
 
 def build_tower(config: Config, teacher_width: int = 1) -> nn.Module:

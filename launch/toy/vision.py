@@ -2,7 +2,7 @@
 
     digit   <image>                a photo of the digit three
     photo   <image>                a picture of a tabby cat
-    sound   <video>                a three moves to the left
+    sound   <video>                a three moves to the left     (half stand still: a photo of the digit three)
             What is heard?         a voice says three            (the tone of three, where there is no espeak-ng)
 
 Each has its class as "label". Captions follow templates, of which one is drawn for each sample.
@@ -31,7 +31,8 @@ SPOKEN = ("a voice says {0}", "somebody says {0}", "{0}, spoken aloud", "a voice
 TONES = ("the tone of {0}", "a telephone dials {0}", "keys that stand for {0}")
 WAYS = {"right": "to the right", "left": "to the left", "down": "down", "up": "up"}
 PICTURES = 0.05  # of the videos: a photograph instead of a digit
-PAN_SECONDS = 3
+STILLS = 0.5  # of the others: a picture that does not move, as in the digit task
+PAN_SECONDS, STILL_FPS = 3, 5
 
 
 class VisionTasks(ImageTasks, VideoTasks):
@@ -67,13 +68,24 @@ class VisionTasks(ImageTasks, VideoTasks):
         else:
             (scan, name), seconds, way = self.next_scan(), self.between(1, 3), self.choice(tuple(DIRECTIONS))
             number, scans = WORDS.index(name), [scan]
-            frames, fps = self.moving(scans, [], seconds, way)
-            shown = self.choice(MOVING).format(name, "an" if name == "eight" else "a", WAYS[way])
+            if self.rng.random() < STILLS:
+                frames, fps = self.standing(scan, seconds), STILL_FPS
+                shown = self.choice(DIGITS).format(name)
+            else:
+                frames, fps = self.moving(scans, [], seconds, way)
+                shown = self.choice(MOVING).format(name, "an" if name == "eight" else "a", WAYS[way])
         track_S = named_aloud(name, number, seconds, self.heldout, self.rng)
         heard = self.choice(SPOKEN if speaks() else TONES).format(name)
         turns = dialogue("<video>", shown) + dialogue("What is heard?", heard)
         codecs = self.choice(("libx264", "mpeg4")), self.choice(("aac", "libmp3lame"))
         return Sample(turns, [("mp4", encode_clip(frames, fps, codecs[0], track_S, codecs[1]))], scans, label=name)
+
+    def standing(self, scan: int, seconds: int) -> np.ndarray:
+        """Frames of one picture of a scan, with even sides as video wants them."""
+        pixels, _ = self.digits_in_a_row(1, [scan])
+        height, width = (side // 2 * 2 for side in pixels.shape[:2])
+        picture = np.clip(pixels[:height, :width], 0, 255).astype(np.uint8)
+        return np.repeat(picture[None], seconds * STILL_FPS, axis=0)
 
     def panning(self) -> tuple[np.ndarray, int, str]:
         """(frames, frames a second, subject): a window that moves slowly over a region of a photograph."""

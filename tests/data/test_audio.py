@@ -1,5 +1,7 @@
 import io
+from resource import RUSAGE_SELF, getrusage
 
+import av
 import numpy as np
 import pytest
 
@@ -106,6 +108,59 @@ def test_what_cannot_be_heard_is_told_in_one_sentence(data, message):
     with pytest.raises(SoundError, match=message) as raised:
         spectrogram(io.BytesIO(data), 14)
     assert "\n" not in str(raised.value)
+
+
+def pcm_track(rate: int, samples: int, channels: int = 1) -> bytes:
+    """Noise in a Matroska file, all samples in one packet."""
+    layout, file = {1: "mono"}.get(channels, f"{channels} channels"), io.BytesIO()
+    values = np.random.default_rng(0).integers(-9000, 9000, (1, samples * channels)).astype(np.int16)
+    with av.open(file, "w", format="matroska") as container:
+        track = container.add_stream("pcm_s16le", rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(values, "s16", layout)
+        frame.sample_rate = rate
+        container.mux(track.encode(frame))
+        container.mux(track.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "rate, channels, message",
+    [
+        (1, 1, "has 1 samples a second; heard are 4000 to 768000"),
+        (3999, 1, "has 3999 samples a second"),
+        (800_000, 1, "has 800000 samples a second"),
+        (16_000, 65, "has 65 channels; the limit is 64"),
+    ],
+)
+def test_a_track_that_is_no_recording_is_refused_before_it_is_resampled(monkeypatch, rate, channels, message):
+    """At 1 Hz, the 40 KB of this file are hours: more than a gigabyte at 16 kHz."""
+    data = pcm_track(rate, 20_000, channels)
+    before = getrusage(RUSAGE_SELF).ru_maxrss
+    for samples in (RATE, None):
+        with pytest.raises(SoundError, match=message) as raised:
+            decode_audio(io.BytesIO(data), samples=samples)
+        assert "\n" not in str(raised.value)
+    assert getrusage(RUSAGE_SELF).ru_maxrss - before < 1 << 16  # KiB
+
+
+@pytest.mark.parametrize("rate, channels", [(4_000, 1), (48_000, 64), (768_000, 2)])
+def test_of_a_long_frame_only_the_beginning_is_resampled(monkeypatch, rate, channels):
+    """All of a track may be one frame: what is heard of it is the same, and little more is made."""
+    data, made = pcm_track(rate, 4 * rate, channels), []
+    whole = decode_audio(io.BytesIO(data))
+    assert len(whole) == 4 * RATE
+
+    class Counting:
+        def __init__(self, inner=av.AudioResampler, **settings):
+            self._inner = inner(**settings)
+
+        def resample(self, frame):
+            made.append(frame.samples / frame.sample_rate)
+            return self._inner.resample(frame)
+
+    monkeypatch.setattr(av, "AudioResampler", Counting)
+    assert np.array_equal(decode_audio(io.BytesIO(data), samples=RATE // 2), whole[: RATE // 2])
+    assert made == [1.5]
 
 
 def test_a_file_that_is_none_has_no_error_of_sound():

@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from data.captions import captions
 
+EOS = 7
+
 
 def plainly(tokens_RP, trained_RP, runs, max_tokens):
     """The same, token by token."""
@@ -17,7 +19,7 @@ def plainly(tokens_RP, trained_RP, runs, max_tokens):
             if is_trained:
                 found[-1].append(token)
             open_run = is_trained
-        whole = [[] if len(run) == 1 else run for run in found[:runs]]
+        whole = [run if len(run) > 1 and run[-1] == EOS else [] for run in found[:runs]]
         kept = [run if len(run) <= max_tokens else run[: max_tokens - 1] + run[-1:] for run in whole]
         lengths.append([len(run) for run in kept] + [0] * (runs - len(kept)))
         out += [token for run in kept for token in run]
@@ -28,9 +30,9 @@ def plainly(tokens_RP, trained_RP, runs, max_tokens):
 @given(st.integers(0, 5), st.integers(0, 30), st.integers(1, 3), st.integers(2, 12), st.integers(0, 10**6))
 def test_captions_are_the_runs_of_trained_tokens(rows, positions, runs, max_tokens, seed):
     rng = np.random.default_rng(seed)
-    tokens_RP = rng.integers(0, 300, (rows, positions)).astype(np.int32)
+    tokens_RP = rng.integers(0, EOS + 3, (rows, positions)).astype(np.int32)
     trained_RP = rng.random((rows, positions)) < rng.choice([0, 0.3, 0.8, 1])
-    tokens_T, lengths_RK = captions(tokens_RP, trained_RP, runs, max_tokens)
+    tokens_T, lengths_RK = captions(tokens_RP, trained_RP, runs, max_tokens, EOS)
     assert tokens_T.dtype == np.int32 and lengths_RK.shape == (rows, runs)
     expected = plainly(tokens_RP, trained_RP, runs, max_tokens)
     assert (tokens_T.tolist(), lengths_RK.tolist()) == expected
@@ -49,7 +51,7 @@ def test_captions_are_the_runs_of_trained_tokens(rows, positions, runs, max_toke
 def test_captions_of_turns(tokenizer, turns, runs, expected):
     content = [{"role": role, "text": text} for role, text in turns]
     encoded = tokenizer.encode_sample(content, ("assistant",), (), "the sample")
-    tokens_T, lengths_1K = captions(encoded.tokens_T[None], encoded.trained_T[None], runs, 64)
+    tokens_T, lengths_1K = captions(encoded.tokens_T[None], encoded.trained_T[None], runs, 64, tokenizer.eos_id)
     ends = np.cumsum(lengths_1K[0])
     found = [tokenizer.decode(tokens_T[end - length : end]) for end, length in zip(ends, lengths_1K[0], strict=True)]
     assert found == expected
@@ -57,5 +59,19 @@ def test_captions_of_turns(tokenizer, turns, runs, expected):
 
 def test_a_long_caption_keeps_its_end(tokenizer):
     encoded = tokenizer.encode_sample([{"role": "assistant", "text": "a long story"}], ("assistant",), (), "the sample")
-    tokens_T, lengths_RK = captions(encoded.tokens_T[None], encoded.trained_T[None], 1, 5)
+    tokens_T, lengths_RK = captions(encoded.tokens_T[None], encoded.trained_T[None], 1, 5, tokenizer.eos_id)
     assert tokenizer.decode(tokens_T) == "a lo<eos>" and lengths_RK.tolist() == [[5]]
+
+
+@pytest.mark.parametrize("positions, lengths", [(17, [6, 5]), (16, [6, 0]), (13, [6, 0]), (7, [6, 0]), (6, [0, 0])])
+def test_a_caption_cut_by_its_row_is_none(tokenizer, positions, lengths):
+    """Its last token is no <eos>, and is not taken for one."""
+    turns = [
+        {"role": role, "text": text} for role, text in (("assistant", "a cat"), ("user", "??"), ("assistant", "meow"))
+    ]
+    encoded = tokenizer.encode_sample(turns, ("assistant",), (), "the sample")
+    assert len(encoded.tokens_T) == 17
+    row = encoded.tokens_T[None, :positions], encoded.trained_T[None, :positions]
+    tokens_T, lengths_RK = captions(*row, 2, 64, tokenizer.eos_id)
+    assert lengths_RK.tolist() == [lengths]
+    assert tokenizer.decode(tokens_T) == "a cat<eos>meow<eos>"[: {0: 0, 6: 10, 11: 19}[sum(lengths)]]

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,11 +84,12 @@ def test_shards_give_labels_and_captions(tmp_path):
     assert [(sample.label, sample.captions) for sample in samples] == [
         ("cat", ("a cat", "meow")),
         ("7", ()),
-        (None, ("  of a dog",)),
+        (None, (None, "  of a dog")),
         ("lone \\ud800", ()),
     ]
     assert samples[0].images.grid_hw_I2.tolist() == [[4, 6], [2, 2]]
     assert data.skipped == []
+    assert samples[2].content == samples[3].content and len({sample.content for sample in samples}) == 3
     folder_of_shards, _ = read(tmp_path)
     assert [sample.label for sample in folder_of_shards] == ["cat", "7", None, "lone \\ud800"]
 
@@ -109,6 +111,23 @@ def test_videos_give_frames_and_sound(tmp_path):
     assert [name.endswith("sample b") for name, _ in data.unheard] == [True] and data.skipped == []
     deaf, data = read(shard)
     assert [sample.sound for sample in deaf] == [None, None] and data.unheard == []
+
+
+def test_a_video_whose_sound_breaks_is_still_seen(tmp_path, monkeypatch):
+    """Whatever goes wrong with the sound, FFmpeg's errors or others."""
+
+    class Broken:
+        def __init__(self, **_):
+            pass
+
+        def resample(self, frame):
+            raise ValueError("Frame does not match AudioResampler setup.")
+
+    monkeypatch.setattr(av, "AudioResampler", Broken)
+    shard = write_tar(tmp_path / "clip.tar", [("a.json", said("up")), ("a.0.mp4", make_video(frames=20, tone=440))])
+    (seen,), data = read(shard, sizes=replace(SIZES, audio_seconds=1.0))
+    assert seen.sound is None and "the audio cannot be decoded: Frame does not match" in seen.unheard
+    assert len(data.unheard) == 1 and data.skipped == []
 
 
 def test_what_is_damaged_is_named_and_passed_over(tmp_path, folder):

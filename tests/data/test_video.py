@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from data.video import VideoError, _Frames, decode_frames, frame_grid, opened, probe, sample_frames
+from data.video import SoundError, VideoError, _Frames, decode_frames, frame_grid, opened, probe, sample_frames
 from tests.data.videos import Counted, make_video, number_of, only_sound
 
 LEVELS = (640, 512, 384, 256, 160, 128)
@@ -190,3 +190,14 @@ def test_errors_inside_the_file_come_out_as_video_errors():
 
     with pytest.raises(VideoError, match="cannot be decoded"), opened(Failing(b"x" * 100), "video"):
         pass
+
+
+def test_of_sound_errors_are_sounds_once_the_file_is_open():
+    data = make_video(3, tone=440)
+    for kind, error in (("audio", SoundError), ("video", VideoError)):
+        with (
+            pytest.raises(VideoError, match=f"the {kind} cannot be decoded: no such thing") as raised,
+            opened(io.BytesIO(data), kind),
+        ):
+            raise ValueError("no such thing")
+        assert type(raised.value) is error

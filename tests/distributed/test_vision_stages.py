@@ -77,6 +77,7 @@ def extras(recipe: str) -> list[str]:
         ("vit_contrastive", 3, ["parallel.encoder.zero_stage=3", "parallel.encoder.recompute=replay"]),
         ("vit_omni", 4, ["parallel.encoder.zero_stage=3", "parallel.encoder.chunk_patches=600"]),
         ("vit_omni", 2, ["parallel.encoder.zero_stage=1", "parallel.encoder.recompute=full"]),
+        ("vit_omni", 3, ["parallel.encoder.zero_stage=2"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -95,6 +96,16 @@ def test_any_world_does_what_one_process_does(corpus, chain, tmp_path, recipe, w
     for name, tensor in one.recipe_tensors().items():
         assert torch.equal(ours.recipe_tensors()[name], tensor), "counts of whole numbers are exact"
     assert all(line["samples"] == 7 and line["skipped"] == 0 for line in seen)
+
+
+@pytest.mark.parametrize(("recipe", "zero_stage"), [("vit_mim", 3), ("vit_contrastive", 1), ("vit_omni", 2)])
+def test_bf16_stays_close(corpus, chain, tmp_path, recipe, zero_stage):
+    """The precision of full scale: losses within what eight bits of weights and activations allow."""
+    bf16 = ["train.precision=bf16", f"parallel.encoder.zero_stage={zero_stage}", "train.steps=3"]
+    seen = run(corpus, tmp_path / "run", recipe, 2, *start(chain, recipe), *extras(recipe), *bf16)
+    wanted = [line["loss"] for line in read_metrics(chain / recipe)[:2]]  # the schedule of three steps differs after
+    assert [line["loss"] for line in seen[:2]] == pytest.approx(wanted, rel=0.05)
+    assert all(line["applied"] for line in seen)
 
 
 def test_each_stage_starts_from_the_last(chain):
@@ -132,11 +143,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(corpus, chain, tmp_pa
 
 
 def test_stage0_takes_the_encoder(corpus, chain, tmp_path):
-    """And nothing else: adapter and LLM begin with their first weights, and the encoder stays frozen."""
+    """And nothing else: adapter and LLM begin with first weights, the encoder stays frozen and drops no branch."""
     shards = f"data.sources.main.shards=['{corpus}/train/read-*.tar']"
     small = [shards, f"data.tokenizer={corpus}/tokenizer.json", "train.steps=1", "train.seq_length=256"]
-    source = f"checkpoint.load_from={chain}/vit_omni"
-    run_world(train_run, 2, "stage0", [*small, source, "data.max_patches=64"], str(tmp_path / "run"), timeout=180)
+    small += [f"checkpoint.load_from={chain}/vit_omni", "data.max_patches=64"]
+    for folder, rate in (("run", 0.0), ("dropping", 0.5)):
+        stage0 = [*small, f"model.encoder.drop_path={rate}"]
+        run_world(train_run, 2, "stage0", stage0, str(tmp_path / folder), timeout=180)
+    assert read_metrics(tmp_path / "run")[0]["loss"] == read_metrics(tmp_path / "dropping")[0]["loss"]
     ours, theirs = (checkpoint.Reader(checkpoint.resolve(folder)) for folder in (tmp_path / "run", chain / "vit_omni"))
     assert ours.modules == {"encoder", "adapter", "llm"}
     for name in theirs.tensors:

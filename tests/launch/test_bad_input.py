@@ -176,6 +176,18 @@ VIT_REFUSED = {  # name: (recipe, overrides, what the sentence says)
     "trainable": ("vit_contrastive", ["train.trainable=[llm]"], "must name one or more of encoder, pool, text"),
     "text encoder": ("vit_contrastive", ["model.text.folder={files}/pickle"], "only as a pickle (pytorch_model.bin)"),
     "no weight": ("vit_contrastive", ["objective.contrastive.siglip_weight=-1"], "siglip_weight=-1.0: must be 0"),
+    "texts of <eos> alone": ("vit_contrastive", ["model.text.max_tokens=1"], "model.text.max_tokens=1: must be at l"),
+    "nothing to learn": (
+        "vit_contrastive",
+        ["objective.contrastive.siglip_weight=0", "objective.contrastive.superclass_weight=0"],
+        "siglip_weight=0 and superclass_weight=0 leave nothing to learn",
+    ),
+    "no temperature": (
+        "vit_omni",
+        ["objective.omni.scale_init=inf"],
+        "objective.omni.scale_init=inf: must be above 0",
+    ),
+    "rate that is no number": ("vit_mim", ["optim.lr=nan", "objective.teacher=x"], "optim.lr=nan: must be a finite"),
     "layer decay": ("vit_contrastive", ["optim.layer_decay=1.1"], "optim.layer_decay=1.1: must be above 0"),
     "average": ("vit_contrastive", ["optim.ema=1"], "optim.ema=1.0: must be from 0 to below 1"),
     "drop path": ("vit_contrastive", ["model.encoder.drop_path=1"], "model.encoder.drop_path=1.0: must be from 0"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -103,6 +104,17 @@ def test_a_damaged_corpus_alone_fails(runs, tmp_path):
     (tmp_path / "pets/cat/broken.png").write_bytes(b"no image")
     said = refused(runs / "vit_contrastive", "--data", tmp_path / "pets")
     assert "none of the samples in" in said and "broken.png: the header is not that of a readable image" in said
+
+
+def test_a_probe_is_not_fitted_on_what_it_is_scored_on(runs, places, tmp_path):
+    """Not by another path to the same shard, nor on copies of some of its pictures; one line, before any fit."""
+    shard = Path(places["heldout"], "digit-0000.tar")
+    (tmp_path / "copy.tar").symlink_to(shard)
+    for train in (shard, tmp_path / "copy.tar"):
+        said = refused(
+            runs / "vit_mim", "--data", shard, "--train", f"{places['train']}/digit-0000.tar", "--train", train
+        )
+        assert f"--train: {train}: sample " in said and f" is also scored, as {shard}: sample " in said
 
 
 @pytest.mark.parametrize(

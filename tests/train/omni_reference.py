@@ -96,7 +96,8 @@ class Reference:
         for pair in self.config.pairs:
             a, b = (F.normalize(self.side(side, sources), dim=-1) for side in pair.split(":"))
             name = f"omni.temperatures.{pair.replace('+', '_').replace(':', '_with_')}"
-            scale, bias = self.weights[f"{name}.log_scale"].exp(), self.weights[f"{name}.bias"]
+            scale = self.config.scale_init * self.weights[f"{name}.log_scale_moved"].exp()
+            bias = self.config.bias_init + self.weights[f"{name}.bias_moved"]
             terms[pair] = dense_siglip(a, b, scale, bias)
         matching, caption = [], []
         for place, sample in enumerate(tuples):

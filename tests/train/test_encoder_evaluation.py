@@ -51,6 +51,15 @@ def test_ties_are_lost_and_equal_keys_are_hits():
     assert measures.recall(unit(6, 4), unit(6, 4), keys, keys)["r1"] == 1
 
 
+def test_ties_are_lost_at_any_size():
+    """Cosines of equal embeddings differ in their last bits by the column that they stand in."""
+    for queries, items, width in ((797, 10, 64), (130, 333, 768), (1, 7, 1536)):
+        row_1E = unit(1, width)
+        query_key, item_key = torch.arange(queries) % items, torch.arange(items)
+        scores = measures.recall(row_1E.repeat(queries, 1), row_1E.repeat(items, 1), query_key, item_key)
+        assert scores["r1"] == scores["r5"] == 0
+
+
 def test_embeddings_that_are_not_finite_are_refused():
     spoilt = unit(6, 4)
     spoilt[2, 1] = math.nan

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import socket
 
 import numpy as np
 import pytest
@@ -239,21 +240,26 @@ def spoilt(folder, kind):
         ("damaged", {}, "model.safetensors cannot be read"),
         ("no config", {}, "has no config.json"),
         ("lacking", {}, "has no weights for 2 tensors"),
-        ({"model_type": "bert"}, {}, "is a bert model, where a CLIP or SigLIP text model is wanted"),
-        ({"model_type": "none such"}, {}, "config.json is of no model that transformers has"),
+        ({"model_type": "bert"}, {}, "model_type='bert' in config.json: must be one of clip, clip_text_model, siglip"),
+        ({"model_type": "dpt", "backbone": "facebook/dinov2-base"}, {}, "model_type='dpt' in config.json"),
+        ({"text_config": {"backbone": "facebook/dinov2-base"}}, {}, "backbone in config.json can name what is not"),
+        ({"hidden_size": "wide"}, {}, "config.json cannot be used by transformers"),
         ({"eos_token_id": 2000}, {}, "eos_token_id=2000 is none of its 60 tokens"),
         ({}, {"vocab_size": 61}, "has 60 tokens, fewer than model.text.vocab_size=61"),
         ({}, {"max_tokens": 12}, "has places for 11 tokens, fewer than model.text.max_tokens=12"),
     ],
     ids=str,
 )
-def test_folders_that_cannot_serve_are_refused(tmp_path, folders, harm, changes, sentence):
+def test_folders_that_cannot_serve_are_refused(tmp_path, folders, monkeypatch, harm, changes, sentence):
+    """And nobody looks for the network."""
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **more: asked.append(address) or [])
     folders("CLIP with projection")[1].save_pretrained(tmp_path)
     spoilt(tmp_path, harm)
     with pytest.raises(ValueError) as refused:
         build(tmp_path, **changes)
     assert str(refused.value).startswith(f"model.text.folder={tmp_path}: ") and sentence in str(refused.value)
-    assert len(str(refused.value).splitlines()) == 1
+    assert len(str(refused.value).splitlines()) == 1 and not asked
 
 
 def test_a_missing_folder_and_a_missing_library_are_named(tmp_path, monkeypatch, folders):

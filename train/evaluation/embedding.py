@@ -52,7 +52,8 @@ def load_weights(tower: nn.Module, reader: Reader, kind: str) -> None:
         )
     with torch.no_grad():
         for name, parameter in tower.named_parameters():
-            parameter.copy_(reader.whole(name, kind if kind in kinds.get(name, ()) else "param"))  # frozen: equal
+            there = kind if kind in kinds.get(name, ()) else "param"  # of a frozen one the mean is the weight
+            parameter.copy_(reader.read(name, there, (0,) * parameter.dim(), tuple(parameter.shape)))
 
 
 class BareEncoder(nn.Module):
@@ -132,7 +133,8 @@ class Embedder:
     def _ids(self, text: str) -> np.ndarray:
         turns = [{"role": "assistant", "text": text}]
         encoded = self.tokenizer.encode_sample(turns, ("assistant",), (), f"the text {text!r}")
-        ids, _ = captions(encoded.tokens_T[None], encoded.trained_T[None], 1, self.most_tokens)
+        rows = encoded.tokens_T[None], encoded.trained_T[None]
+        ids, _ = captions(*rows, 1, self.most_tokens, self.tokenizer.eos_id)
         if not ids.size:
             raise ValueError(f"the text {text!r} has no token")
         return ids

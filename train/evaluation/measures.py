@@ -3,8 +3,8 @@
     zero-shot   the class whose text is nearest to the image                      (Radford et al. 2021, section 3.1)
     R@k         of all queries, the share with a right item among the k nearest   (Karpathy, Fei-Fei 2015, section 4.2)
 
-Ties are lost: what is exactly as near as the right answer counts as nearer, so that equal embeddings everywhere score
-nothing rather than everything.
+Ties are lost: what is as near as the right answer, to within TIE, counts as nearer, so that equal embeddings everywhere
+score nothing rather than everything.
 
 Legend: B samples, C classes, P templates, Q queries, I items, E embedding width.
 """
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 RECALL_AT = (1, 5)
 CLASSES_FOR_TOP5 = 10
 BLOCK = 1 << 24  # similarities held at once
+TIE = 1e-6  # cosines of equal embeddings differ in their last bits, by where in the product they stand
 
 
 def class_embeddings(text_CPE: torch.Tensor) -> torch.Tensor:
@@ -25,7 +26,7 @@ def class_embeddings(text_CPE: torch.Tensor) -> torch.Tensor:
 
 
 def ranks(query_QE: torch.Tensor, item_IE: torch.Tensor, query_key_Q: torch.Tensor, item_key_I: torch.Tensor):
-    """How many wrong items are at least as near to each query as its nearest right one, int64 [Q].
+    """How many wrong items are as near to each query as its nearest right one, to within TIE, or nearer, int64 [Q].
 
     An item is right where its key is the query's; a query without a right item has all items before it.  Raises
     ValueError where an embedding is not finite.
@@ -38,7 +39,7 @@ def ranks(query_QE: torch.Tensor, item_IE: torch.Tensor, query_key_Q: torch.Tens
         similarity_QI = query_QE[begin : begin + step] @ item_IE.T
         right_QI = query_key_Q[begin : begin + step, None] == item_key_I
         best_Q1 = similarity_QI.masked_fill(~right_QI, -math.inf).amax(dim=1, keepdim=True)
-        out.append(((similarity_QI >= best_Q1) & ~right_QI).sum(dim=1))
+        out.append(((similarity_QI >= best_Q1 - TIE) & ~right_QI).sum(dim=1))
     return torch.cat(out)
 
 

@@ -41,10 +41,17 @@ class ContrastiveConfig:
         for key in ("siglip_weight", "superclass_weight"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"objective.contrastive.{key}={getattr(self, key)}: must be 0, for none, or more")
-        if not self.scale_init > 0:
-            raise ValueError(
-                f"objective.contrastive.scale_init={self.scale_init}: must be above 0, its logarithm is learned"
-            )
+        if not self.siglip_weight + self.superclass_weight > 0:
+            raise ValueError("objective.contrastive: siglip_weight=0 and superclass_weight=0 leave nothing to learn")
+        check_temperature("objective.contrastive", self.scale_init, self.bias_init)
+
+
+def check_temperature(section: str, scale: float, bias: float) -> None:
+    """Raises ValueError for what no temperature and bias can begin with."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{section}.scale_init={scale}: must be above 0 and finite, its logarithm is learned")
+    if not math.isfinite(bias):
+        raise ValueError(f"{section}.bias_init={bias}: must be a finite number")
 
 
 class TextTower(nn.Module):
@@ -60,16 +67,19 @@ class TextTower(nn.Module):
 
 
 class Temperature(nn.Module):
-    """SigLIP's learned scale, kept as its logarithm, and bias; fp32 scalars, of weights that bf16 rounds to 8 bits."""
+    """SigLIP's learned scale and bias, fp32 scalars.
+
+    What is learned is how far the logarithm of the one and the other have moved: bf16 weights are fine near 0.
+    """
 
     def __init__(self, scale: float, bias: float):
         super().__init__()
-        self.initial_values = {"log_scale": math.log(scale), "bias": bias}
-        self.log_scale = nn.Parameter(torch.tensor([self.initial_values["log_scale"]]))
-        self.bias = nn.Parameter(torch.tensor([bias]))
+        self._log_scale, self._bias = math.log(scale), bias
+        self.log_scale_moved = nn.Parameter(torch.zeros(1))
+        self.bias_moved = nn.Parameter(torch.zeros(1))
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.log_scale.float().exp()[0], self.bias.float()[0]
+        return (self.log_scale_moved.float() + self._log_scale).exp()[0], self.bias_moved.float()[0] + self._bias
 
 
 class ContrastiveHead(nn.Module):

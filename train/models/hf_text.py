@@ -12,7 +12,9 @@ framework's special tokens added, and the folder's embedding enlarged to it (res
 Legend: T tokens of B texts, J tokens of the longest as the model sees it, D width of the model.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,36 @@ from parallel.transfer import host_to_device
 from train.models.hugging_face import LOCAL, first_line, load, read_config, transformers_for, weight_names
 from train.models.text_encoder import PackedTexts, TextConfig, last_of_each
 
+SERVED = ("clip", "clip_text_model", "siglip", "siglip_text_model")
+
+
+@dataclass(frozen=True)
+class TextFolder:
+    """What a folder says of its model, its weights aside.  start, end, pad: ids, start None where there is none."""
+
+    folder: Path
+    what: str
+    whole: Any
+    family: str
+    names: set[str]
+    start: int | None
+    end: int
+    pad: int
+    places: int
+
+
+def text_folder(config: TextConfig) -> TextFolder:
+    """Reads `config.folder` but for its weights.  Raises ValueError, one sentence, where it cannot serve."""
+    folder, what = Path(config.folder), f"model.text.folder={config.folder}"
+    names = weight_names(folder, what)
+    whole = read_config(folder, what, SERVED)
+    family = whole.model_type.removesuffix("_text_model")
+    text = getattr(whole, "text_config", whole)
+    start, end, pad = _special_ids(folder, text, family, what)
+    places = text.max_position_embeddings
+    _check_sizes(config, text.vocab_size, places - (start is not None), what)
+    return TextFolder(folder, what, whole, family, names, start, end, pad, places)
+
 
 class HuggingFaceText(nn.Module):
     """Text tower with the folder's weights; width is that of its embeddings, after its projection where it has one."""
@@ -31,18 +63,11 @@ class HuggingFaceText(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        folder, what = Path(config.folder), f"model.text.folder={config.folder}"
-        names = weight_names(folder, what)
-        whole = read_config(folder, what)
-        family = whole.model_type.removesuffix("_text_model")
-        if family not in ("clip", "siglip"):
-            raise ValueError(f"{what}: is a {whole.model_type} model, where a CLIP or SigLIP text model is wanted")
-        text = getattr(whole, "text_config", whole)
-        self._start, self._end, self._pad = _special_ids(folder, text, family, what)
-        self._places = text.max_position_embeddings
-        self._full_length = family == "siglip"
-        _check_sizes(config, text.vocab_size, self._places - (self._start is not None), what)
-        self.model, self.projection = _load_text(folder, whole, family, names, what)
+        found = text_folder(config)
+        self._start, self._end, self._pad = found.start, found.end, found.pad
+        self._places, self._full_length = found.places, found.family == "siglip"
+        self.model, self.projection = _load_text(found)
+        text = getattr(found.whole, "text_config", found.whole)
         self.width = self.projection.out_features if isinstance(self.projection, nn.Linear) else text.hidden_size
 
     def forward(self, texts: PackedTexts, recompute: str = "none") -> torch.Tensor:
@@ -88,7 +113,7 @@ def _special_ids(folder: Path, text, family: str, what: str) -> tuple[int | None
     if (folder / "tokenizer_config.json").is_file():
         try:
             source = transformers_for(what).AutoTokenizer.from_pretrained(folder, **LOCAL)
-        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:  # as in read_config
             raise ValueError(f"{what}: its tokenizer cannot be read: {first_line(error)}") from error
     ids = {key: getattr(source, f"{key}_token_id", None) for key in ("bos", "eos", "pad")}
     end = ids["eos"]
@@ -111,8 +136,9 @@ def _check_sizes(config: TextConfig, words: int, places: int, what: str) -> None
         )
 
 
-def _load_text(folder: Path, whole, family: str, names: set[str], what: str) -> tuple[nn.Module, nn.Module]:
+def _load_text(found: TextFolder) -> tuple[nn.Module, nn.Module]:
     """(model up to its last norm, projection), fp32, without dropout."""
+    folder, whole, family, names, what = found.folder, found.whole, found.family, found.names, found.what
     transformers = transformers_for(what)
     settings = {"dtype": torch.float32, "attention_dropout": 0.0}
     if family == "clip" and not any(name.endswith("text_projection.weight") for name in names):

@@ -1,7 +1,7 @@
 """A vision transformer of Hugging Face as teacher: CLIP, SigLIP, SigLIP2 of fixed resolution, DINOv2, ViT, EVA-02.
 
-Any model will do that transformers' AutoModel knows, takes square images of one size and returns g * g patch features,
-with or without one class token before them.  A feature is the patch's last hidden state after the model's final norm
+A model of the families in SERVED will do that takes square images of one size and returns g * g patch features, with or
+without one class token before them.  A feature is the patch's last hidden state after the model's final norm
 and, where the model has one (CLIP), after its visual projection.  CLIP norms only its class token: here the same norm
 is laid on the patches.  Which it is, is seen in one trial run at load.  The report's teacher, EVA-02-CLIP-E, is there
 as a folder of timm's, which transformers reads where timm is installed.
@@ -24,10 +24,15 @@ from torch import nn
 from train.models.hugging_face import first_line, load, read_config, single_number, transformers_for, weight_names
 from train.models.vit import PATCH, PackedImages
 
+SERVED = (  # model types that are tried; what siglip2, registers and deit give does not map onto a grid, and says so
+    *("clip", "clip_vision_model", "siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"),
+    *("dinov2", "dinov2_with_registers", "vit", "vit_msn", "deit", "beit", "data2vec-vision", "ijepa", "timm_wrapper"),
+)
 IMAGES_AT_ONCE = 64  # all of them resized to the model's square
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
+MOST_DOWN = 32  # an antialiased downscale beyond about 90 wants more shared memory than a GPU's block has
 POOLERS = ("pooler", "head.")  # weights behind the features that are used
 
 
@@ -49,12 +54,21 @@ class Parts:
     deviation: tuple[float, ...]
 
 
+def check_folder(folder: Path, what: str) -> None:
+    """Raises ValueError, one sentence, for a folder that cannot serve, as far as can be seen without its weights."""
+    weight_names(folder, what)
+    config = read_config(folder, what, SERVED)
+    if config.model_type != "timm_wrapper":
+        _sizes(config, what)
+        _normalisation(folder, config.model_type, what)
+
+
 class HuggingFaceTeacher:
     """A frozen model from a folder, see the module; width: channels of its features."""
 
     def __init__(self, folder: Path, what: str, device: torch.device, dtype: torch.dtype):
         names = weight_names(folder, what)
-        config = read_config(folder, what)
+        config = read_config(folder, what, SERVED)
         if config.model_type == "timm_wrapper":
             parts = _timm_parts(config, folder, what, dtype)
         else:
@@ -218,8 +232,15 @@ def pixels_of(patches_NP: torch.Tensor, h: int, w: int) -> torch.Tensor:
 
 
 def squared(pixels_n3HW: torch.Tensor, size: int) -> torch.Tensor:
-    """fp32 [n, 3, size, size] in 0 ... 255: bilinear with antialiasing, whatever the aspect."""
-    return F.interpolate(pixels_n3HW.float(), (size, size), mode="bilinear", align_corners=False, antialias=True)
+    """fp32 [n, 3, size, size] in 0 ... 255: bilinear with antialiasing, whatever the aspect.
+
+    An axis of more than MOST_DOWN * size pixels is first averaged over whole runs of pixels, the last maybe shorter.
+    """
+    pixels = pixels_n3HW.float()
+    runs = tuple(-(-pixels_a_side // (MOST_DOWN * size)) for pixels_a_side in pixels.shape[2:])
+    if max(runs) > 1:
+        pixels = F.avg_pool2d(pixels, runs, ceil_mode=True)
+    return F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def regridded(features_nCgg: torch.Tensor, h: int, w: int) -> torch.Tensor:

@@ -1,10 +1,14 @@
 """Models of Hugging Face transformers from a local folder: safetensors only, nothing fetched, no foreign code.
 
-A pickle can run code when it is read, and `trust_remote_code` runs what the folder holds; neither is ever done.  Every
-way in which a folder cannot serve is a ValueError of one sentence that begins with what the caller calls it.
+A pickle can run code when it is read, and `trust_remote_code` runs what the folder holds; neither is ever done.  For
+some families transformers asks the hub while it reads config.json, whatever `local_files_only` says; so config.json is
+judged as plain JSON before transformers sees it, and the hub's client is told that there is no network.  Every way in
+which a folder cannot serve is a ValueError of one sentence that begins with what the caller calls it.
 """
 
 import contextlib
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+OUTSIDE = ("backbone", "attn_implementation", "_attn_implementation", "checkpoint_path")  # may name what is elsewhere
 
 
 def transformers_for(what: str) -> ModuleType:
-    """The library, for the setting `what`."""
+    """The library, for the setting `what`; the hub is out of reach from then on, where nobody imported it before."""
+    os.environ.update(OFFLINE)
     try:
         import transformers
     except ImportError as error:
@@ -50,14 +57,44 @@ def weight_names(folder: Path, what: str) -> set[str]:
     return names
 
 
-def read_config(folder: Path, what: str):
-    """The folder's configuration as transformers understands it."""
+def read_config(folder: Path, what: str, served: tuple[str, ...]):
+    """The folder's configuration as transformers understands it; served: the model types that the caller can use."""
+    _check_config(folder, what, served)
     transformers = transformers_for(what)
     try:
         with _quiet():
             return transformers.AutoConfig.from_pretrained(folder, **LOCAL)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise ValueError(f"{what}: config.json is of no model that transformers has: {first_line(error)}") from error
+    except Exception as error:  # errors of the hub's HTTP libraries have no common base
+        raise ValueError(f"{what}: config.json cannot be used by transformers: {first_line(error)}") from error
+
+
+def _check_config(folder: Path, what: str, served: tuple[str, ...]) -> None:
+    """Holds config.json, as it is written, against what is served and what can lead out of the folder."""
+    try:
+        said = json.loads((folder / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{what}: config.json cannot be read: {first_line(error)}") from error
+    if not isinstance(said, dict):
+        raise ValueError(f"{what}: config.json is not an object of keys and values")
+    model_type = said.get("model_type", "timm_wrapper" if "pretrained_cfg" in said else None)
+    if model_type not in served:
+        raise ValueError(f"{what}: model_type={model_type!r} in config.json: must be one of {', '.join(served)}")
+    if leading := sorted(_keys(said) & set(OUTSIDE)):
+        raise ValueError(f"{what}: {leading[0]} in config.json can name what is not in the folder, and is not followed")
+    if ":" in str(said.get("architecture", "")):
+        raise ValueError(
+            f"{what}: architecture={said['architecture']!r} in config.json: must be a name of timm's own without a "
+            "colon, nothing is fetched"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{what}: holds an adapter (adapter_config.json); merge it into its model and save that")
+
+
+def _keys(said) -> set[str]:
+    """Of all objects in JSON, at any depth."""
+    if isinstance(said, dict):
+        return set(said).union(*map(_keys, said.values()))
+    return set().union(*map(_keys, said)) if isinstance(said, list) else set()
 
 
 def load(model_class: type, folder: Path, what: str, *, unused: tuple[str, ...] = (), **settings) -> nn.Module:
@@ -71,7 +108,7 @@ def load(model_class: type, folder: Path, what: str, *, unused: tuple[str, ...] 
             model, info = model_class.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, **LOCAL, **settings
             )
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # as in read_config
         why = first_line(error)
         if "mismatch" in str(error):  # the first line does not say so, or refers to a report that was printed
             why = "its weights are of other sizes than config.json says"

@@ -35,7 +35,7 @@ from parallel.attention import Segments
 from parallel.transfer import host_to_device
 from train.models.attention_pool import AttentionPool
 from train.models.blocks import kept_for_backward
-from train.models.contrastive import Temperature, TextTower, mean_of_images, normalized
+from train.models.contrastive import Temperature, TextTower, check_temperature, mean_of_images, normalized
 from train.models.decoder import Reading, TextDecoder
 from train.models.text_encoder import PackedTexts, TextConfig, last_of_each
 from train.models.vit import PackedImages, SeedViT, ViTConfig
@@ -72,8 +72,7 @@ class OmniConfig:
         for key in ("matching_weight", "caption_weight"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"objective.omni.{key}={getattr(self, key)}: must be 0, for none, or more")
-        if not self.scale_init > 0:
-            raise ValueError(f"objective.omni.scale_init={self.scale_init}: must be above 0, its logarithm is learned")
+        check_temperature("objective.omni", self.scale_init, self.bias_init)
         for key in ("decoder_width", "decoder_depth", "decoder_heads"):
             if getattr(self, key) < 1:
                 raise ValueError(f"objective.omni.{key}={getattr(self, key)}: must be at least 1")

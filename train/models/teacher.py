@@ -23,8 +23,7 @@ from yaml import YAMLError
 
 from parallel.state import EMA
 from train import checkpoint
-from train.models.hf_vision import HuggingFaceTeacher
-from train.models.hugging_face import read_config, weight_names
+from train.models.hf_vision import HuggingFaceTeacher, check_folder
 from train.models.vit import PackedImages, SeedViT, ViTConfig
 
 
@@ -45,8 +44,7 @@ def check_teacher(path: str | Path) -> None:
     try:
         step = checkpoint.resolve(path)
     except ValueError:
-        weight_names(path, what)
-        read_config(path, what)
+        check_folder(path, what)
     else:
         _encoder_config(step, what)
 

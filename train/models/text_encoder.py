@@ -35,6 +35,8 @@ class TextConfig:
     folder: str | None = None
 
     def __post_init__(self):
+        if self.max_tokens < 2:
+            raise ValueError(f"model.text.max_tokens={self.max_tokens}: must be at least 2, a word and <eos>")
         for key in ("width", "depth", "heads", "vocab_size", "max_tokens"):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.text.{key}={getattr(self, key)}: must be at least 1")

@@ -25,7 +25,7 @@ from train.models.text_encoder import PackedTexts
 from train.models.vit import PackedImages
 from train.objectives.omni import omni_loss
 from train.objectives.siglip import siglip_loss
-from train.objectives.superclass import InverseFrequency, KHot, TokenSets
+from train.objectives.superclass import InverseFrequency, TokenSets
 from train.towers import build_tower
 
 if TYPE_CHECKING:
@@ -45,8 +45,11 @@ class Learner(Protocol):
     def hold(self, view: "View", device: torch.device) -> Any:
         """A chunk on the device, as far as it can be made ahead of its step."""
 
+    def observe(self, batch: "VisionBatch") -> None:
+        """Takes a step into what `tensors` remembers, once (may be collective)."""
+
     def chunks(self, batch: "VisionBatch", device: torch.device) -> list[Chunk]:
-        """What the tower is called with (may be collective)."""
+        """What the tower is called with."""
 
     def objective(self, batch: "VisionBatch", *leaves: torch.Tensor) -> Losses:
         """The loss of the tower's outputs (may be collective)."""
@@ -63,6 +66,9 @@ class Learner(Protocol):
 
 
 class _Stateless:
+    def observe(self, batch: "VisionBatch") -> None:
+        pass
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {}
 
@@ -78,6 +84,7 @@ class MimLearner(_Stateless):
     def __init__(self, config: Config, device: torch.device):
         self._config, self._mim = config, config.objective.mim
         self._teacher = load_teacher(config.objective.teacher, device, config.train.precision)
+        self._dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.tower = build_tower(config, self._teacher.width)
 
     def hold(self, view: "View", device: torch.device) -> tuple[MaskedImages, np.ndarray]:
@@ -93,7 +100,8 @@ class MimLearner(_Stateless):
                 continue
             masked, grid_hw_I2 = held
             features_NC = self._teacher.features(masked.images, grid_hw_I2)
-            made.append(Chunk((masked, features_NC.index_select(0, masked.masked_M)), True))
+            target_MC = features_NC.index_select(0, masked.masked_M)  # of all chunks of a step at once: keep it small
+            made.append(Chunk((masked, target_MC.to(self._dtype)), True))
         return made
 
     def objective(self, batch: "VisionBatch", loss_M: torch.Tensor) -> Losses:
@@ -123,22 +131,21 @@ class ContrastiveLearner:
         images_B = host_to_device(images_B, device) if images_B.max() > 1 else None
         return view.images, PackedTexts.of(tokens_T, length_B, device), images_B, sets
 
+    def observe(self, batch: "VisionBatch") -> None:
+        """Counts the words of all ranks' captions, so that this step's targets know them too (collective)."""
+        if self._frequency:
+            self._frequency.update([held[3] for held in batch.held if held is not None], _world())
+
     def chunks(self, batch: "VisionBatch", device: torch.device) -> list[Chunk]:
-        sets = [BLANK if held is None else held[3] for held in batch.held]
-        khots = self._khots(sets) if self._frequency else [None] * len(sets)
         made = []
-        for held, khot in zip(batch.held, khots, strict=True):
+        for held in batch.held:
+            khot = self._frequency.k_hot(BLANK if held is None else held[3]) if self._frequency else None
             if held is None:
                 made.append(Chunk((PackedImages.blank(device), PackedTexts.blank(device), khot, None), False))
             else:
                 images, texts, images_B, _ = held
                 made.append(Chunk((images, texts, khot, images_B), True))
         return made
-
-    def _khots(self, sets: list[TokenSets]) -> list[KHot]:
-        """Targets of each chunk, weighted by what all ranks have seen, this step included (collective)."""
-        self._frequency.update([part for part in sets if part is not BLANK], _world())
-        return [self._frequency.k_hot(part) for part in sets]
 
     def objective(self, batch: "VisionBatch", image_BE, text_BE, scale, bias, superclass_B) -> Losses:
         pairs = siglip_loss(image_BE, text_BE, scale, bias, counts=batch.counts_W, group=_world())

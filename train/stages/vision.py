@@ -10,7 +10,7 @@ Legend: S samples of the step, B samples of a chunk, I images, N patches, W rank
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data.image import patch_positions
-from parallel.encoder_step import Chunk, EncoderEngines, encoder_step
+from parallel.encoder_step import EncoderEngines, encoder_step
 from parallel.grid import build_grid
 from parallel.hybrid_step import StepOutput
 from parallel.layout import Layout
@@ -57,13 +57,13 @@ class View:
 @dataclass
 class VisionBatch:
     """One step of this rank: what the learner holds of each chunk (None: blank), and of all ranks the samples that
-    count, the patches of every image of these and their trained tokens.  chunks: made when the step begins."""
+    count, the patches of every image of these and their trained tokens.  observed: by the learner."""
 
     held: list[Any]
     counts_W: list[int]
     patches_I: np.ndarray
     trained_tokens: int
-    chunks: list[Chunk] = field(default_factory=list)
+    observed: bool = False
 
 
 class VisionStage:
@@ -78,6 +78,7 @@ class VisionStage:
     def steps(self, count: int) -> Staging:
         data, grid, learner = self._data, self.engines.grid, self._learner
         captions = {"wanted": learner.captions, "negatives": learner.negatives}
+        captions["eos_id"] = data.reader.tokenizer.eos_id
         division = Samples(self._config, data.stream.corpus, grid.rank, grid.layout.world, **captions)
         feed = Feed(data.stream, data.reader, self._config.data, grid, division, steps=count)
         return Staging(feed, grid.device, self._to_device)
@@ -85,12 +86,14 @@ class VisionStage:
     def step(self, batch: VisionBatch, *, timer: PhaseTimer, stop: bool, accept: Accept) -> StepOutput:
         learner, config = self._learner, self._config
         with timer.phase("targets"):
-            if not batch.chunks:  # a step computed twice counts once in what the learner remembers
-                batch.chunks = learner.chunks(batch, self.engines.grid.device)
+            if not batch.observed:  # a step computed twice counts once
+                learner.observe(batch)
+            batch.observed = True
+            chunks = learner.chunks(batch, self.engines.grid.device)
         learnt = sum(batch.counts_W) > 0
         return encoder_step(
             self.engines,
-            batch.chunks,
+            chunks,
             lambda *leaves: learner.objective(batch, *leaves),
             clip_norm=config.optim.clip_norm,
             replay=config.parallel.encoder.recompute == "replay",
@@ -157,12 +160,13 @@ class VisionStage:
         grid_hw_I2 = plan.grid_hw_I2[image_ids].reshape(-1, 2)
         patches_I = grid_hw_I2.prod(axis=1, dtype=np.int64)
         encoder = config.model.encoder
+        rate = encoder.drop_path if "encoder" in config.train.trainable else 0.0
         images = PackedImages.of(
             _patches_of(prepared, share, image_ids),
             patch_positions(grid_hw_I2),
             patches_I,
             self.engines.grid.device,
-            drop_path_factors(encoder.depth, encoder.drop_path, keys_I4) if encoder.drop_path else None,
+            drop_path_factors(encoder.depth, rate, keys_I4) if rate else None,
         )
         mine = np.concatenate(share.chunks)  # ascending, as the images are
         return View(
