@@ -86,7 +86,7 @@ def test_clips_have_sound_and_are_heard_through_the_data_path(corpus, shards):
     plan = Stream(opened, config, tokenizer.stamp_lengths).next_step()
     images, rows = ShardReader(opened, tokenizer, 1 << 20, 0).read(plan, range(len(plan.time_I)), range(60))
     assert not images.failures and not rows.failures and (plan.time_I == AUDIO).sum() == 60
-    tokens_T, lengths_RK = captions(rows.tokens, rows.trained, 2, 64)
+    tokens_T, lengths_RK = captions(rows.tokens, rows.trained, 2, 64, tokenizer.eos_id)
     texts = np.split(tokens_T, np.cumsum(lengths_RK.ravel())[:-1])
     by_key = [[turn["text"] for turn in content["turns"][1::2]] for content, _ in shards["train", "sound"]]
     for n, index in enumerate(plan.index_S.tolist()):

@@ -95,7 +95,7 @@ def test_texts_are_read_as_the_captions_of_training(tower, tokenizer):
     rows = np.zeros((2, len(said), length), np.int32)
     for place, row in enumerate(encoded):
         rows[0, place, : len(row.tokens_T)], rows[1, place, : len(row.tokens_T)] = row.tokens_T, row.trained_T
-    tokens_T, lengths = captions(rows[0], rows[1].astype(bool), 1, 12)
+    tokens_T, lengths = captions(rows[0], rows[1].astype(bool), 1, 12, tokenizer.eos_id)
     with torch.no_grad():
         wanted = tower.embed_texts(PackedTexts.of(tokens_T, lengths[:, 0], CPU))
     for chunk in (1, 15, 1000):

@@ -33,7 +33,7 @@ class Embedded:
     """
 
     labels: list[str | None] = field(default_factory=list)
-    captions: list[tuple[str, ...]] = field(default_factory=list)
+    captions: list[tuple[str | None, ...]] = field(default_factory=list)
     image_BE: torch.Tensor | None = None
     mean_BD: torch.Tensor | None = None
     sound_VE: torch.Tensor | None = None
