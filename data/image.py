@@ -128,6 +128,12 @@ def to_patches(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
     return cut.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, PATCH_VALUES)
 
 
+def to_pixels(patches_N588: np.ndarray, down: int, across: int) -> np.ndarray:
+    """The image of these patches, uint8 [H, W, 3]: what to_patches has cut."""
+    blocks = patches_N588.reshape(down // 2, across // 2, 2, 2, PATCH, PATCH, 3)
+    return blocks.transpose(0, 2, 4, 1, 3, 5, 6).reshape(down * PATCH, across * PATCH, 3)
+
+
 def patch_positions(grid_hw_I2: np.ndarray | Sequence) -> np.ndarray:
     """(y, x) of every patch of every image, int32 [N, 2], in the order of to_patches."""
     grid_hw_I2 = np.asarray(grid_hw_I2, np.int64).reshape(-1, 2)

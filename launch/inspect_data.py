@@ -26,7 +26,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.image import BLOCK, PATCH
+from data.image import to_pixels
 from data.plan import StepPlan
 from data.reader import RowBatch, ShardReader
 from data.text import Tokenizer
@@ -287,11 +287,8 @@ def pictures(plan: StepPlan, batch, image_ids: np.ndarray) -> dict[int, Image.Im
     """Thumbnails of images of a batch, by their number in the plan, put together from the patches."""
     out, first = {}, 0
     for i, (down, across) in zip(image_ids.tolist(), batch.grid_hw_I2.tolist(), strict=True):
-        patches = batch.patches_N588[first : first + down * across]
+        image = Image.fromarray(to_pixels(batch.patches_N588[first : first + down * across], down, across))
         first += down * across
-        blocks = patches.reshape(down // 2, across // 2, 2, 2, PATCH, PATCH, 3)
-        pixels = blocks.transpose(0, 2, 4, 1, 3, 5, 6).reshape(down // 2 * BLOCK, across // 2 * BLOCK, 3)
-        image = Image.fromarray(np.ascontiguousarray(pixels))
         image.thumbnail((CARD - 2 * GAP, THUMB if plan.time_I[i] < 0 else THUMB // 2))
         out[i] = image
     return out

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.image import BLOCK, PATCH
+from data.image import to_pixels
 from data.labelled import LabelledSample, Patches
 
 QUERIES = 12
@@ -46,9 +46,7 @@ def middle(images: Patches) -> np.ndarray:
     """The image in the middle, uint8 [H, W, 3], put together from its patches."""
     which = len(images.grid_hw_I2) // 2
     first, end = (int(images.grid_hw_I2[:stop].prod(axis=1).sum()) for stop in (which, which + 1))
-    down, across = images.grid_hw_I2[which].tolist()
-    blocks = images.patches_N588[first:end].reshape(down // 2, across // 2, 2, 2, PATCH, PATCH, 3)
-    return blocks.transpose(0, 2, 4, 1, 3, 5, 6).reshape(down // 2 * BLOCK, across // 2 * BLOCK, 3)
+    return to_pixels(images.patches_N588[first:end], *images.grid_hw_I2[which].tolist())
 
 
 def draw(

@@ -45,6 +45,20 @@ def assign_images(costs: Sequence[int], ranks: int) -> np.ndarray:
     return owner_I
 
 
+def cut_in_order(items_J: np.ndarray, sizes: np.ndarray, most: int) -> list[np.ndarray]:
+    """Items in order, in chunks whose sizes sum to at most `most`; one that is larger is a chunk of its own.
+
+    sizes: of all items, those of items_J among them.  No items make no chunk.
+    """
+    borders, used = [], 0
+    for place, size in enumerate(sizes[items_J].tolist()):
+        if used and used + size > most:
+            borders.append(place)
+            used = 0
+        used += size
+    return np.split(items_J, borders) if items_J.size else []
+
+
 def load_max_over_mean(costs: np.ndarray, owners: np.ndarray, ranks: int) -> float:
     """Largest over mean encoder load of the ranks; 1.0 is perfect balance (and the answer for no images)."""
     load_R = np.bincount(owners, weights=np.asarray(costs, dtype=np.float64), minlength=ranks)

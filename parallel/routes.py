@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parallel.balance import assign_images, load_max_over_mean
+from parallel.balance import assign_images, cut_in_order, load_max_over_mean
 from parallel.layout import Layout
 
 
@@ -176,7 +176,7 @@ def _chunks(plan, owner_I, layout, rank, chunk_patches):
     order_I = np.argsort(owner_I, kind="stable")
     mine, most = [], 1  # one chunk even in a step without images: frozen or idle, every rank takes part
     for owner, images_J in _runs(owner_I, order_I):
-        chunks = _cut(images_J, plan.patches_I, chunk_patches)
+        chunks = cut_in_order(images_J, plan.patches_I, chunk_patches)
         most = max(most, len(chunks))
         if owner == rank:
             mine = chunks
@@ -188,13 +188,3 @@ def _runs(owner_I, order_I):
     for images_J in np.split(order_I, borders):
         if images_J.size:
             yield int(owner_I[images_J[0]]), images_J
-
-
-def _cut(images_J, patches_I, chunk_patches):
-    borders, used = [], 0
-    for place, patches in enumerate(patches_I[images_J].tolist()):
-        if used and used + patches > chunk_patches:
-            borders.append(place)
-            used = 0
-        used += patches
-    return np.split(images_J, borders)

@@ -17,7 +17,7 @@ from data.captions import captions
 from data.corpus import Corpus
 from data.plan import AUDIO, STILL, StepPlan
 from data.reader import Failure, RowBatch
-from parallel.balance import assign_images, image_costs, load_max_over_mean
+from parallel.balance import assign_images, cut_in_order, image_costs, load_max_over_mean
 from train.config import Config
 from train.feed import Share
 
@@ -88,7 +88,7 @@ class Samples:
             size_S += text_S
         owner_S = assign_images(cost_S, world) if config.parallel.balance else np.arange(count) % world
         chunks_W = [
-            cut_samples(np.flatnonzero(owner_S == rank), size_S, config.parallel.encoder.chunk_patches)
+            cut_in_order(np.flatnonzero(owner_S == rank), size_S, config.parallel.encoder.chunk_patches)
             for rank in range(world)
         ]
         most = max(1, *map(len, chunks_W))
@@ -137,17 +137,6 @@ class Samples:
         most = self._config.model.text.max_tokens
         tokens_T, length_RK = captions(text.tokens, text.trained, self._wanted, most, self._eos_id)
         return Captions(tokens_T, length_RK)
-
-
-def cut_samples(samples: np.ndarray, size_S: np.ndarray, most: int) -> list[np.ndarray]:
-    """Samples in order, in chunks of at most `most` patches and tokens; one with more is a chunk of its own."""
-    borders, used = [], 0
-    for place, size in enumerate(size_S[samples].tolist()):
-        if used and used + size > most:
-            borders.append(place)
-            used = 0
-        used += size
-    return np.split(samples, borders) if samples.size else []
 
 
 def images_of(plan: StepPlan, samples: Sequence[int] | np.ndarray) -> np.ndarray:

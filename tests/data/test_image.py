@@ -10,6 +10,7 @@ import skimage.data
 from PIL import ExifTags, Image
 
 from data.image import (
+    PATCH,
     ImageError,
     decode_image,
     grid_hw,
@@ -17,6 +18,7 @@ from data.image import (
     patch_positions,
     resized_hw,
     to_patches,
+    to_pixels,
     visual_tokens,
 )
 
@@ -207,3 +209,10 @@ def test_a_target_size_is_that_of_the_image_as_shown(orientation):
         if kind == "PNG":  # a quarter turn swaps the two passes of the resize, between which it rounds
             assert difference.max() <= (orientation >= 5)
         assert difference.mean() < 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (56, 140)])
+def test_patches_go_back_to_pixels(height, width):
+    pixels_HW3 = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    patches_N588 = to_patches(pixels_HW3, height, width)
+    assert np.array_equal(to_pixels(patches_N588, height // PATCH, width // PATCH), pixels_HW3)

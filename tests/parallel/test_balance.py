@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parallel.balance import assign_images, image_costs, load_max_over_mean
+from parallel.balance import assign_images, cut_in_order, image_costs, load_max_over_mean
 
 
 def log_uniform_mix(images, seed=0):
@@ -44,3 +44,9 @@ def test_no_images_and_bad_input():
         assign_images([1], 0)
     with pytest.raises(ValueError, match="image 1 has the negative cost -2"):
         assign_images([1, -2], 2)
+
+
+def test_chunks_hold_what_fits():
+    sizes = np.array([10, 20, 70, 40, 60, 5])
+    assert [chunk.tolist() for chunk in cut_in_order(np.arange(6), sizes, 60)] == [[0, 1], [2], [3], [4], [5]]
+    assert cut_in_order(np.empty(0, np.int64), sizes, 60) == []

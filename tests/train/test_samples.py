@@ -11,7 +11,7 @@ from data.text import Tokenizer
 from tests.data.conftest import encoded_image, encoded_video, sound_of
 from tests.support import settings, write_tar
 from train.build import open_data
-from train.samples import Captions, Samples, cut_samples, images_of
+from train.samples import Captions, Samples, images_of
 
 IMAGE = [{"role": "user", "text": "<image>"}]
 
@@ -49,12 +49,6 @@ def test_every_sample_has_one_rank(corpus, recipe, task, wanted, world, balance)
             assert len(chunk) <= 1 or patches_I[images_of(plan, chunk)].sum() <= 300
     if balance == "true" and world == 3:
         assert shares[0].load_max_over_mean < 1.15
-
-
-def test_chunks_hold_what_fits():
-    patches_S = np.array([10, 20, 70, 40, 60, 5])
-    assert [chunk.tolist() for chunk in cut_samples(np.arange(6), patches_S, 60)] == [[0, 1], [2], [3], [4], [5]]
-    assert cut_samples(np.empty(0, np.int64), patches_S, 60) == []
 
 
 def test_captions_of_any_rows():

@@ -18,10 +18,10 @@ from data.captions import captions
 from data.image import patch_positions
 from data.labelled import LabelledSample, Patches
 from data.text import Tokenizer
+from parallel.balance import cut_in_order
 from train.checkpoint import Reader
 from train.models.text_encoder import PackedTexts
 from train.models.vit import PackedImages, SeedViT, ViTConfig
-from train.samples import cut_samples
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Embedder:
         """
         parts = [self._ids(text) for text in texts]
         lengths_U = np.array([part.size for part in parts])
-        chunks = cut_samples(np.arange(len(parts)), lengths_U, self.chunk)
+        chunks = cut_in_order(np.arange(len(parts)), lengths_U, self.chunk)
         packed = (
             PackedTexts.of(np.concatenate([parts[text] for text in chunk]), lengths_U[chunk], self.device)
             for chunk in chunks
