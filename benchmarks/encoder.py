@@ -302,7 +302,7 @@ def towers(size: Size, device: torch.device) -> None:
     best = min((row for row in rows if row.drawn_order), key=lambda row: row.ms)
     time_in_turns([rows[0], best], size.more_rounds, device)
     print_rows(rows, size.images, total, work, peak)
-    print(f"  ours encodes {ratio(best, rows[0]):.2f}x as many images a second as the peer at its best ({best.name})")
+    print(f"  {ratio(best, rows[0]):.2f}x as many images a second as the peer in drawn order at its best ({best.name})")
 
 
 def place(device: torch.device) -> str:

@@ -19,14 +19,11 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parallel.grid import Grid
 from parallel.llm_shards import Shard, shards_of
 from parallel.state import KINDS, AdamSettings, StateChunk
-
-vars(moe_utils).setdefault("te_general_gemm", None)  # the router of 0.16.1 reads it, defined or not
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
@@ -24,6 +25,8 @@ from parallel.layout import Layout
 from parallel.routes import local_positions
 from parallel.transfer import host_to_device
 from train.models.rotary import axis_angles, rotate, tables
+
+vars(moe_utils).setdefault("te_general_gemm", None)  # the router of 0.16.1 reads it, defined or not
 
 
 @dataclass
