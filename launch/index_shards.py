@@ -50,7 +50,7 @@ def index_shards(
     with ProcessPoolExecutor(min(workers, len(shards)), context, _leave_interrupts_to_the_parent) as pool:
         try:
             yield from pool.map(act, shards, paths)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, GeneratorExit):  # here, or while the caller had the last outcome
             print("interrupted: waiting for the shards at hand", file=sys.stderr, flush=True)
             raise
         except BrokenProcessPool as error:

@@ -237,7 +237,7 @@ class Feed:
         prepared.trained_tokens = int(count)
 
     def _check_rate(self, prepared: PreparedStep) -> None:
-        """AgreedError where too many of the latest samples could not be read: a lost disk is noticed at once."""
+        """AgreedError where too many of the latest samples could not be used: a lost disk is noticed at once."""
         latest, rate = self._latest, self._config.max_skip_rate
         latest.append((prepared.plan.length_S.size, len(prepared.skipped)))
         while sum(samples for samples, _ in latest) - latest[0][0] >= LEAST_SEEN:

@@ -93,12 +93,12 @@ def note_samples(path: str) -> None:
         return
     numbers = StepMetrics.numbers
 
-    def noted(self, step, lr, seconds, prepared, output):
+    def noted(self, step, lr, seconds, prepared, output, facts):
         plan = prepared.plan
         line = {"step": step, "samples": [plan.shard_S.tolist(), plan.index_S.tolist()], "loss": output.loss.hex()}
         with Path(path).open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return numbers(self, step, lr, seconds, prepared, output)
+        return numbers(self, step, lr, seconds, prepared, output, facts)
 
     StepMetrics.numbers = noted
 

@@ -147,7 +147,7 @@ def test_too_many_undecodable_samples_stop_every_rank(damaged, tmp_path):
     first, second = run_world(failure, 2, [*SMALL, *damaged[0], "data.max_skip_rate=0.001"], str(tmp_path))
     assert first == second
     sentence = (
-        r"2 of the latest \d+ samples could not be read, above data.max_skip_rate=0.001; the last one: image at byte"
+        r"2 of the latest \d+ samples could not be used, above data.max_skip_rate=0.001; the last one: image at byte"
     )
     assert re.match(sentence, first)
     assert len(read_metrics(tmp_path)) == 2
