@@ -8,6 +8,7 @@ where their indexes go, and --catalog, the file that training names in their pla
 """
 
 import argparse
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -122,9 +123,12 @@ def main(argv: list[str] | None = None) -> int:
         paths = index_paths(shards, arguments.index_dir)
         if arguments.index_dir:
             os.makedirs(arguments.index_dir, exist_ok=True)
-        for outcome in index_shards(shards, paths, arguments.tokenizer, arguments.workers, arguments.force):
-            outcomes.append(outcome)
-            print("\n".join(outcome.report.lines()) if outcome.report else f"not indexed: {outcome.error}", flush=True)
+        made = index_shards(shards, paths, arguments.tokenizer, arguments.workers, arguments.force)
+        with contextlib.closing(made):
+            for outcome in made:
+                outcomes.append(outcome)
+                lines = outcome.report.lines() if outcome.report else [f"not indexed: {outcome.error}"]
+                print("\n".join(lines), flush=True)
         _summary(outcomes)
         failed = [outcome.error for outcome in outcomes if outcome.error]
         if failed:
