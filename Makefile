@@ -70,7 +70,7 @@ vit_contrastive:
 
 vit_omni:
 	rm -rf runs/$@
-	$(VIT) checkpoint.load_from=runs/vit_contrastive train.steps=800 optim.lr=3e-4 optim.warmup_steps=20 \
+	$(VIT) checkpoint.load_from=runs/vit_contrastive train.steps=500 optim.lr=3e-4 optim.warmup_steps=20 \
 		optim.layer_decay=0.5 objective.omni.bias_init=-4
 	$(SCORE) $(PROMPTS) --at-least 0.92
 	$(BIN)/python launch/plot.py runs/$@

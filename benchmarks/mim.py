@@ -1,6 +1,6 @@
 """Does masked image modelling help what comes after it?  Contrastive training from its encoder against random weights.
 
-    python benchmarks/mim.py --teacher shards/toy/teacher            # three seeds on two cores, about 15 minutes
+    python benchmarks/mim.py --teacher shards/toy/teacher            # three seeds on two cores, about 12 minutes
 
 For every seed: one run of vit_mim, then vit_contrastive twice for the same number of steps on the same samples in the
 same order, once with the encoder of vit_mim and once with random weights.  Prints zero-shot accuracy on held-out scans,

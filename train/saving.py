@@ -9,6 +9,7 @@ training goes on, and `poll` has a sentence for the log.  The ranks agree over t
 this thread while it runs.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -28,6 +29,9 @@ from parallel.state import StateChunk
 from train import checkpoint
 from train.checkpoint import FORMAT, MANIFEST, RANDOM, RECIPE, TrainState, box_key, file_of, step_of, write_file
 from train.retention import clean, prune
+
+
+NICE = 10  # of the saving thread
 
 
 class NotSavedError(RuntimeError):
@@ -127,6 +131,8 @@ class Saver:
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
     def _run(self, snapshot, others, state: TrainState) -> None:
+        with contextlib.suppress(OSError):  # the loop goes first where they share a core; on Linux a thread's own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             self._published = self._newest = self._save_together(snapshot, others, state)
         except Exception as error:  # whatever it is, the run goes on with the checkpoint it has
