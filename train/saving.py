@@ -9,12 +9,12 @@ training goes on, and `poll` has a sentence for the log.  The ranks agree over t
 this thread while it runs.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -29,7 +29,6 @@ from parallel.state import StateChunk
 from train import checkpoint
 from train.checkpoint import FORMAT, MANIFEST, RANDOM, RECIPE, TrainState, box_key, file_of, step_of, write_file
 from train.retention import clean, prune
-
 
 NICE = 10  # of the saving thread
 
@@ -131,7 +130,7 @@ class Saver:
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
     def _run(self, snapshot, others, state: TrainState) -> None:
-        with contextlib.suppress(OSError):  # the loop goes first where they share a core; on Linux a thread's own
+        if sys.platform == "linux":  # where threads have priorities of their own: the loop goes first on a shared core
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             self._published = self._newest = self._save_together(snapshot, others, state)
