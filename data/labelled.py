@@ -11,7 +11,6 @@ Shapes: N patches, I images (frames of a video count one by one), 588 = 14 * 14 
 
 import hashlib
 import io
-import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from data.catalog import expand_shards
 from data.image import PATCH, ImageError, decode_image, grid_hw, image_size, to_patches
 from data.storage import open_range, shown
 from data.tars import MAX_BYTES, Member, Sample, TarSamples, printable
-from data.text import SampleError, texts_of
+from data.text import SampleError, load_json, texts_of
 from data.video import Probe, SoundError, decode_frames, frame_grid, probe, sample_frames
 
 AHEAD = 2  # samples read ahead of each decoding thread
@@ -182,10 +181,7 @@ def _bytes_of(member: Member) -> bytes | None:
 
 def _raw(sample: Sample, name: str) -> _Raw:
     """Raises SampleError for a sample that breaks a rule of shards, or that has no medium."""
-    try:
-        content = json.loads(sample.sound().taken)
-    except (ValueError, RecursionError) as error:
-        raise SampleError("bad json", f"{sample.name} has a json member that cannot be parsed: {error}") from error
+    content = load_json(sample.sound().taken, sample.name)
     if not isinstance(content, dict):
         raise SampleError("bad json", f"{sample.name} has a json member that is not an object")
     label = content.get("label")

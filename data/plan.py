@@ -41,6 +41,11 @@ class StepPlan:
     start_I: np.ndarray  # int32, position of the first visual token in the row; of a sound, the place behind its video
     state_after: dict  # what Stream.load_state takes to go on after this step
 
+    @property
+    def patches_I(self) -> np.ndarray:
+        """Patches of each image, int64."""
+        return self.grid_hw_I2.prod(axis=1, dtype=np.int64)
+
     def digest(self) -> int:
         """63 bits of everything above: equal on ranks that hold the same plan."""
         digest = hashlib.blake2b(digest_size=8)
@@ -49,6 +54,19 @@ class StepPlan:
             raw = value.tobytes() if isinstance(value, np.ndarray) else json.dumps(value, sort_keys=True).encode()
             digest.update(f"{field.name}:{len(raw)};".encode() + raw)
         return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def ranges(first_X: np.ndarray, end_X: np.ndarray) -> np.ndarray:
+    """All numbers from first to end of each pair, end to end."""
+    count_X = end_X - first_X
+    within = np.arange(count_X.sum()) - np.repeat(np.cumsum(count_X) - count_X, count_X)
+    return np.repeat(first_X, count_X) + within
+
+
+def images_of(plan: StepPlan, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers in the plan of the images of some samples, in the samples' order, int64; how many each sample has)."""
+    first_M, end_M = (np.searchsorted(plan.image_sample_I, samples + shift) for shift in (0, 1))
+    return ranges(first_M, end_M), end_M - first_M
 
 
 def row_cu_seqlens(plan: StepPlan, row: int) -> np.ndarray:

@@ -48,6 +48,11 @@ class ImageBatch:
     failures: list[Failure]
     lease: Lease | None = None
 
+    @property
+    def patches_I(self) -> np.ndarray:
+        """Patches of each image, int64."""
+        return self.grid_hw_I2.prod(axis=1, dtype=np.int64)
+
     def release(self) -> None:
         """The patches are no longer needed: the next batch may overwrite them."""
         if self.lease is not None:

@@ -181,15 +181,20 @@ class Tokenizer:
 # What a sample's json may hold
 
 
+def load_json(data: bytes, name: str) -> object:
+    """What a sample's json member holds. Raises SampleError, calling the sample `name`."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad json", f"{name} has a json member that cannot be parsed: {error}") from error
+
+
 def parse_sample(data: bytes, name: str) -> dict:
     """A sample's json as {"turns": [...], "domain": str, "entity": str or None, ...}. Raises SampleError.
 
     `name` is how an error calls the sample. Turns are checked when they are encoded.
     """
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise SampleError("bad json", f"{name} has a json member that cannot be parsed: {error}") from error
+    content = load_json(data, name)
     if not isinstance(content, dict) or "turns" not in content:
         raise SampleError("bad json", f'{name} has a json member that is not an object with "turns"')
     domain, entity = content.get("domain", UNLABELLED), content.get("entity")

@@ -16,7 +16,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.index import MEDIA, SAMPLE, VIDEO
 from data.jobs import Job
-from data.plan import AUDIO, StepPlan
+from data.plan import AUDIO, StepPlan, images_of, ranges
 from data.storage import shown
 
 JOBS_A_WORKER = 8  # of one batch: enough to even out wrong guesses of cost
@@ -82,7 +82,7 @@ def image_work(
 def text_work(corpus: Corpus, plan: StepPlan, rows: np.ndarray, words: dict, workers: int) -> list[Work]:
     """Jobs for the text of rows, with the places that the plan has for the samples' images."""
     first_R, end_R = np.searchsorted(plan.row_S, rows), np.searchsorted(plan.row_S, rows + 1)
-    sample_M = _ranges(first_R, end_R)
+    sample_M = ranges(first_R, end_R)
     shard_M = plan.shard_S[sample_M]
     records_M = _records(corpus, "samples", shard_M, plan.index_S[sample_M])
     items = {
@@ -92,11 +92,10 @@ def text_work(corpus: Corpus, plan: StepPlan, rows: np.ndarray, words: dict, wor
     } | _bytes_of(records_M, "json_")
 
     media_M, count_M = records_M["first_media"].astype(np.int64), records_M["media"].astype(np.int64)
-    media = _records(corpus, "media", np.repeat(shard_M, count_M), _ranges(media_M, media_M + count_M))
+    media = _records(corpus, "media", np.repeat(shard_M, count_M), ranges(media_M, media_M + count_M))
     kinds = _Ragged("first_kind_M1", np.append(0, np.cumsum(count_M)), {"kind": media["kind"]})
 
-    first_M, end_M = np.searchsorted(plan.image_sample_I, sample_M), np.searchsorted(plan.image_sample_I, sample_M + 1)
-    image_I, images_M = _ranges(first_M, end_M), end_M - first_M
+    image_I, images_M = images_of(plan, sample_M)
     sound_I = plan.time_I[image_I] == AUDIO  # a sound has no place in the text
     images_M = images_M - np.bincount(np.repeat(np.arange(len(images_M)), images_M)[sound_I], minlength=len(images_M))
     image_I = image_I[~sound_I]
@@ -161,10 +160,3 @@ def _bytes_of(records_M: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
 
 def _between(borders: Sequence[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(borders))
-
-
-def _ranges(first_X: np.ndarray, end_X: np.ndarray) -> np.ndarray:
-    """All numbers from first to end of each pair, end to end."""
-    count_X = end_X - first_X
-    within = np.arange(count_X.sum()) - np.repeat(np.cumsum(count_X) - count_X, count_X)
-    return np.repeat(first_X, count_X) + within

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from data.curation.runners import worker_number
+from train.models.hugging_face import LOCAL, transformers_for
 
 IMAGES_TOGETHER = 64
 FILES = ("config.json", "preprocessor_config.json")
@@ -83,18 +84,17 @@ class ClipSimilarity:
     """A scorer for data.curation.pipeline. On one GPU of the machine where there are any, else on one CPU core."""
 
     def __init__(self, folder: str | Path):
-        from transformers import AutoTokenizer, CLIPModel
-
         check_clip_folder(folder)
+        transformers = transformers_for(f"--clip {folder}")
         self._preprocessing = Preprocessing(Path(folder))
         self.prepare = self._preprocessing.prepare
         gpus = torch.cuda.device_count()
         self._device = torch.device("cuda", worker_number() % gpus) if gpus else torch.device("cpu")
         torch.set_num_threads(1)  # workers share the cores, and sums do not depend on how many there are
-        local = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), **local)
-            model = CLIPModel.from_pretrained(str(folder), use_safetensors=True, dtype=torch.float32, **local)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **LOCAL)
+            settings = {"use_safetensors": True, "dtype": torch.float32}
+            model = transformers.CLIPModel.from_pretrained(str(folder), **settings, **LOCAL)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"the CLIP in {folder} cannot be loaded: {error}") from error
         self._model = model.eval().to(self._device)

@@ -92,9 +92,7 @@ def build(config: Config, reader: Reader, weights: str) -> Embedder:
         tower = build_tower(config)
         reads = {"tokenizer": Tokenizer(config.data.tokenizer), "most_tokens": config.model.text.max_tokens}
     load_weights(tower, reader, weights)
-    if config.train.precision == "bf16":
-        tower = tower.bfloat16()
-    return Embedder(tower, local_device(), config.parallel.encoder.chunk_patches, **reads)
+    return Embedder(tower.to(config.train.dtype), local_device(), config.parallel.encoder.chunk_patches, **reads)
 
 
 def labelled(config: Config, places: list[str], sound: bool = True) -> Labelled:

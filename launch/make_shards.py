@@ -17,7 +17,6 @@ import argparse
 import functools
 import json
 import os
-import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -31,10 +30,10 @@ from data.indexing import build_index
 from data.text import Tokenizer, build_byte_tokenizer
 from launch.toy.images import ImageTasks
 from launch.toy.maker import Maker, load_sources
+from launch.toy.once import made_once
 from launch.toy.videos import VideoTasks
 from launch.toy.vision import VisionTasks
 
-STAMP = "made.json"
 VERSION = 3  # of the corpus: another one is another corpus, whatever the arguments
 
 
@@ -119,29 +118,20 @@ def make_shards(out: str | Path, samples: int | None = None, seed: int = 0) -> b
     made = {"version": VERSION, "samples": samples, "seed": seed}
     if samples is not None and samples < 1:
         raise ValueError(f"--samples is {samples}; it must be at least 1")
-    if (out / STAMP).is_file():
-        found = json.loads((out / STAMP).read_text())
-        if found == made:
+    with made_once(out, made, "a corpus") as partial:
+        if partial is None:
             return False
-        raise ValueError(f"{out} was made with {found}, not {made}; choose another folder or delete it")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty and not a corpus made here; choose another folder")
-
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shards = plan_shards(samples, seed)
-    for shard in shards:
-        (partial / ALL_TASKS[shard.task].folder / shard.split).mkdir(parents=True, exist_ok=True)
-    build_byte_tokenizer(partial / "tokenizer.json")
-    write = functools.partial(write_shard, folder=str(partial))
-    if sum(shard.count for shard in shards) < 2000:
+        shards = plan_shards(samples, seed)
         for shard in shards:
-            write(shard)
-    else:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            list(pool.map(write, shards))
-    (partial / STAMP).write_text(json.dumps(made))
-    partial.rename(out)
+            (partial / ALL_TASKS[shard.task].folder / shard.split).mkdir(parents=True, exist_ok=True)
+        build_byte_tokenizer(partial / "tokenizer.json")
+        write = functools.partial(write_shard, folder=str(partial))
+        if sum(shard.count for shard in shards) < 2000:
+            for shard in shards:
+                write(shard)
+        else:
+            with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                list(pool.map(write, shards))
     return True
 
 

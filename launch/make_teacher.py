@@ -11,7 +11,6 @@ scans whose digit is told right from captions.
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.text import EOS, PAD, Tokenizer, build_byte_tokenizer
 from launch.toy.images import WORDS
 from launch.toy.maker import load_sources
+from launch.toy.once import made_once
 from launch.toy.vision import DIGITS, VisionTasks
 
-STAMP = "made.json"
 VERSION = 1  # of the teacher: another one is another teacher, whatever the arguments
 STEPS, BATCH, LEARNING_RATE, WARMUP = 800, 64, 1e-3, 40
 SIDE, PATCH, WIDTH, DEPTH, HEADS, EMBEDDING = 56, 14, 96, 3, 4, 64
@@ -192,34 +191,24 @@ def make_teacher(out: str | Path, steps: int = STEPS, seed: int = 0) -> dict | N
     out, made = Path(out), {"version": VERSION, "steps": steps, "seed": seed}
     if steps < 1:
         raise ValueError(f"--steps is {steps}; it must be at least 1")
-    if (out / STAMP).is_file():
-        found = json.loads((out / STAMP).read_text())
-        if found == made:
+    with made_once(out, made, "a teacher") as partial:
+        if partial is None:
             return None
-        raise ValueError(f"{out} was made with {found}, not {made}; choose another folder or delete it")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty and not a teacher made here; choose another folder")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError("a teacher needs transformers, which is not installed: pip install 'tandem[hf]'") from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+        try:
+            import transformers
+        except ImportError as error:
+            sentence = "a teacher needs transformers, which is not installed: pip install 'tandem[hf]'"
+            raise ValueError(sentence) from error
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    build_byte_tokenizer(partial / "tokenizer.json")
-    tokenizer = Tokenizer(partial / "tokenizer.json")
-    torch.manual_seed(seed)
-    model, captions, begin = build(tokenizer), Captions(tokenizer), time.perf_counter()
-    loss = train(model, captions, steps, seed)
-    by_image, by_patches = heldout_accuracy(model, captions, seed)
-    write(model, tokenizer, partial)
-    (partial / STAMP).write_text(json.dumps(made))
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+        build_byte_tokenizer(partial / "tokenizer.json")
+        tokenizer = Tokenizer(partial / "tokenizer.json")
+        torch.manual_seed(seed)
+        model, captions, begin = build(tokenizer), Captions(tokenizer), time.perf_counter()
+        loss = train(model, captions, steps, seed)
+        by_image, by_patches = heldout_accuracy(model, captions, seed)
+        write(model, tokenizer, partial)
     return {"loss": loss, "image": by_image, "patches": by_patches, "seconds": time.perf_counter() - begin}
 
 

@@ -6,6 +6,7 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+from data.text import Tokenizer, build_byte_tokenizer
 from tests.support import make_corpus
 
 
@@ -13,3 +14,10 @@ from tests.support import make_corpus
 def corpus(tmp_path_factory):
     """A tiny corpus of real pictures, see tests/support.py."""
     return make_corpus(tmp_path_factory.mktemp("corpus") / "toy")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    build_byte_tokenizer(path)
+    return Tokenizer(path)

@@ -16,7 +16,9 @@ from parallel.balance import image_costs
 from parallel.layout import Coordinates, Layout
 from parallel.routes import VisualPlan, local_positions
 from parallel.transfer import host_to_device
+from train.config import Config
 from train.models.llm import PackedRow, pack_row
+from train.models.masking import drop_path_factors
 from train.models.vit import ViTConfig
 
 
@@ -54,7 +56,7 @@ def visual_plan(
 ) -> VisualPlan:
     """Who needs which image's tokens, and what each image costs, from the indexes alone."""
     block_I, within_I = np.divmod(plan.row_I.astype(np.int64), rows_per_micro_batch)
-    patches_I = plan.grid_hw_I2.prod(axis=1, dtype=np.int64)
+    patches_I = plan.patches_I
     return VisualPlan(
         unit_I=units(plan, patches_I, chunk_patches),
         cost_I=image_costs(patches_I, encoder.width, encoder.depth),
@@ -81,6 +83,14 @@ def units(plan: StepPlan, patches_I: np.ndarray, chunk_patches: int) -> np.ndarr
     within_I = index_I - np.maximum.accumulate(np.where(starts_medium_I, index_I, 0))
     frames_I = np.maximum(chunk_patches // patches_I, 1)  # all frames of a video have one size
     return np.cumsum(starts_medium_I | (within_I % frames_I == 0)) - 1
+
+
+def branch_factors(config: Config, keys_In: np.ndarray) -> np.ndarray | None:
+    """Drop path of images with these keys, see `drop_path_factors`; None where it is off or the encoder is frozen."""
+    encoder = config.model.encoder
+    if not encoder.drop_path or "encoder" not in config.train.trainable:
+        return None
+    return drop_path_factors(encoder.depth, encoder.drop_path, keys_In)
 
 
 def rows_of_replica(layout: Layout, replica: int, micro_batches: int, rows_per_micro_batch: int) -> np.ndarray:

@@ -154,7 +154,7 @@ def _llm_engine(config: Config, grid: Grid, forward, loss) -> LLMEngine:
     megatron = llm_model.transformer_config(
         model,
         grid.layout,
-        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        dtype=config.train.dtype,
         recompute=config.train.recompute,
         deterministic=config.train.deterministic,
     )

@@ -7,6 +7,8 @@ What types cannot say stands in `train/checks.py`.  Full-scale values and their 
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from parallel.layout import Layout
 from train.models.contrastive import ContrastiveConfig
 from train.models.llm import LLMConfig
@@ -83,6 +85,11 @@ class TrainConfig:
     precision: str
     recompute: bool
     trainable: list[str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 @dataclass

@@ -28,7 +28,7 @@ BATCHES_HELD = READING + 4  # besides those made ready ahead: handed over, copie
 LEAST_SEEN = 1000  # samples: the rate of unreadable ones is over the latest steps that hold so many
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Share:
     """What one rank reads of a step: images and rows by their numbers in the plan.
 

@@ -19,21 +19,20 @@ from data.reader import Failure, RowBatch
 from parallel.grid import Grid
 from parallel.hybrid_step import StepInput
 from parallel.routes import Routes, assign_owners, build_routes
-from train.batch import RowText, micro_batch_of, rows_of_replica, visual_plan
+from train.batch import RowText, branch_factors, micro_batch_of, rows_of_replica, visual_plan
 from train.build import Data
 from train.config import Config
 from train.feed import Feed, PreparedStep, Share
-from train.models.masking import drop_path_factors
 from train.models.vit import PackedImages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowShare(Share):
     """routes: of this rank's images.  rows_MB: the rows of its replica, of which it reads some.  keep_LI: factors of
     its images' residual branches, None for all ones."""
 
-    routes: Routes | None = None
-    rows_MB: np.ndarray | None = None
+    routes: Routes
+    rows_MB: np.ndarray
     keep_LI: np.ndarray | None = None
 
 
@@ -60,8 +59,7 @@ class Rows:
         visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.model.encoder, chunk_patches)
         owner_I = assign_owners(visual, grid.layout, config.parallel.balance)
         routes = build_routes(visual, owner_I, grid.layout, grid.rank, len(self._rows_MB), chunk_patches)
-        image_ids, encoder = np.concatenate(routes.chunks).astype(np.int64), config.model.encoder
-        rate = encoder.drop_path if "encoder" in config.train.trainable else 0.0
+        image_ids = np.concatenate(routes.chunks).astype(np.int64)
         keys_I3 = np.stack(np.broadcast_arrays(config.train.seed, plan.step, image_ids), axis=1)
         return RowShare(
             image_ids=image_ids,
@@ -70,7 +68,7 @@ class Rows:
             pixels=self._substitute(plan) if self._substitute else None,
             routes=routes,
             rows_MB=self._rows_MB,
-            keep_LI=drop_path_factors(encoder.depth, rate, keys_I3) if rate else None,
+            keep_LI=branch_factors(config, keys_I3),
         )
 
     def inspect(self, plan: StepPlan, share: RowShare, text: RowBatch) -> list[Failure]:
@@ -114,7 +112,7 @@ def row_feed(
 def to_device(prepared: PreparedStep, grid: Grid) -> StepInput:
     """Moves a prepared step to the device as the hybrid step takes it."""
     plan, images = prepared.plan, prepared.images
-    patches_I = images.grid_hw_I2.prod(axis=1, dtype=np.int64)
+    patches_I = images.patches_I
     position_N2 = patch_positions(images.grid_hw_I2)
     chunks, rows, image, patch = [], [], 0, 0
     for ids in prepared.share.routes.chunks:

@@ -8,28 +8,27 @@ Every rank has as many chunks as the one with most, so that all make the same ca
 Legend: S samples and I images of the step, R rows that this rank reads, K captions of a sample.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.captions import captions
 from data.corpus import Corpus
-from data.plan import AUDIO, STILL, StepPlan
+from data.plan import AUDIO, STILL, StepPlan, images_of, ranges
 from data.reader import Failure, RowBatch
 from parallel.balance import assign_images, cut_in_order, image_costs, load_max_over_mean
 from train.config import Config
 from train.feed import Share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleShare(Share):
     """owner_S: rank of every sample.  chunks: samples of this rank, chunk by chunk, as many chunks as any rank has; its
     rows are theirs in that order, and after them, where negatives are wanted, those of each one's successor."""
 
-    owner_S: np.ndarray = None
-    chunks: tuple[np.ndarray, ...] = ()
-    load_max_over_mean: float = 1.0
+    owner_S: np.ndarray
+    chunks: tuple[np.ndarray, ...]
+    load_max_over_mean: float
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Captions:
         """(tokens end to end, lengths) of caption k of some rows."""
         first_RK = (np.cumsum(self.length_RK) - self.length_RK.ravel()).reshape(self.length_RK.shape)
         length, first = self.length_RK[rows, k], first_RK[rows, k]
-        within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-        return self.tokens_T[np.repeat(first, length) + within], length
+        return self.tokens_T[ranges(first, first + length)], length
 
     def pairs(self, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         """Tokens of both captions of some rows."""
@@ -76,7 +74,7 @@ class Samples:
     def divide(self, plan: StepPlan) -> SampleShare:
         config, world = self._config, self._world
         count = plan.length_S.size
-        patches_I = plan.grid_hw_I2.prod(axis=1, dtype=np.int64)
+        patches_I = plan.patches_I
         sample_I = plan.image_sample_I
         cost_S, size_S = np.zeros(count, np.int64), np.zeros(count, np.int64)
         np.add.at(cost_S, sample_I, image_costs(patches_I, config.model.encoder.width, config.model.encoder.depth))
@@ -97,7 +95,7 @@ class Samples:
         samples = np.concatenate(chunks)
         rows = samples if self._wanted else samples[:0]
         return SampleShare(
-            image_ids=images_of(plan, samples),
+            image_ids=images_of(plan, samples)[0],
             rows=np.concatenate([rows, (rows + 1) % count]) if self._negatives else rows,
             digest=int(np.dot(owner_S + 1, np.arange(1, count + 1)) % (1 << 62)),
             owner_S=owner_S,
@@ -137,10 +135,3 @@ class Samples:
         most = self._config.model.text.max_tokens
         tokens_T, length_RK = captions(text.tokens, text.trained, self._wanted, most, self._eos_id)
         return Captions(tokens_T, length_RK)
-
-
-def images_of(plan: StepPlan, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Images of some samples, in the samples' order, by their numbers in the plan, int64."""
-    first, end = (np.searchsorted(plan.image_sample_I, np.asarray(samples) + shift) for shift in (0, 1))
-    count = end - first
-    return np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())

@@ -10,7 +10,6 @@ from PIL import Image
 from data.catalog import expand_shards
 from data.index import load_index
 from data.indexing import build_index
-from data.text import Tokenizer, build_byte_tokenizer
 from launch.make_shards import make_shards
 from launch.toy.videos import encode_clip
 from tests.support import write_tar
@@ -22,13 +21,6 @@ def corpus(tmp_path_factory):
     out = tmp_path_factory.mktemp("corpus") / "toy"
     assert make_shards(out, samples=60)
     return out
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    build_byte_tokenizer(path)
-    return Tokenizer(path)
 
 
 @pytest.fixture(scope="session")

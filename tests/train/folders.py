@@ -1,6 +1,7 @@
-"""Small checkpoint folders for tests, written without engines."""
+"""Small checkpoint folders for tests, written without engines; and folders of random Hugging Face models."""
 
 import dataclasses
+import functools
 
 import torch
 
@@ -39,3 +40,17 @@ def flip(path, at):
 
 def truncate(path, size):
     path.write_bytes(path.read_bytes()[:size])
+
+
+def saved_models(tmp_path_factory, models, change=lambda model: None):
+    """of(kind) -> (folder, model): a random model of models[kind](), changed and saved when first asked for."""
+
+    @functools.cache
+    def of(kind):
+        torch.manual_seed(0)
+        folder, model = tmp_path_factory.mktemp("model"), models[kind]().eval()
+        change(model)
+        model.save_pretrained(folder)
+        return folder, model
+
+    return of

@@ -6,7 +6,6 @@ import torch
 
 from data.captions import captions
 from data.labelled import LabelledSample, Patches
-from data.text import Tokenizer, build_byte_tokenizer
 from tests.train.folders import write
 from train.checkpoint import Reader
 from train.evaluation.embedding import BareEncoder, Embedder, load_weights, pack
@@ -17,13 +16,6 @@ from train.models.vit import ViTConfig
 
 ENCODER = ViTConfig(width=32, depth=2, heads=2)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    build_byte_tokenizer(path)
-    return Tokenizer(path)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,12 @@ import pytest
 
 from data.captions import captions
 from data.indexing import build_index
+from data.plan import images_of
 from data.text import Tokenizer
 from tests.data.conftest import encoded_image, encoded_video, sound_of
 from tests.support import settings, write_tar
 from train.build import open_data
-from train.samples import Captions, Samples, images_of
+from train.samples import Captions, Samples
 
 IMAGE = [{"role": "user", "text": "<image>"}]
 
@@ -39,14 +40,14 @@ def test_every_sample_has_one_rank(corpus, recipe, task, wanted, world, balance)
     assert len({share.digest for share in shares}) == len({len(share.chunks) for share in shares}) == 1
     assert sorted(np.concatenate([np.concatenate(share.chunks) for share in shares])) == list(range(20))
     assert sorted(np.concatenate([share.image_ids for share in shares])) == list(range(plan.tokens_I.size))
-    patches_I = plan.grid_hw_I2.prod(axis=1)
+    patches_I = plan.patches_I
     for rank, share in enumerate(shares):
         mine = np.concatenate(share.chunks)
         assert (share.owner_S[mine] == rank).all()
-        assert np.array_equal(share.image_ids, images_of(plan, mine))
+        assert np.array_equal(share.image_ids, images_of(plan, mine)[0])
         assert np.array_equal(share.rows, (mine[:0], mine, np.concatenate([mine, (mine + 1) % 20]))[wanted])
         for chunk in share.chunks:
-            assert len(chunk) <= 1 or patches_I[images_of(plan, chunk)].sum() <= 300
+            assert len(chunk) <= 1 or patches_I[images_of(plan, chunk)[0]].sum() <= 300
     if balance == "true" and world == 3:
         assert shares[0].load_max_over_mean < 1.15
 

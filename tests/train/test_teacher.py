@@ -1,4 +1,4 @@
-"""Teachers against the libraries that made them, patch by patch; and the geometry between two grids.
+"""Teachers against the libraries that made them, patch by patch.
 
 Where a picture has the teacher's own size nothing is resized: features are transformers' own, to fp32 rounding.
 """
@@ -18,13 +18,13 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
-from data.image import patch_positions, to_patches
-from tests.train.folders import write
-from tests.train.toys import CPU, packed, random_images
+from data.image import patch_positions
+from tests.train.folders import saved_models, write
+from tests.train.toys import CPU, pack_pictures, packed, pictures, random_images
 from train.models import hf_vision, hugging_face
 from train.models.initial import initialize
 from train.models.teacher import load_teacher
-from train.models.vit import PackedImages, SeedViT, ViTConfig
+from train.models.vit import SeedViT, ViTConfig
 
 HAS_TIMM = importlib.util.find_spec("timm") is not None
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -96,34 +96,12 @@ OUTSIDE = "facebook/dinov2-base"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """folders(kind) -> (folder of a random model, the model)."""
-    made = {}
+    def uneven(model):
+        for name, parameter in model.named_parameters():  # norms that do nothing could be left out unseen
+            if "norm" in name:
+                torch.nn.init.normal_(parameter, 0.5)
 
-    def of(kind):
-        if kind not in made:
-            torch.manual_seed(0)
-            folder, model = tmp_path_factory.mktemp("teacher"), MODELS[kind][0]().eval()
-            for name, parameter in model.named_parameters():  # norms that do nothing could be left out unseen
-                if "norm" in name:
-                    torch.nn.init.normal_(parameter, 0.5)
-            model.save_pretrained(folder)
-            made[kind] = folder, model
-        return made[kind]
-
-    return of
-
-
-def pictures(sizes_hw, seed=0):
-    """Noise of these sizes in pixels, uint8 [H, W, 3] each."""
-    generator = np.random.default_rng(seed)
-    return [generator.integers(0, 256, (height, width, 3), np.uint8) for height, width in sizes_hw]
-
-
-def pack(pictures_HW3):
-    """(packed images, their grids)."""
-    grids = np.array([[picture.shape[0] // 14, picture.shape[1] // 14] for picture in pictures_HW3])
-    patches_NP = np.concatenate([to_patches(picture, *picture.shape[:2]) for picture in pictures_HW3])
-    return PackedImages.of(patches_NP, patch_positions(grids), grids.prod(1), CPU), grids
+    return saved_models(tmp_path_factory, {kind: build for kind, (build, *_) in MODELS.items()}, uneven)
 
 
 def in_patch_order(plain_CHW, grid):
@@ -139,8 +117,8 @@ def in_patch_order(plain_CHW, grid):
 def test_features_are_those_of_transformers(kind, folders):
     """For two pictures of the teacher's size, and one that it sees squeezed and answers for on another grid."""
     (folder, model), (_, features_of, width, (mean, std)) = folders(kind), MODELS[kind]
-    teacher = load_teacher(folder, CPU, "fp32")
-    images, grids = pack(raw := pictures([(56, 56), (84, 28), (56, 56)]))
+    teacher = load_teacher(folder, CPU, torch.float32)
+    images, grids = pack_pictures(raw := pictures([(56, 56), (84, 28), (56, 56)]))
     found = teacher.features(images, grids).split(grids.prod(1).tolist())
     assert teacher.width == width
     for picture, grid, rows in zip(raw, grids, found, strict=True):
@@ -155,85 +133,36 @@ def test_features_are_those_of_transformers(kind, folders):
 
 def test_an_image_is_the_same_whatever_is_beside_it(folders):
     """Also behind the border of a batch of the teacher's."""
-    teacher = load_teacher(folders("CLIP")[0], CPU, "fp32")
+    teacher = load_teacher(folders("CLIP")[0], CPU, torch.float32)
     raw = pictures([(28, 28)] * 70 + [(56, 84), (28, 56), (56, 84)])
-    images, grids = pack(raw)
+    images, grids = pack_pictures(raw)
     together = teacher.features(images, grids).split(grids.prod(1).tolist())
     for place in (0, 63, 64, 69, 70, 71, 72):
-        alone_NC = teacher.features(*pack([raw[place]]))
+        alone_NC = teacher.features(*pack_pictures([raw[place]]))
         torch.testing.assert_close(together[place], alone_NC, rtol=0, atol=1e-5)
 
 
 def test_a_teacher_is_frozen_and_takes_the_precision_of_the_run(folders):
-    teacher = load_teacher(folders("CLIP")[0], CPU, "bf16")
-    images, grids = pack(pictures([(56, 56)]))
+    teacher = load_teacher(folders("CLIP")[0], CPU, torch.bfloat16)
+    images, grids = pack_pictures(pictures([(56, 56)]))
     features_NC = teacher.features(images, grids)
     assert features_NC.dtype == torch.float32 and not features_NC.requires_grad
-    exact_NC = load_teacher(folders("CLIP")[0], CPU, "fp32").features(images, grids)
+    exact_NC = load_teacher(folders("CLIP")[0], CPU, torch.float32).features(images, grids)
     assert not torch.equal(features_NC, exact_NC)
     assert torch.cosine_similarity(features_NC, exact_NC).min() > 0.99
 
 
 def test_mean_and_deviation_are_read_beside_the_weights(tmp_path, folders):
     folders("CLIP")[1].save_pretrained(tmp_path)
-    images, grids = pack(pictures([(56, 56)]))
-    default_NC = load_teacher(tmp_path, CPU, "fp32").features(images, grids)
+    images, grids = pack_pictures(pictures([(56, 56)]))
+    default_NC = load_teacher(tmp_path, CPU, torch.float32).features(images, grids)
     said = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
-    one_NC = load_teacher(tmp_path, CPU, "fp32").features(images, grids)
+    one_NC = load_teacher(tmp_path, CPU, torch.float32).features(images, grids)
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": said}))
-    assert torch.equal(load_teacher(tmp_path, CPU, "fp32").features(images, grids), one_NC)
+    assert torch.equal(load_teacher(tmp_path, CPU, torch.float32).features(images, grids), one_NC)
     assert not torch.equal(one_NC, default_NC)
-
-
-# ---- geometry --------------------------------------------------------------------------------------------------------
-
-
-def test_pixels_come_back_from_patches():
-    raw = pictures([(56, 84), (56, 84)])
-    images, _ = pack(raw)
-    pixels_n3HW = hf_vision.pixels_of(images.patches_NP, 4, 6)
-    assert torch.equal(pixels_n3HW, torch.from_numpy(np.stack(raw)).permute(0, 3, 1, 2))
-
-
-def direct(pixels_n3HW, size):
-    return F.interpolate(pixels_n3HW.float(), (size, size), mode="bilinear", align_corners=False, antialias=True)
-
-
-@pytest.mark.parametrize("height, width", [(28, 8 * 32), (8 * 32, 8 * 32), (56, 56)])
-def test_resizing_by_up_to_32_is_antialiasing_alone(height, width):
-    pixels_n3HW = torch.from_numpy(np.stack(pictures([(height, width)] * 2))).permute(0, 3, 1, 2)
-    assert torch.equal(hf_vision.squared(pixels_n3HW, 8), direct(pixels_n3HW, 8))
-
-
-@pytest.mark.parametrize("height, width", [(14, 100_002), (9_996, 28), (14, 8 * 32 + 2), (600, 610), (14, 8 * 64)])
-def test_strips_are_averaged_before_they_are_resized(height, width):
-    """A GPU's block has no room for the antialiasing of more; the CPU's has, and that is what it comes close to.
-
-    Off by at most a run, a 16th of a pixel of the result, which on these pictures is 2 of 255.
-    """
-    y, x = torch.arange(height)[:, None] / height, torch.arange(width) / width
-    smooth_HW = 128 + 60 * torch.sin(5 * x) + 60 * torch.cos(4 * y)
-    noise_HW = torch.randint(-8, 8, (height, width), generator=torch.Generator().manual_seed(0))
-    pixels_n3HW = (smooth_HW + noise_HW).expand(1, 3, -1, -1)
-    found = hf_vision.squared(pixels_n3HW, 8)
-    assert found.shape == (1, 3, 8, 8)
-    torch.testing.assert_close(found, direct(pixels_n3HW, 8), rtol=0, atol=1)
-    torch.testing.assert_close(found.mean(), direct(pixels_n3HW, 8).mean(), rtol=0, atol=0.25)
-    constant_n3HW = torch.full((1, 3, height, width), 77, dtype=torch.uint8)
-    torch.testing.assert_close(hf_vision.squared(constant_n3HW, 8), torch.full((1, 3, 8, 8), 77.0), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("grid", [(4, 4), (6, 2), (2, 8), (10, 12)])
-def test_grids_span_the_same_picture(grid):
-    """A ramp over the picture stays one: at a place's middle stands its height; outside the teacher's outermost
-    middles, the outermost value."""
-    side = (torch.arange(4) + 0.5) / 4
-    ramp_2gg = torch.stack(torch.meshgrid(side, side, indexing="ij"))
-    rows_N2 = hf_vision.regridded(ramp_2gg[None], *grid)
-    middles = (torch.from_numpy(patch_positions([grid])) + 0.5) / torch.tensor(grid)
-    torch.testing.assert_close(rows_N2, middles.clamp(0.125, 0.875), rtol=0, atol=1e-6)
 
 
 # ---- ours ------------------------------------------------------------------------------------------------------------
@@ -260,7 +189,7 @@ def test_a_checkpoint_of_ours_teaches_on_the_native_grid(tmp_path, ema):
     encoder, grids = own_run(tmp_path, ema), [[2, 4], [4, 4]]
     images = packed(random_images(grids), grids)
     for path in (tmp_path, tmp_path / "checkpoints" / "step-00000003"):
-        teacher = load_teacher(str(path), CPU, "fp32")
+        teacher = load_teacher(str(path), CPU, torch.float32)
         with torch.no_grad():
             assert torch.equal(teacher.features(images, np.array(grids)), encoder(images))
         assert teacher.width == 32
@@ -282,7 +211,7 @@ def test_runs_that_do_not_fit_are_refused(tmp_path, changes, sentence):
     if changes is None:
         (tmp_path / "config.yaml").unlink()
     with pytest.raises(ValueError) as refused:
-        load_teacher(tmp_path, CPU, "fp32")
+        load_teacher(tmp_path, CPU, torch.float32)
     assert sentence in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
@@ -351,7 +280,7 @@ def test_folders_that_cannot_teach_are_refused(tmp_path, folders, monkeypatch, k
     folders(kind)[1].save_pretrained(tmp_path)
     spoilt(tmp_path, harm)
     with pytest.raises(ValueError) as refused:
-        load_teacher(tmp_path, CPU, "fp32")
+        load_teacher(tmp_path, CPU, torch.float32)
     assert str(refused.value).startswith(f"objective.teacher={tmp_path}: ") and sentence in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1 and not asked
 
@@ -385,13 +314,13 @@ def test_models_whose_grid_cannot_map_are_refused(tmp_path, name, sizes, sentenc
     config = getattr(transformers, f"{name}Config")(**sizes)
     getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as refused:
-        load_teacher(tmp_path, CPU, "fp32")
+        load_teacher(tmp_path, CPU, torch.float32)
     assert sentence in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="there is no such folder"):
-        load_teacher(tmp_path / "nowhere", CPU, "fp32")
+        load_teacher(tmp_path / "nowhere", CPU, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["eva02_large_patch14_clip_224", "vit_base_patch16_clip_224"])
@@ -405,12 +334,12 @@ def test_a_folder_of_timm_teaches_where_timm_is_installed(tmp_path, name):
     said = {"mean": HALF[0].tolist(), "std": HALF[1].tolist(), "tag": "merged2b" if "eva" in name else "x_ft_in1k"}
     config = {"architecture": name, "num_classes": 20, "model_args": sizes, "pretrained_cfg": said}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    images, grids = pack(raw := pictures([(56, 56)]))
+    images, grids = pack_pictures(raw := pictures([(56, 56)]))
     with torch.no_grad():
         pixels = torch.from_numpy(raw[0]).permute(2, 0, 1)[None] / 255
         plain_1NC = model.forward_features((pixels - 0.5) / 0.5)[:, 1:]
         plain_1NC = model.head(plain_1NC) if "eva" in name else plain_1NC
-    teacher = load_teacher(tmp_path, CPU, "fp32")
+    teacher = load_teacher(tmp_path, CPU, torch.float32)
     wanted_NC = in_patch_order(plain_1NC[0].T.unflatten(1, (4, 4)), [4, 4])
     torch.testing.assert_close(teacher.features(images, grids), wanted_NC, rtol=0, atol=1e-5)
     assert teacher.width == (20 if "eva" in name else 32)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tests.train.folders import saved_models
 from train.models.initial import initialize
 from train.models.text_encoder import PackedTexts, TextConfig, build_text_encoder
 
@@ -140,18 +141,7 @@ VISION = dict(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """folders(kind) -> (folder of a random model, the model)."""
-    made = {}
-
-    def of(kind):
-        if kind not in made:
-            torch.manual_seed(0)
-            folder, model = tmp_path_factory.mktemp("text"), MODELS[kind]().eval()
-            model.save_pretrained(folder)
-            made[kind] = folder, model
-        return made[kind]
-
-    return of
+    return saved_models(tmp_path_factory, MODELS)
 
 
 def build(folder, **changes):

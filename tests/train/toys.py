@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.image import patch_positions
+from data.image import patch_positions, to_patches
 from parallel import llm_shards
 from parallel.layout import Layout
 from tests.support import settings
@@ -74,3 +74,16 @@ def to_meta(value):
         fields = {field.name: to_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def pictures(sizes_hw, seed=0):
+    """Noise of these sizes in pixels, uint8 [H, W, 3] each."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, 256, (height, width, 3), np.uint8) for height, width in sizes_hw]
+
+
+def pack_pictures(pictures_HW3):
+    """(packed images, their grids)."""
+    grids = np.array([[picture.shape[0] // 14, picture.shape[1] // 14] for picture in pictures_HW3])
+    patches_NP = np.concatenate([to_patches(picture, *picture.shape[:2]) for picture in pictures_HW3])
+    return PackedImages.of(patches_NP, patch_positions(grids), grids.prod(1), CPU), grids

@@ -49,13 +49,12 @@ def check_teacher(path: str | Path) -> None:
         _encoder_config(step, what)
 
 
-def load_teacher(path: str | Path, device: torch.device, precision: str) -> Teacher:
-    """The teacher at `path` on `device`, in bf16 weights where precision is bf16.
+def load_teacher(path: str | Path, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """The teacher at `path` on `device`, in weights of `dtype`.
 
     Raises ValueError, one sentence, for a path that holds no teacher.
     """
     path, what = Path(path), f"objective.teacher={path}"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if not path.exists():
         raise ValueError(f"{what}: there is no such folder")
     try:

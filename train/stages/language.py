@@ -51,7 +51,7 @@ class LanguageStage:
             config.model.encoder,
             config.model.llm,
             config.train.trainable,
-            plan.grid_hw_I2.prod(axis=1, dtype=np.int64),
+            plan.patches_I,
             tokens,
             plan.length_S,
         )

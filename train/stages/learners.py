@@ -83,8 +83,7 @@ class MimLearner(_Stateless):
 
     def __init__(self, config: Config, device: torch.device):
         self._config, self._mim = config, config.objective.mim
-        self._teacher = load_teacher(config.objective.teacher, device, config.train.precision)
-        self._dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self._teacher = load_teacher(config.objective.teacher, device, config.train.dtype)
         self.tower = build_tower(config, self._teacher.width)
 
     def hold(self, view: "View", device: torch.device) -> tuple[MaskedImages, np.ndarray]:
@@ -101,7 +100,7 @@ class MimLearner(_Stateless):
             masked, grid_hw_I2 = held
             features_NC = self._teacher.features(masked.images, grid_hw_I2)
             target_MC = features_NC.index_select(0, masked.masked_M)  # of all chunks of a step at once: keep it small
-            made.append(Chunk((masked, target_MC.to(self._dtype)), True))
+            made.append(Chunk((masked, target_MC.to(self._config.train.dtype)), True))
         return made
 
     def objective(self, batch: "VisionBatch", loss_M: torch.Tensor) -> Losses:

@@ -18,17 +18,18 @@ import torch
 import torch.distributed as dist
 
 from data.image import patch_positions
+from data.plan import images_of
 from parallel.encoder_step import EncoderEngines, encoder_step
 from parallel.grid import build_grid
 from parallel.hybrid_step import StepOutput
 from parallel.layout import Layout
 from parallel.phases import PhaseTimer
+from train.batch import branch_factors
 from train.build import Data, build_encoder_engine
 from train.config import Config
 from train.feed import Feed, PreparedStep
-from train.models.masking import drop_path_factors
 from train.models.vit import PackedImages
-from train.samples import Captions, Samples, SampleShare, images_of
+from train.samples import Captions, Samples, SampleShare
 from train.stages import Accept, StepFacts
 from train.stages.learners import Learner, build_learner
 from train.staging import Staging
@@ -106,7 +107,7 @@ class VisionStage:
         plan, (report,) = prepared.plan, output.reports
         values = torch.stack([value.double() for value in report.values()])
         dist.all_reduce(values)
-        patches_I = plan.grid_hw_I2.prod(axis=1, dtype=np.int64)
+        patches_I = plan.patches_I
         samples = plan.length_S.size - len(prepared.skipped)
         tokens_S = np.full(samples, prepared.trained_tokens / max(samples, 1))
         encoder, others = self._learner.flops(patches_I, tokens_S)
@@ -142,7 +143,7 @@ class VisionStage:
         return VisionBatch(
             held=held,
             counts_W=np.bincount(share.owner_S[counts_S], minlength=self.engines.grid.layout.world).tolist(),
-            patches_I=plan.grid_hw_I2.prod(axis=1, dtype=np.int64)[counts_S[plan.image_sample_I]],
+            patches_I=plan.patches_I[counts_S[plan.image_sample_I]],
             trained_tokens=prepared.trained_tokens,
         )
 
@@ -151,22 +152,18 @@ class VisionStage:
         if not samples.size:
             return None
         config, plan = self._config, prepared.plan
-        image_ids = images_of(plan, samples)
-        sample_of_I = plan.image_sample_I[image_ids]
-        first_S = np.searchsorted(plan.image_sample_I, samples)
-        sample_I = np.searchsorted(samples, sample_of_I)
-        within_I = image_ids - first_S[sample_I]
-        keys_I4 = np.stack(np.broadcast_arrays(config.train.seed, plan.step, sample_of_I, within_I), axis=1)
+        image_ids, images_B = images_of(plan, samples)
+        sample_I = np.repeat(np.arange(samples.size), images_B)
+        within_I = np.arange(image_ids.size) - np.repeat(np.cumsum(images_B) - images_B, images_B)
+        keys_I4 = np.stack(np.broadcast_arrays(config.train.seed, plan.step, samples[sample_I], within_I), axis=1)
         grid_hw_I2 = plan.grid_hw_I2[image_ids].reshape(-1, 2)
         patches_I = grid_hw_I2.prod(axis=1, dtype=np.int64)
-        encoder = config.model.encoder
-        rate = encoder.drop_path if "encoder" in config.train.trainable else 0.0
         images = PackedImages.of(
             _patches_of(prepared, share, image_ids),
             patch_positions(grid_hw_I2),
             patches_I,
             self.engines.grid.device,
-            drop_path_factors(encoder.depth, rate, keys_I4) if rate else None,
+            branch_factors(config, keys_I4),
         )
         mine = np.concatenate(share.chunks)  # ascending, as the images are
         return View(
@@ -185,7 +182,7 @@ class VisionStage:
 
 def _patches_of(prepared: PreparedStep, share: SampleShare, image_ids: np.ndarray) -> np.ndarray:
     """Patches of some of the images that this rank has read, uint8 [N, P]; a view where they lie together."""
-    patches_J = prepared.images.grid_hw_I2.prod(axis=1, dtype=np.int64)
+    patches_J = prepared.images.patches_I
     end_J = np.cumsum(patches_J)
     place_I = np.searchsorted(share.image_ids, image_ids)
     patches_NP = prepared.images.patches_N588
