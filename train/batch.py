@@ -13,11 +13,11 @@ import torch
 
 from data.plan import StepPlan, row_cu_seqlens, row_domains, row_labels, row_positions, row_samples
 from parallel.balance import image_costs
+from parallel.context import PackedRow, pack_row
 from parallel.layout import Coordinates, Layout
 from parallel.routes import VisualPlan, local_positions
 from parallel.transfer import host_to_device
 from train.config import Config
-from train.models.llm import PackedRow, pack_row
 from train.models.masking import drop_path_factors
 from train.models.vit import ViTConfig
 

@@ -25,8 +25,7 @@ from parallel.transfer import pin, unpin
 from train.batch import MicroBatch
 from train.config import Config
 from train.feed import BATCHES_HELD
-from train.models import llm as llm_model
-from train.models import vision_tower
+from train.models import llm_spec, vision_tower
 from train.models.initial import initialize
 from train.rendezvous import agent_store
 
@@ -151,7 +150,7 @@ def _adam_settings(config: Config) -> AdamSettings:
 
 def _llm_engine(config: Config, grid: Grid, forward, loss) -> LLMEngine:
     model = config.model.llm
-    megatron = llm_model.transformer_config(
+    megatron = llm_spec.transformer_config(
         model,
         grid.layout,
         dtype=config.train.dtype,
@@ -160,7 +159,7 @@ def _llm_engine(config: Config, grid: Grid, forward, loss) -> LLMEngine:
     )
 
     def build(vp_stage, first, last):
-        chunk = llm_model.build_chunk(model, megatron, vp_stage=vp_stage, first=first, last=last)
+        chunk = llm_spec.build_chunk(model, megatron, vp_stage=vp_stage, first=first, last=last)
         llm_shards.initialize(chunk, config.train.seed, model.init_std, model.layers)
         return chunk
 

@@ -11,9 +11,11 @@ import torch
 
 from data.image import patch_positions, to_patches
 from parallel import llm_shards
+from parallel.context import pack_row
 from parallel.layout import Layout
 from tests.support import settings
-from train.models.llm import LLMConfig, VisualGPT, build_chunk, pack_row, transformer_config
+from train.models.llm import LLMConfig, VisualGPT
+from train.models.llm_spec import build_chunk, transformer_config
 from train.models.vit import PATCH_VALUES, PackedImages
 
 CPU = torch.device("cpu")

@@ -1,32 +1,18 @@
 """The LLM: Megatron-core's GPTModel with RMSNorm, GQA, SwiGLU and a Mixture of Experts, fed with visual rows.
 
-Three things are ours and sit in the layer spec: an RMSNorm that carries the sequence-parallel mark, attention over
-packed rows with rotary positions from the row's own position table (any cp), and an embedding output whose places of
-visual tokens are overwritten by rows that come from the encoder.
+Its embedding output takes rows that come from the encoder at the places of visual tokens, and its rotary positions come
+from the row's own position table, in any context-parallel split.  What its layers are made of is `llm_spec.py`.
 
-Legend: S tokens of a micro-batch on this cp rank, U visual rows on this rank, H heads, G kv heads, K head width.
+Legend: S tokens of a micro-batch on this cp rank, U visual rows on this rank.
 """
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.functional import silu
 
-from parallel.attention import Segments, attention
+from parallel.context import PackedRow
 from parallel.layout import Layout
-from parallel.routes import local_positions
-from parallel.transfer import host_to_device
-from train.models.rotary import axis_angles, rotate, tables
-
-vars(moe_utils).setdefault("te_general_gemm", None)  # the router of 0.16.1 reads it, defined or not
+from train.models.rotary import axis_angles, tables
 
 
 @dataclass
@@ -85,77 +71,6 @@ class LLMConfig:
             raise ValueError(f"parallel.ep={layout.ep} with model.llm.num_experts=0: there are no experts to divide")
 
 
-@dataclass(frozen=True)
-class PackedRow:
-    """What attention needs of one micro-batch on one cp rank: positions, and which keys each query piece sees.
-
-    positions_S: of this rank's tokens inside their samples.  pieces: (first query, one past the last, first key, one
-    past the last, segments); keys are counted in the whole row, queries on this rank.  whole_row_S: place of every row
-    position in the cp-gathered order, None for cp = 1.  tables_2SK: rotary cosines and sines, made in the forward, for
-    one micro-batch at a time.  `qkv_format` is Megatron-core's word for an extra batch dimension of one.
-    """
-
-    positions_S: torch.Tensor
-    pieces: list[tuple[int, int, int, int, Segments]]
-    whole_row_S: torch.Tensor | None
-    tables_2SK: tuple[torch.Tensor, torch.Tensor] | None = None
-    qkv_format: str = "thd"
-
-
-def pack_row(lengths_N, positions_S: np.ndarray, layout: Layout, cp: int, device: torch.device) -> PackedRow:
-    """Attention plan of a row of segments `lengths_N` for context-parallel rank `cp`.
-
-    positions_S: position of every token of the whole row inside its own sample.
-    """
-    row = int(np.sum(lengths_N))
-    mine_S = host_to_device(positions_S[local_positions(layout, cp, row)], device)
-    if layout.cp == 1:
-        return PackedRow(mine_S, [(0, row, 0, row, Segments.of(lengths_N, device=device))], None)
-    half = row // (2 * layout.cp)
-    borders = np.concatenate([[0], np.cumsum(lengths_N)])
-    pieces = []
-    for place, chunk in enumerate((cp, 2 * layout.cp - 1 - cp)):
-        begin, end = chunk * half, (chunk + 1) * half
-        first = int(np.searchsorted(borders, begin, "right")) - 1
-        last = int(np.searchsorted(borders, end, "left"))
-        lows, highs = borders[first:last], np.minimum(borders[first + 1 : last + 1], end)
-        segments = Segments.of(highs - np.maximum(lows, begin), highs - lows, device=device)
-        pieces.append((place * half, (place + 1) * half, int(borders[first]), end, segments))
-    gathered = np.concatenate([local_positions(layout, other, row) for other in range(layout.cp)])
-    return PackedRow(mine_S, pieces, host_to_device(np.argsort(gathered), device))
-
-
-class MarkedRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that tells Megatron-core to sum its gradient over the sequence-parallel ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
-
-
-class PackedAttention(MegatronModule):
-    """Core attention over packed rows: rotary positions, then causal attention inside each sample."""
-
-    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale=None, pg_collection=None, **_):
-        super().__init__(config)
-        self.cp_group = pg_collection.cp
-        self.scale = softmax_scale
-
-    def forward(self, q_SHK, k_SGK, v_SGK, attention_mask, packed_seq_params: PackedRow, **_):
-        row = packed_seq_params
-        q_SHK, k_SGK = rotate(q_SHK, *row.tables_2SK), rotate(k_SGK, *row.tables_2SK)
-        if row.whole_row_S is not None:
-            k_SGK, v_SGK = (
-                gather_from_sequence_parallel_region(x, group=self.cp_group).index_select(0, row.whole_row_S)
-                for x in (k_SGK, v_SGK)
-            )
-        outputs = [
-            attention(q_SHK[a:b], k_SGK[c:d], v_SGK[c:d], segments, causal=True, scale=self.scale)
-            for a, b, c, d, segments in row.pieces
-        ]
-        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).flatten(1)
-
-
 class VisualGPT(GPTModel):
     """GPTModel whose embedding output takes visual rows at given places."""
 
@@ -179,88 +94,3 @@ class VisualGPT(GPTModel):
             packed_seq_params=row,
             runtime_gather_output=labels_1S is None,
         )
-
-
-def transformer_config(config: LLMConfig, layout: Layout, *, dtype: torch.dtype, recompute: bool, deterministic: bool):
-    """Megatron-core's configuration of this model under this layout."""
-    moe = {}
-    if config.num_experts:
-        moe = dict(
-            num_moe_experts=config.num_experts,
-            moe_router_topk=config.top_k,
-            moe_ffn_hidden_size=config.expert_width,
-            moe_shared_expert_intermediate_size=config.shared_expert_width or None,
-            moe_aux_loss_coeff=config.aux_loss,
-            moe_z_loss_coeff=config.z_loss or None,
-            moe_router_load_balancing_type="aux_loss",
-            moe_router_dtype="fp32",
-            moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=False,
-        )
-    if recompute:
-        moe |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    return TransformerConfig(
-        num_layers=config.layers,
-        hidden_size=config.width,
-        num_attention_heads=config.heads,
-        num_query_groups=config.kv_heads,
-        kv_channels=config.head_width,
-        ffn_hidden_size=config.ffn_width or config.expert_width,
-        normalization="RMSNorm",
-        layernorm_epsilon=config.norm_eps,
-        gated_linear_unit=True,
-        activation_func=silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        deterministic_mode=deterministic,
-        tensor_model_parallel_size=layout.tp,
-        sequence_parallel=layout.tp > 1,
-        context_parallel_size=layout.cp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        # Batched P2P pairs wrongly when the previous and the next rank are the same, as in interleaved pp = 2.
-        overlap_p2p_comm=layout.vpp > 1,
-        batch_p2p_comm=layout.vpp == 1,
-        deallocate_pipeline_outputs=True,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        **moe,
-    )
-
-
-def build_chunk(config: LLMConfig, megatron: TransformerConfig, *, vp_stage: int | None, first: bool, last: bool):
-    """One model chunk (the layers of one virtual stage), uninitialised; `first` embeds, `last` has the loss."""
-    layer = get_gpt_layer_local_spec(num_experts=config.num_experts or None, normalization="RMSNorm")
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = MarkedRMSNorm
-    parts.self_attention.submodules.core_attention = PackedAttention
-    count = get_num_layers_to_build(megatron, vp_stage=vp_stage)
-    return VisualGPT(
-        config=megatron,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=MarkedRMSNorm),
-        vocab_size=config.vocab_size,
-        max_sequence_length=0,
-        pre_process=first,
-        post_process=last,
-        position_embedding_type="none",
-        rotary_base=config.rope_base,
-        share_embeddings_and_output_weights=False,
-        vp_stage=vp_stage,
-    )
-
-
-def _leave(weight: torch.Tensor) -> None:
-    """Keeps Megatron-core from drawing weights: `parallel.llm_shards` fills them the same way in every layout."""
