@@ -26,6 +26,10 @@ VIT = $(BIN)/torchrun --standalone --nproc-per-node $(TOY_RANKS) launch/pretrain
 SCORE = $(BIN)/python launch/evaluate.py runs/$@ --data '$(SHARDS)/vision/heldout/digit-*.tar'
 PROMPTS := --template 'a photo of the digit {}' --template 'a handwritten {}' --template 'the digit {} in ink'
 
+# Tests that start no ranks run two at a time, then all others alone: a world of ranks takes every core.
+SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/test_house.py $(patsubst %,tests/launch/test_%.py, \
+	checkpoint_command docs evaluate_encoder evaluate_settings make_teacher recipes)
+
 .PHONY: toy learn vit_mim vit_contrastive vit_omni test soak lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -64,7 +68,7 @@ vit_mim: $(SHARDS)/teacher/config.json
 
 vit_contrastive:
 	rm -rf runs/$@
-	$(VIT) checkpoint.load_from=runs/vit_mim train.steps=2000 optim.lr=3e-3 optim.warmup_steps=50
+	$(VIT) optim=adamw checkpoint.load_from=runs/vit_mim train.steps=2000 optim.lr=3e-3 optim.warmup_steps=50
 	$(SCORE) $(PROMPTS) --picture runs/$@/retrieval.png --at-least 0.92
 	$(BIN)/python launch/plot.py runs/$@
 
@@ -77,7 +81,8 @@ vit_omni:
 
 test: $(VENV)/installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(SIDE_BY_SIDE); side=$$?; \
+		$(BIN)/python -m pytest tests $(addprefix --ignore=,$(SIDE_BY_SIDE)) && exit $$side
 
 # Kills ranks at random moments, hundreds of times, and compares with a run without faults; up to an hour.
 soak: $(VENV)/installed

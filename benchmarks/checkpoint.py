@@ -64,7 +64,7 @@ def worker(folder: Path) -> None:
     from parallel.hybrid_step import hybrid_step
     from parallel.phases import PhaseTimer
     from train.build import build_engines, start_world, train_forward, train_loss
-    from train.rows import to_device
+    from train.rows import step_input
 
     warnings.simplefilter("ignore")
     config, device = settings(), torch.device("cpu")
@@ -73,12 +73,12 @@ def worker(folder: Path) -> None:
     engines = build_engines(
         config, layout, device, forward=train_forward, loss=functools.partial(train_loss, domains=1)
     )
-    batch, timer = to_device(skewed_step(config, engines.grid, True), engines.grid), PhaseTimer(device)
+    batch, timer = step_input(skewed_step(config, engines.grid, True), engines.grid), PhaseTimer(device)
     ways, chunks = ways_to_save(engines, folder)
 
     def step() -> float:
         begin = time.perf_counter()
-        hybrid_step(engines, batch, clip_norm=1.0, replay=False, stop=False, timer=timer)
+        hybrid_step(engines, batch, report_shape=(2, 1), clip_norm=1.0, replay=False, stop=False, timer=timer)
         return time.perf_counter() - begin
 
     waited, after = {name: [] for name in ways}, {name: [] for name in ways}

@@ -93,7 +93,7 @@ def worker() -> None:
     from parallel.hybrid_step import hybrid_step
     from parallel.phases import PhaseTimer
     from train.build import build_engines, start_world, train_forward, train_loss
-    from train.rows import to_device
+    from train.rows import step_input
 
     config = settings()
     device = torch.device("cpu")
@@ -107,10 +107,10 @@ def worker() -> None:
         for balance in (True, False):
             prepared = skewed_step(config, engines.grid, balance)
             loads[balance] = prepared.share.routes.load_max_over_mean
-            batch, before = to_device(prepared, engines.grid), engines.exchange.elements_delivered
+            batch, before = step_input(prepared, engines.grid), engines.exchange.elements_delivered
             dist.barrier()
             begin = time.perf_counter()
-            hybrid_step(engines, batch, clip_norm=1.0, replay=False, stop=False, timer=timer)
+            hybrid_step(engines, batch, report_shape=(2, 1), clip_norm=1.0, replay=False, stop=False, timer=timer)
             dist.barrier()
             seconds = time.perf_counter() - begin
             spent = timer.take()

@@ -60,7 +60,13 @@ def one_seed(seed: int, options: argparse.Namespace) -> dict[str, float]:
 def train(recipe: str, run: Path, seed: int, options: argparse.Namespace, *more: str) -> None:
     shards = ",".join(f"'{options.shards}/vision/train/{task}-*.tar'" for task in ("digit", "photo"))
     settings = [f"+recipe={recipe}", "scale=toy", f"run.dir={run}", f"train.seed={seed}", RATES[recipe]]
-    settings += ["optim.min_lr=1e-5", "optim.warmup_steps=50", f"train.steps={STEPS[recipe]}", "logger.wandb=disabled"]
+    settings += [
+        "optim=adamw",
+        "optim.min_lr=1e-5",
+        "optim.warmup_steps=50",
+        f"train.steps={STEPS[recipe]}",
+        "logger.wandb=disabled",
+    ]
     settings += [f"data.sources.main.shards=[{shards}]", f"data.tokenizer={options.shards}/tokenizer.json"]
     run.parent.mkdir(parents=True, exist_ok=True)
     command(run.parent / f"{run.name}.log", "launch/pretrain.py", *settings, *more)

@@ -48,9 +48,11 @@ def index_shards(
         yield from map(act, shards, paths)
         return
     context = multiprocessing.get_context("spawn")  # neither tokenizers nor fsspec is safe to fork
-    with ProcessPoolExecutor(min(workers, len(shards)), context, _leave_interrupts_to_the_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(shards)), context) as pool:
         try:
-            yield from pool.map(act, shards, paths)
+            with _interrupts_held_back():
+                outcomes = pool.map(act, shards, paths)  # starts the workers
+            yield from outcomes
         except (KeyboardInterrupt, GeneratorExit):  # here, or while the caller had the last outcome
             print("interrupted: waiting for the shards at hand", file=sys.stderr, flush=True)
             raise
@@ -60,8 +62,14 @@ def index_shards(
             pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """An interruption comes after it; processes that start inside have it blocked for good, from their first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _index_one(shard: str, path: str, tokenizer_file: str, force: bool) -> Outcome:

@@ -2,12 +2,12 @@
 
     encode ... encode   backward ... backward   squared_grad_norms   step(scale) or discard
 
-The gradient convention: gradients are summed over ranks and over calls, and whoever knows the joint norm of all that
-is trained passes the clip coefficient to `step`.  DeepSpeed averages over ranks, clips by its own norm, decides when a
-step ends and keeps checkpoints that fit one world size; this module and `encoder_state.py`, and no other, know how it
-is kept from that (written against DeepSpeed 0.19).  Stage 1 reduces once a step; stages 2 and 3 reduce in every
-`backward`.  Stage 3 gathers weights module by module in the order of calls, so every rank makes the same calls, with
-blank input where it has none.
+The gradient convention: gradients are summed over ranks and over calls, and whoever knows the joint norm of all that is
+trained passes the clip coefficient to `step`.  DeepSpeed averages over ranks, clips by its own norm, decides when a
+step ends, updates group by group and keeps checkpoints that fit one world size; this module and `encoder_state.py`, and
+no other, know how it is kept from that (written against DeepSpeed 0.19).  Stage 1 reduces once a step; stages 2 and 3
+reduce in every `backward`.  Stage 3 gathers weights module by module in the order of calls, so every rank makes the
+same calls, with blank input where it has none.
 """
 
 import contextlib
@@ -28,8 +28,13 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+from parallel import optimizers
 from parallel.encoder_state import EncoderState
+
+ZERO_SUPPORTED_OPTIMIZERS.append(optimizers.Lamb)  # the others it knows
 
 BUCKET_NUMEL = 2**26  # gradients reduced in one collective
 PERSISTENT_NUMEL = 8192  # stage 3 leaves smaller parameters (biases, norms) whole on every rank
@@ -42,7 +47,7 @@ class EncoderEngine:
     parts: disjoint modules of the tower, by their names in it, that hold all its trainable parameters; gradient norms
         are reported by part.  Parameters with requires_grad=False are frozen: no gradient, no optimizer state.
     precision: "fp32", or "bf16" for bf16 weights and activations with fp32 masters, reductions and accumulation.
-    lr_scale: factor of the learning rate by a parameter's name in the tower (None: 1), and so of AdamW's weight decay,
+    lr_scale: factor of the learning rate by a parameter's name in the tower (None: 1), and so of the weight decay,
         which is learning rate times decay.
     ema: highest decay of an average of the trained weights, in fp32 and sharded like Adam's moments; 0 for none.
 
@@ -79,8 +84,7 @@ class EncoderEngine:
         self._state = EncoderState(parameters, self._zero, zero_stage, ema)
 
     def _initialize(self, tower: nn.Module, groups: list[dict], precision: str, adam: AdamSettings) -> None:
-        fused = self._device.type == "cuda"
-        self._adam = torch.optim.AdamW(groups, lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=fused)
+        self._adam = optimizers.build(groups, adam, self._device)
         numel = sum(parameter.numel() for group in groups for parameter in group["params"])
         _prepare_environment(self._device)
         tower.register_forward_hook(_computed)
@@ -121,7 +125,8 @@ class EncoderEngine:
         if not flowing:
             return
         self._zero.clear_backward_seen_flag()  # DeepSpeed does so in each forward, and expects its backward to follow
-        torch.autograd.backward(*zip(*flowing, strict=True))  # one call: DeepSpeed takes a gradient once a backward
+        with self._ordered():
+            torch.autograd.backward(*zip(*flowing, strict=True))  # one call: DeepSpeed takes a gradient once a backward
         self._backwards += 1
 
     def squared_grad_norms(self) -> torch.Tensor:
@@ -133,12 +138,12 @@ class EncoderEngine:
         if self._backwards:
             self._reduce()
             for part, gradients in zip(self._part_of_group, self._gradients(), strict=True):
-                for gradient in gradients:
-                    squares[part] += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+                norms = torch._foreach_norm(list(gradients), dtype=torch.float64)
+                squares[part] += torch.stack(norms).square().sum()
         return squares * self._world**2
 
     @torch.no_grad()
-    def step(self, scale: float) -> None:
+    def step(self, scale: torch.Tensor | float) -> None:
         """Multiplies all gradients by `scale`, updates the weights and their average and clears the gradients.
 
         Without any gradient given to `backward` since the last step nothing changes.
@@ -146,13 +151,10 @@ class EncoderEngine:
         if not self._backwards:
             return
         self._reduce()
-        for gradients in self._gradients():
-            torch._foreach_mul_(list(gradients), scale * self._world)
-        self._zero.step()
-        if self._zero.overflow:
-            raise RuntimeError("DeepSpeed refused an update: step() was called although a gradient is not finite")
-        self._state.updated()
-        self._clear()
+        gradients = [_flat(pieces) for pieces in self._gradients()]
+        torch._foreach_mul_(gradients, scale * self._world)
+        self._state.update(gradients)
+        self.discard()
 
     def discard(self) -> None:
         """Clears the gradients without an update."""
@@ -160,17 +162,44 @@ class EncoderEngine:
             return
         if self._stage == 3:
             self._zero.averaged_gradients = {}
+            # DeepSpeed overwrites it by a step's first backward, but only where that has a gradient: what it leaves
+            # would pass for a gradient of the next step
+            self._zero.grad_partitions_flat_buffer.zero_()
         elif not isinstance(self._zero, BF16_Optimizer):
             for group in range(len(self._part_of_group)):
                 self._zero.averaged_gradients[group] = None
                 self._zero.all_grad_tensors[group] = None
-        self._clear()
+        self._zero.zero_grad()
+        self._backwards, self._reduced = 0, False
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step, where its factor is 1."""
         if self.trainable:
             for group in self._adam.param_groups:
                 group["lr"] = lr * group["lr_scale"]
+
+    @contextlib.contextmanager
+    def _ordered(self) -> Iterator[None]:
+        """Keeps DeepSpeed from stopping the host at the end of a backward of stage 2 or 3.
+
+        It waits there, on the host, until its stream of reductions is through, so that what follows may read and free
+        what they write.  All of that is in stream order: that the current stream waits is enough.
+        """
+        if self._device.type != "cuda" or self._stage == 1:
+            yield
+            return
+        name = "reduction_stream" if self._stage == 2 else "reduce_and_partition_stream"
+        reductions, accelerator = getattr(self._zero, name), deepspeed.get_accelerator()
+
+        def wait(device_index=None):
+            torch.cuda.current_stream().wait_stream(reductions)
+
+        waits_on = accelerator if self._stage == 2 else reductions  # whose `synchronize` the end of a backward calls
+        waits_on.synchronize = wait
+        try:
+            yield
+        finally:
+            del waits_on.synchronize
 
     def _reduce(self) -> None:
         """Finishes what an accumulation boundary finishes in DeepSpeed: the mean over ranks, sharded over them."""
@@ -190,15 +219,12 @@ class EncoderEngine:
             return [[gradient] for gradient in self._zero.fp32_groups_gradient_flat_partition]
         return [self._zero.averaged_gradients[group] for group in range(len(self._part_of_group))]
 
-    def _clear(self) -> None:
-        self._zero.zero_grad()
-        if self._stage == 3:
-            # DeepSpeed overwrites it by a step's first backward, but only where that has a gradient: what it leaves
-            # would pass for a gradient of the next step
-            self._zero.grad_partitions_flat_buffer.zero_()
-        self._backwards, self._reduced = 0, False
-
     # ---- state by names ----------------------------------------------------------------------------------------------
+
+    @property
+    def optimizer_name(self) -> str | None:
+        """Which implementation updates the weights; None where nothing is trained."""
+        return optimizers.name_of(self._adam) if self.trainable else None
 
     @property
     def optimizer_steps(self) -> int:
@@ -252,9 +278,10 @@ def _check(tower: nn.Module, parts: Mapping[str, nn.Module], zero_stage: int, pr
 def _parameter_groups(
     tower: nn.Module, parts: Mapping[str, nn.Module], adam: AdamSettings, lr_scale: Callable[[str], float] | None
 ) -> tuple[list[dict], list[int]]:
-    """AdamW's groups, by part, weight decay and factor of the learning rate; and the part of each group.
+    """The optimizer's groups, by part, weight decay and factor of the learning rate; and the part of each group.
 
-    Biases, norms, tokens and scalars have no weight decay: whatever is longer than 1 in one dimension at most.
+    Biases, norms, tokens and scalars, whatever is longer than 1 in one dimension at most, have no weight decay and, in
+    LAMB, no step in proportion to their norm.
     """
     names = {id(parameter): name for name, parameter in tower.named_parameters()}
     members: dict[tuple[int, bool, float], list[nn.Parameter]] = {}
@@ -270,6 +297,7 @@ def _parameter_groups(
             "weight_decay": 0.0 if vector else adam.weight_decay,
             "lr": adam.lr * factor,
             "lr_scale": factor,
+            "adapt": not vector,
         }
         for part, vector, factor in sorted(members)
     ]
@@ -282,13 +310,13 @@ def _config(stage: int, precision: str, numel: int) -> dict:
         zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMEL
         zero["stage3_max_reuse_distance"] = 0  # who asks for stage 3 wants the memory
         zero["sub_group_size"] = 2**62  # one shard a parameter group, as in the other stages
-    elif not (stage == 1 and precision == "bf16"):
-        zero["compute_grad_norm"] = False
+    # Stages 2 and 3 reduce a bucket while the backward fills the next one.  Stage 1 has nothing to overlap with: it
+    # reduces once a step, after the last backward.
+    zero["overlap_comm"] = stage > 1
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0,  # the default clips
         "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
+        "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "timers": {"throughput": {"enabled": False}},  # it synchronises the device in every forward
@@ -301,6 +329,9 @@ def _prepare_environment(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for old in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # names before torch 2.13, used in every step
         warnings.filterwarnings("ignore", f".*torch.distributed.{old}. is deprecated", FutureWarning)
+    # Stage 3 broadcasts rank 0's order of modules and reads it back from the device whenever that order is not that of
+    # the call before, as between an encode and a backward, so in every step.  All ranks make the same calls.
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
 
 
 def _prepare_frozen(tower: nn.Module, precision: str) -> None:
@@ -321,6 +352,11 @@ def _computed(tower: nn.Module, inputs: tuple, outputs: Any) -> Any:
         return outputs
     views = tuple(output.view_as(output) if isinstance(output, nn.Parameter) else output for output in several)
     return views if isinstance(outputs, tuple) else views[0]
+
+
+def _flat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All entries, in order; a single piece without a copy."""
+    return pieces[0].flatten() if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
 
 
 def _several(tensors: torch.Tensor | Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:

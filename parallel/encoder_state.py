@@ -3,14 +3,17 @@
     stages 1, 2   a group's parameters flat, one after the other    [ rank 0 | rank 1 | ... padding ]
     stage 3       each parameter by itself                          [ rank 0 | rank 1 | ... padding ]
 
-A rank's shard of a parameter group, flat and fp32, is that group's *master*; torch's AdamW updates it and keeps its
+A rank's shard of a parameter group, flat and fp32, is that group's *master*; the optimizer updates it and keeps its
 moments beside it.  The average of the weights, ema = decay * ema + (1 - decay) * weight after each update, is one more
-entry beside those: neither AdamW nor DeepSpeed reads it, and DeepSpeed's own map from parameters to masters finds it.
+entry beside those: no optimizer nor DeepSpeed reads it, and DeepSpeed's own map from parameters to masters finds it.
+
+DeepSpeed's own step would update group by group, each with a collective of LAMB's, and look at the gradients' norm on
+the host; `update` does without.
 Written, as `encoder_engine.py` is, against DeepSpeed 0.19.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -27,13 +30,14 @@ from deepspeed.utils import (
 )
 from torch import nn
 
+from parallel import optimizers
 from parallel.state import EMA, KINDS, StateChunk
 
 
 class EncoderState:
     """What is saved of a tower, and put back.
 
-    parameters: of the tower, by name.  zero: DeepSpeed's optimizer around torch's AdamW, None where nothing is trained.
+    parameters: of the tower, by name.  zero: DeepSpeed's optimizer around ours, None where nothing is trained.
     ema: highest decay of the average of the weights, 0 for no average.
     """
 
@@ -55,21 +59,27 @@ class EncoderState:
     def optimizer_steps(self, steps: int) -> None:
         if self._masters:
             self._steps = steps
-        for master in self._masters:
-            self._zero.optimizer.state[master]["step"].fill_(steps)
+            optimizers.set_steps(self._zero.optimizer, steps)
 
     @torch.no_grad()
-    def updated(self) -> None:
-        """To be called after each update of the masters: counts it and moves the average of the weights.
+    def update(self, gradients: Sequence[torch.Tensor]) -> None:
+        """One update by the flat gradients of the masters, of those, the weights and their average (collective).
 
         The n-th update's decay is min(ema, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage: without
         that, the weights that a short run began with would outweigh all that it learnt.
         """
-        self._steps += 1  # AdamW's own count went up with the update
+        for master, gradient_N in zip(self._masters, gradients, strict=True):
+            master.grad = gradient_N
+        self._zero.optimizer.step()
+        for master in self._masters:
+            master.grad = None
+        self._steps += 1  # the optimizer's own count went up with the update
         if self._ema:
             decay = min(self._ema, (1 + self._steps) / (10 + self._steps))
             averages = [self._zero.optimizer.state[master][EMA] for master in self._masters]
             torch._foreach_lerp_(averages, self._masters, 1 - decay)
+        self._drop_gathered()
+        self._refresh_weights()
 
     def chunks(self) -> Iterator[StateChunk]:
         """Weights (fp32) and, where trained, moments and average that this rank saves: views of live memory where they
@@ -99,8 +109,8 @@ class EncoderState:
         has_ema: Callable[[str], bool],
     ) -> None:
         """As `EncoderEngine.load` says."""
-        if self._stage == 3 and self._zero is not None:
-            self._zero._partition_all_parameters()
+        if self._zero is not None:
+            self._drop_gathered()
         for name, parameter in self._parameters.items():
             if parts is not None and name.split(".")[0] not in parts:
                 continue
@@ -155,6 +165,11 @@ class EncoderState:
             set_local = safe_set_local_fp32_param if kind == "param" else safe_set_local_optimizer_state
             set_local(parameter, mine, *(() if kind == "param" else (kind,)))
 
+    def _drop_gathered(self) -> None:
+        """Stage 3 keeps no weight that it gathered, which would be an old one after an update."""
+        if self._stage == 3:
+            self._zero._partition_all_parameters()
+
     def _refresh_weights(self) -> None:
         """Makes the weights that the tower computes with those of the fp32 masters."""
         if self._stage < 3:
@@ -173,18 +188,34 @@ class EncoderState:
         return self._zero.single_partition_of_fp32_groups
 
     def _create(self) -> None:
-        """torch's AdamW has no state before its first step; saving and loading need it."""
-        adam = self._zero.optimizer
-        for master in self._masters:
-            adam.state[master] = {
-                "step": torch.zeros((), device=master.device if adam.defaults["fused"] else "cpu"),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-            if self._ema:
-                adam.state[master][EMA] = master.detach().clone()
+        optimizer = self._zero.optimizer
+        for group, master in zip(optimizer.param_groups, self._masters, strict=True):
+            group["params"] = [master]  # stage 3 has them there only while it steps
+        optimizers.create_state(optimizer)
+        if self._ema:
+            for master in self._masters:
+                optimizer.state[master][EMA] = master.detach().clone()
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
+        if isinstance(optimizer, optimizers.Lamb):
+            optimizer.place(self._runs(), len(self._parameters), dist.group.WORLD)
+
+    def _runs(self) -> dict[torch.Tensor, list[optimizers.Run]]:
+        """Which run of each master is which parameter, by the parameter's place in the tower."""
+        runs = {master: [] for master in self._masters}
+        for index, parameter in enumerate(self._parameters.values()):
+            if not parameter.requires_grad:
+                continue
+            _, mine_N = self._mine(index, parameter, "param")
+            if mine_N.numel():
+                master = next(m for m in self._masters if _same_memory(m, mine_N))
+                begin = (mine_N.data_ptr() - master.data_ptr()) // master.element_size()
+                runs[master].append(optimizers.Run(index, begin, mine_N.numel()))
+        return runs
+
+
+def _same_memory(whole: torch.Tensor, part: torch.Tensor) -> bool:
+    return whole.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

@@ -59,7 +59,7 @@ def encoder_step(
 
     The tower's outputs are scalars, equal in every call, and tensors of rows.  objective(*leaves) gets each scalar once
     and each row tensor over all chunks [R, ...]; it returns this rank's share of the loss, of which the sum over the
-    world is the loss, and numbers to report, of which the sum over the world is meant too.
+    world is the loss, and numbers to report by name, the same names on all ranks, of which the sum is meant too.
     Other arguments: as of `hybrid_step`.
     """
     encoder = engines.encoder
@@ -79,9 +79,10 @@ def encoder_step(
                 kept[index] = ()  # its graph is freed as soon as its backward is through
             encoder.backward(outputs, _of_chunk(outputs, gradients, first=index == 0, counts=chunk.counts))
     with timer.phase("update"):
-        loss, norms, stop = agree(encoder.part_names, encoder.squared_grad_norms(), share.detach(), stop)
+        numbers = torch.stack([share.detach().double(), *(value.detach().double() for value in report.values())])
+        norms, (loss, *values), stop = agree(encoder.part_names, encoder.squared_grad_norms(), numbers, stop)
         total, applied = update([encoder], loss, norms, clip_norm, accept)
-    return StepOutput([report], loss, total, norms, applied, stop)
+    return StepOutput(dict(zip(report, values, strict=True)), loss, total, norms, applied, stop)
 
 
 def _as_tuple(outputs: torch.Tensor | Outputs) -> Outputs:

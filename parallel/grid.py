@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from parallel.layout import Coordinates, Layout
 
@@ -86,3 +87,4 @@ def _group_of(rank: int, groups: list[list[int]], **options) -> dist.ProcessGrou
 def destroy_grid() -> None:
     """Forgets Megatron-core's parallel state, so that a test can build another grid in the same process."""
     parallel_state.destroy_model_parallel()
+    get_moe_layer_wise_logging_tracker().clear()  # which has as many layers as the first model

@@ -2,28 +2,29 @@
 
     plan -> encode -> deliver -> LLM schedule -> return and update
 
-The plan is made ahead on the CPU (`parallel.routes`).  The LLM sees visual rows as detached leaves; their gradients
-travel home and drive the encoder's backward, chunk by chunk, the same number of chunks on every rank.  One gradient
-scale (1 / trained tokens of the global batch) and one clip norm over both modules are computed here, by neither
-library; both optimizers step or neither does.
+The plan is made ahead on the CPU (`parallel.routes`).  Rows travel chunk by chunk, each while the next one is encoded.
+The LLM sees them as detached leaves; their gradients travel home and drive the encoder's backward, each chunk's while
+the backward of the one before runs, the same number of chunks on every rank.  One gradient scale (1 / trained tokens of
+the global batch) and one clip norm over both modules are computed here, by neither library; both optimizers step or
+neither does.  The host waits for the device in one place, `agree`.
 
-Legend: V visual rows this rank encodes, U rows this rank's leaves hold, D LLM width.
+Legend: V visual rows of a chunk, N rows of its output, U rows this rank's leaves hold, D LLM width, R reported numbers.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from parallel.encoder_engine import EncoderEngine
-from parallel.exchange import Exchange
+from parallel.exchange import Delivery, Exchange, Journeys
 from parallel.grid import Grid
 from parallel.llm_engine import Leaf, LLMEngine
 from parallel.phases import PhaseTimer
-from parallel.routes import Routes
-from parallel.transfer import host_to_device
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,23 @@ class Engines:
 class StepInput:
     """One planned step of this rank.
 
-    chunks: encoder input of each chunk (a blank one where the rank has no image); chunk_rows: visual rows that count in
-    each chunk (0 for a blank); micro_batches: in order; trained_tokens: of the whole global batch.
+    chunks: encoder input of each chunk (a blank one where the rank has no image); micro_batches: in order;
+    trained_tokens: of the whole global batch.
     """
 
-    routes: Routes
+    journeys: Journeys
     chunks: list
-    chunk_rows: list[int]
     micro_batches: list
     trained_tokens: int
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """reports: of the micro-batches, on last-stage ranks.  loss: mean over the trained tokens of the global batch.
-    Norms are of the whole gradients before clipping; `applied` is False where every rank skipped the update; stop: any
-    rank wished to stop."""
+    """Equal on all ranks.  report: what the micro-batches or the objective report, summed over the world.  loss: mean
+    over the trained tokens of the global batch.  Norms are of the whole gradients before clipping; `applied` is False
+    where every rank skipped the update; stop: any rank wished to stop."""
 
-    reports: list
+    report: Any
     loss: float
     grad_norm: float
     part_norms: dict[str, float]
@@ -75,6 +75,7 @@ def hybrid_step(
     engines: Engines,
     batch: StepInput,
     *,
+    report_shape: tuple[int, ...],
     clip_norm: float,
     replay: bool,
     stop: bool,
@@ -83,6 +84,7 @@ def hybrid_step(
 ) -> StepOutput:
     """Runs one training step (collective over the world).
 
+    report_shape: of a micro-batch's report, whose first row holds its summed loss; the output's is their sum, fp64.
     clip_norm: joint gradient norm above which both modules' gradients are scaled down; 0 turns clipping off.
     replay: encode without autograd first, and again chunk by chunk in the backward (memory of one chunk).
     stop: this rank's wish to stop, which travels with the norms.
@@ -93,11 +95,11 @@ def hybrid_step(
     encoder, llm, exchange = engines.encoder, engines.llm, engines.exchange
 
     with timer.phase("encode"):
-        kept, rows_VD = encode(engines, batch, keep=not replay)
+        kept, delivery = encode(engines, batch, keep=not replay)
 
     with timer.phase("deliver"):
-        leaf_UD = exchange.deliver(rows_VD, batch.routes)
-        leaves = split_leaves(engines.grid, leaf_UD, batch.routes, requires_grad=True)
+        leaf_UD = delivery.leaves()
+        leaves = split_leaves(engines.grid, leaf_UD, batch.journeys, requires_grad=True)
 
     with timer.phase("llm"):
         reports = llm.forward_backward(batch.micro_batches, leaves, 1.0 / max(batch.trained_tokens, 1))
@@ -105,74 +107,79 @@ def hybrid_step(
     with timer.phase("return"):
         grad_UD = llm.leaf_gradient(leaves, leaf_UD)
         del leaves, leaf_UD
-        grad_VD = exchange.give_back(grad_UD, batch.routes)
+        gradients = exchange.give_back(grad_UD, batch.journeys)
     with timer.phase("encoder_backward"):
-        _encoder_backward(encoder, batch, kept, grad_VD)
+        _encoder_backward(encoder, batch.chunks, kept, gradients)
 
     with timer.phase("update"):
-        grid, loss = engines.grid, torch.zeros((), dtype=torch.float64, device=engines.grid.device)
-        if reports and grid.place.tp == 0:  # ranks of a tensor-parallel group hold equal reports
-            loss = torch.stack([report[0].sum() for report in reports]).sum() / max(batch.trained_tokens, 1)
+        report = torch.zeros(report_shape, dtype=torch.float64, device=engines.grid.device)
+        if reports and engines.grid.place.tp == 0:  # ranks of a tensor-parallel group hold equal reports
+            report += torch.stack(reports).sum(dim=0)
         squares = torch.cat([encoder.squared_grad_norms(), llm.squared_grad_norm().double()[None]])
-        loss, norms, stop = agree([*encoder.part_names, "llm"], squares, loss, stop)
+        norms, numbers, stop = agree([*encoder.part_names, "llm"], squares, report.flatten(), stop)
+        report = np.array(numbers).reshape(report_shape)
+        loss = float(report[0].sum()) / max(batch.trained_tokens, 1)
         learnt = batch.trained_tokens > 0  # else an update would be weight decay and momentum alone
         total, applied = update([encoder, llm], loss, norms, clip_norm, lambda *said: learnt and accept(*said))
-    return StepOutput(reports, loss, total, norms, applied, stop)
+    return StepOutput(report, loss, total, norms, applied, stop)
 
 
 @torch.no_grad()
 def forward_only(engines: Engines, batch: StepInput) -> list:
     """Loss reports of one planned step without gradients (collective over the world)."""
-    _, rows_VD = encode(engines, batch, keep=False)
-    leaf_UD = engines.exchange.deliver(rows_VD, batch.routes)
-    leaves = split_leaves(engines.grid, leaf_UD, batch.routes, requires_grad=False)
+    _, delivery = encode(engines, batch, keep=False)
+    leaves = split_leaves(engines.grid, delivery.leaves(), batch.journeys, requires_grad=False)
     return engines.llm.forward_backward(batch.micro_batches, leaves, 1.0, forward_only=True)
 
 
-def encode(engines: Engines, batch: StepInput, *, keep: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Encodes this rank's chunks; returns (outputs with their graphs if `keep`, detached rows that count [V, D])."""
+def encode(engines: Engines, batch: StepInput, *, keep: bool) -> tuple[list[torch.Tensor], Delivery]:
+    """Encodes this rank's chunks and sends each off; (outputs with their graphs if `keep`, the rows under way)."""
+    kept, delivery = [], engines.exchange.deliver(batch.journeys)
     with torch.set_grad_enabled(keep):
-        outputs = [engines.encoder.encode(chunk) for chunk in batch.chunks]
-    rows = [output.detach()[:count] for output, count in zip(outputs, batch.chunk_rows, strict=True)]
-    empty_0D = torch.zeros(0, engines.width, device=engines.grid.device, dtype=rows[0].dtype if rows else None)
-    return outputs if keep else [], torch.cat([empty_0D, *rows])
+        for chunk in batch.chunks:
+            output_ND = engines.encoder.encode(chunk)
+            delivery.send(output_ND.detach())
+            if keep:
+                kept.append(output_ND)
+    return kept, delivery
 
 
-def split_leaves(grid: Grid, leaf_UD: torch.Tensor, routes: Routes, *, requires_grad: bool) -> list[Leaf | None]:
+def split_leaves(grid: Grid, leaf_UD: torch.Tensor, journeys: Journeys, *, requires_grad: bool) -> list[Leaf | None]:
     """One leaf a micro-batch on first-stage ranks, zero rows included, so that a frozen LLM still has a graph."""
     if not grid.is_first_stage:
-        return [None] * len(routes.leaf_rows_M)
-    at_U = host_to_device(routes.at_U, leaf_UD.device)
-    rows = leaf_UD.detach().split(routes.leaf_rows_M)
-    places = at_U.split(routes.leaf_rows_M)
-    return [Leaf(r.requires_grad_(requires_grad), at) for r, at in zip(rows, places, strict=True)]
+        return [None] * len(journeys.at_MU)
+    rows_MUD = leaf_UD.detach().split([len(at_U) for at_U in journeys.at_MU])
+    return [Leaf(r.requires_grad_(requires_grad), at) for r, at in zip(rows_MUD, journeys.at_MU, strict=True)]
 
 
-def _encoder_backward(encoder: EncoderEngine, batch: StepInput, kept: list, grad_VD: torch.Tensor) -> None:
-    place = 0
-    for index, (chunk, count) in enumerate(zip(batch.chunks, batch.chunk_rows, strict=True)):
-        output = kept[index] if kept else encoder.encode(chunk)
+def _encoder_backward(
+    encoder: EncoderEngine, chunks: list, kept: list, gradients: Iterator[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """kept: outputs with their graphs, empty where chunks are encoded again.  gradients: as `Exchange.give_back`."""
+    for index, chunk in enumerate(chunks):
+        output_ND = kept[index] if kept else encoder.encode(chunk)
         if kept:
             kept[index] = None  # its graph is freed as soon as its backward is through
-        gradient = torch.zeros_like(output)
-        gradient[:count] = grad_VD[place : place + count]
-        encoder.backward(output, gradient)
-        place += count
+        place_V, got_VD = next(gradients)
+        gradient_ND = torch.empty_like(output_ND)
+        gradient_ND[len(place_V) :] = 0  # rows that nobody took: padding, or a blank chunk
+        encoder.backward(output_ND, gradient_ND.index_copy_(0, place_V, got_VD))
 
 
 def agree(
-    names: Sequence[str], squares_P: torch.Tensor, loss: torch.Tensor, stop: bool
-) -> tuple[float, dict[str, float], bool]:
-    """What decides about the update, over the world: the loss, the gradient norm of every part, both non-finite where
-    any value is; and whether any rank would stop.  One reduction for all of it.
+    names: Sequence[str], squares_P: torch.Tensor, report_R: torch.Tensor, stop: bool
+) -> tuple[dict[str, float], list[float], bool]:
+    """What the host has to know of a step, over the world: the gradient norm of every part, the sums of what is
+    reported, the loss among it, all non-finite where any value is; and whether any rank would stop.
 
-    names: of the parts whose squared norms, this rank's share of them fp64 [P], are given.  loss: this rank's share.
+    One reduction and one read for all of it: the only place in a step where the host waits for the device.
+    names: of the parts; squares_P: this rank's share of their squared norms, fp64.  report_R: its share of the report.
     """
-    flags = torch.stack([loss.double(), torch.full_like(loss, float(stop), dtype=torch.float64)])
-    sums = torch.cat([squares_P, flags])
+    sums = torch.cat([squares_P, report_R.double(), report_R.new_full((1,), float(stop), dtype=torch.float64)])
     dist.all_reduce(sums)
-    *squares, loss, wishes = sums.tolist()
-    return loss, {name: math.sqrt(square) for name, square in zip(names, squares, strict=True)}, wishes > 0
+    *numbers, wishes = sums.tolist()
+    norms = {name: math.sqrt(square) for name, square in zip(names, numbers, strict=False)}
+    return norms, numbers[len(norms) :], wishes > 0
 
 
 def update(

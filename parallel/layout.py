@@ -7,6 +7,8 @@ replicas inside which images may move (Seed1.5-VL report, sections 5.1.1 and 5.1
 
 from dataclasses import dataclass
 
+CP_COMM_TYPES = ("auto", "a2a", "all_gather")
+
 
 @dataclass(frozen=True)
 class Coordinates:
@@ -22,6 +24,7 @@ class Coordinates:
 class Layout:
     """Sizes of every kind of parallelism, checked on construction; `vpp` counts virtual stages a pipeline rank.
 
+    cp_comm_type: what cp ranks trade in attention, `a2a` or `all_gather`, see `parallel/context.py`.
     Raises ValueError, naming the configuration key and the values seen, for a layout that does not divide the world
     or that Megatron-core would refuse or train wrongly.
     """
@@ -33,6 +36,7 @@ class Layout:
     vpp: int = 1
     ep: int = 1
     etp: int | None = None
+    cp_comm_type: str = "all_gather"
     balance_group_size: int | None = None
 
     def __post_init__(self):
@@ -70,6 +74,11 @@ class Layout:
                 f"parallel.balance_group_size={size}: must be a multiple of a replica's {self.replica_size} ranks "
                 f"(tp*cp*pp) that divides the world of {self.world}"
             )
+
+    @property
+    def row_chunks(self) -> int:
+        """Equal chunks into which cp cuts a row: with `all_gather` two a rank in zigzag order, with `a2a` one."""
+        return 2 * self.cp if self.cp > 1 and self.cp_comm_type == "all_gather" else self.cp
 
     @property
     def replica_size(self) -> int:
@@ -115,3 +124,21 @@ class Layout:
         """Ranks of one balance group, ascending."""
         replicas = range(group * self.replicas_per_group, (group + 1) * self.replicas_per_group)
         return sorted(rank for replica in replicas for rank in self.replica_ranks(replica))
+
+
+def choose_cp_comm_type(asked: str, layout: Layout, kv_heads: int) -> str:
+    """`a2a` or `all_gather` for `parallel.cp_comm_type=asked`; `auto` is `a2a` wherever whole K/V heads can be dealt.
+
+    Raises ValueError for another word, and for `a2a` where tp * cp does not divide the K/V heads.
+    """
+    if asked not in CP_COMM_TYPES:
+        raise ValueError(f"parallel.cp_comm_type={asked}: must be one of {', '.join(CP_COMM_TYPES)}")
+    fits = kv_heads % (layout.tp * layout.cp) == 0
+    if asked == "a2a" and not fits:
+        raise ValueError(
+            f"parallel.cp_comm_type=a2a deals whole heads over cp ranks, but model.llm.kv_heads={kv_heads} is not "
+            f"divisible by parallel.tp*cp = {layout.tp}*{layout.cp}; set all_gather or auto, or lower parallel.cp"
+        )
+    if asked == "auto":
+        return "a2a" if fits else "all_gather"
+    return asked

@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from parallel import optimizers
 from parallel.grid import Grid
 from parallel.llm_shards import Shard, shards_of
 from parallel.state import KINDS, AdamSettings, StateChunk
@@ -91,7 +92,9 @@ class LLMEngine:
         self._optimizer = get_megatron_optimizer(settings, self._models, use_gloo_process_groups=False)
         self._weight_decay = adam.weight_decay
         self.config.finalize_model_grads_func = finalize_model_grads
-        self._create_state()
+        for part in self._parts():  # of Transformer Engine or Apex where Megatron-core finds one, else of torch
+            optimizers.fuse(part.optimizer)
+            optimizers.create_state(part.optimizer)
         self.set_lr(adam.lr)
         self.discard()
 
@@ -153,23 +156,22 @@ class LLMEngine:
         return gradient_UD.div_(self.grid.layout.dp * self.grid.layout.cp)
 
     def squared_grad_norm(self) -> torch.Tensor:
-        """This rank's share of the squared gradient norm, a 0-d fp32 tensor; the world's sum is the whole."""
-        total = torch.zeros((), device=self.grid.device)
+        """This rank's share of the squared gradient norm, a 0-d fp64 tensor; the world's sum is the whole."""
         if self.trainable:
             self._optimizer.prepare_grads()
-            for optimizer in self._parts():
-                for gradient in optimizer.get_main_grads_for_grad_norm():
-                    total += gradient.float().square().sum()
-        return total
+        gradients = [gradient for part in self._parts() for gradient in part.get_main_grads_for_grad_norm()]
+        if not gradients:
+            return torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        return torch.stack(torch._foreach_norm(gradients, dtype=torch.float64)).square().sum()
 
     @torch.no_grad()
     def step(self, scale: torch.Tensor | float) -> None:
         """Multiplies the gradients that `squared_grad_norm` prepared by `scale`, updates, clears."""
         if not self.trainable:
             return
-        for optimizer in self._parts():
-            for parameter in optimizer.get_parameters():
-                parameter.grad.mul_(scale)
+        gradients = [parameter.grad for part in self._parts() for parameter in part.get_parameters()]
+        if gradients:  # a rank may own nothing
+            torch._foreach_mul_(gradients, scale)
         self._optimizer.step_with_ready_grads()
         self.discard()
 
@@ -189,20 +191,19 @@ class LLMEngine:
     # ---- state by global names ---------------------------------------------------------------------------------------
 
     @property
+    def optimizer_name(self) -> str | None:
+        """Which implementation updates this rank's weights; None where it updates none."""
+        return next((optimizers.name_of(part.optimizer) for part in self._parts()), None)
+
+    @property
     def optimizer_steps(self) -> int:
         """Adam's step count, for its bias correction; 0 on a rank that owns no optimizer state."""
-        counts = [int(state["step"]) for state in self._states()] + [
-            int(g["step"]) for g in self._groups() if "step" in g
-        ]
-        return max(counts, default=0)
+        return max((optimizers.steps_of(part.optimizer) for part in self._parts()), default=0)
 
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
-        for state in self._states():
-            state["step"] = torch.full_like(state["step"], float(steps)) if torch.is_tensor(state["step"]) else steps
-        for group in self._groups():
-            if "step" in group:
-                group["step"] = steps
+        for part in self._parts():
+            optimizers.set_steps(part.optimizer, steps)
 
     def state(self) -> Iterator[StateChunk]:
         """Weights (fp32) and Adam moments that this rank saves, by global name: views of live memory where they can be.
@@ -211,18 +212,18 @@ class LLMEngine:
         """
         for shard in self._shards:
             group, once = self._holder(shard)
-            owned = self._main(shard.parameter) if self.trainable else None
-            if not once or (owned is None and (self.trainable or dist.get_rank(group) != 0)):
-                continue
-            main, moments, where = owned or (shard.parameter.detach(), {}, slice(0, None))
-            for kind, tensor in (("param", main.detach()), *((kind, moments[kind]) for kind in KINDS[1:] if moments)):
+            if self.trainable:
+                begin, owned = self._owned(shard)
+            else:
+                begin, owned = 0, {"param": shard.local} if dist.get_rank(group) == 0 else {}
+            for kind, tensor in owned.items() if once else ():
                 yield StateChunk(
                     name=shard.name,
                     kind=kind,
                     shape=shard.shape,
-                    local_shape=tuple(shard.parameter.shape),
+                    local_shape=tuple(shard.local.shape),
                     pieces=shard.pieces,
-                    begin=where.start,
+                    begin=begin,
                     tensor_N=tensor.float().reshape(-1),
                 )
 
@@ -231,7 +232,7 @@ class LLMEngine:
         """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor."""
         for shard in self._shards:
             for kind in KINDS if optimizer and self.trainable else KINDS[:1]:
-                whole = torch.empty(shard.parameter.shape, dtype=torch.float32)
+                whole = torch.empty(shard.local.shape, dtype=torch.float32)
                 for piece in shard.pieces:
                     part = piece.of_local(whole)
                     part.copy_(read(shard.name, kind, piece.corner(part.dim()), tuple(part.shape)))
@@ -248,23 +249,26 @@ class LLMEngine:
             tensor_rank = parallel_state.get_expert_tensor_parallel_rank()
         return group, cut or tensor_rank == 0
 
-    def _main(self, parameter):
-        """(fp32 main parameter, its Adam state, its range in the local parameter) where this rank owns a part."""
+    def _owned(self, shard: Shard) -> tuple[int, dict[str, torch.Tensor]]:
+        """What this rank's optimizer owns of a shard, {kind: [N]}, and at which of the shard's entries that begins."""
         for optimizer in self._parts():
-            if parameter in optimizer.model_param_group_index_map:
-                group, order = optimizer.model_param_group_index_map[parameter]
+            if shard.parameter in optimizer.model_param_group_index_map:
+                group, order = optimizer.model_param_group_index_map[shard.parameter]
                 main = optimizer.optimizer.param_groups[group]["params"][order]
-                where = optimizer._get_model_param_range_map(parameter)["param"]
-                return main, optimizer.optimizer.state[main], slice(where.start, where.end)
-        return None
+                run = optimizer._get_model_param_range_map(shard.parameter)["param"]
+                low, high = max(run.start, shard.begin), min(run.end, shard.begin + shard.local.numel())
+                if low < high:
+                    tensors = {**optimizer.optimizer.state[main], "param": main.detach()}
+                    part = slice(low - run.start, high - run.start)
+                    return low - shard.begin, {kind: tensors[kind].view(-1)[part] for kind in KINDS}
+        return 0, {}
 
     def _put(self, shard: Shard, kind: str, whole: torch.Tensor) -> None:
         if kind == "param":
-            shard.parameter.data.copy_(whole)
-        owned = self._main(shard.parameter) if self.trainable else None
-        if owned is not None:
-            main, state, where = owned
-            (main.data if kind == "param" else state[kind]).copy_(whole.view(-1)[where])
+            shard.local.copy_(whole)
+        begin, owned = self._owned(shard)
+        if owned:
+            owned[kind].copy_(whole.view(-1)[begin : begin + owned[kind].numel()])
 
     def _parts(self):
         if not self.trainable:
@@ -274,22 +278,3 @@ class LLMEngine:
 
     def _groups(self):
         return [group for part in self._parts() for group in part.optimizer.param_groups]
-
-    def _states(self):
-        return [s for part in self._parts() for s in part.optimizer.state.values() if "step" in s]
-
-    def _create_state(self):
-        """torch's AdamW has no state before its first step; loading needs it."""
-        for part in self._parts():
-            if not isinstance(part.optimizer, torch.optim.AdamW):
-                part.init_state_fn(part.optimizer)
-                for group in part.optimizer.param_groups:
-                    group["step"] = 0  # fused AdamW of Transformer Engine and Apex counts here, from its first step on
-                continue
-            for group in part.optimizer.param_groups:
-                for parameter in group["params"]:
-                    part.optimizer.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }

@@ -1,11 +1,14 @@
 """The plan of one step's visual tokens, as arrays: who encodes each image, in which chunk, and where each row travels.
 
 An image's n visual tokens are n rows.  Its owner encodes it; every row then goes to the one first-stage rank that owns
-the row's place in the sequence (zigzag over cp, contiguous over tp, as Megatron-core splits a row), so nothing is sent
-twice.  All of this is a pure function of the same arrays on every rank: sender and receiver agree without a word.
+the row's place in the sequence (`place_of`: chunks over cp, contiguous over tp, as Megatron-core splits a row), so
+nothing is sent twice.  All of this is a pure function of the same arrays on every rank: sender and receiver agree
+without a word.
 
-Legend: I images of the step (video frames among them), V rows this rank encodes, U rows this rank receives, G ranks of
-the balance group.
+Rows travel chunk by chunk, while the next one is encoded: what the arrays say of a journey they say chunk by chunk.
+
+Legend: I images of the step (video frames among them), C chunks, V rows this rank encodes, U rows this rank receives,
+G ranks of the balance group.
 """
 
 import hashlib
@@ -48,17 +51,18 @@ class Routes:
     """What one rank does with one step's images.
 
     chunks: image ids this rank encodes, chunk by chunk; every rank has the same number of chunks, some empty.
-    send_V: encoded row that goes out at each place of the send buffer; send_counts_G, receive_counts_G: rows exchanged
-    with each rank of the balance group, in its order.  take_U: received row of each leaf row, leaves ordered by
-    micro-batch; leaf_rows_M: rows of each micro-batch's leaf; at_U: local position of each leaf row in the embedding
-    output.  load_max_over_mean: encoder load of the whole world under this assignment.
+    send_counts_CG, receive_counts_CG: rows of every chunk exchanged with each rank of the balance group, in its order.
+    send_V: row of its own chunk's output that goes out at each place of the send buffers.  leaf_U: leaf row of each row
+    received, in order of arrival: by chunk, then by sender; leaves are ordered by micro-batch.  leaf_rows_M: rows of
+    each micro-batch's leaf; at_U: local position of each leaf row in the embedding output.
+    load_max_over_mean: encoder load of the whole world under this assignment.
     """
 
     chunks: list[np.ndarray]
+    send_counts_CG: np.ndarray
+    receive_counts_CG: np.ndarray
     send_V: np.ndarray
-    send_counts_G: list[int]
-    receive_counts_G: list[int]
-    take_U: np.ndarray
+    leaf_U: np.ndarray
     at_U: np.ndarray
     leaf_rows_M: list[int]
     load_max_over_mean: float
@@ -86,27 +90,25 @@ def assign_owners(plan: VisualPlan, layout: Layout, balance: bool) -> np.ndarray
 
 
 def place_of(position: np.ndarray, layout: Layout, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(cp, tp, local index) of positions in a row of `row_tokens` under zigzag cp and sequence-parallel tp."""
-    half = _zigzag_chunk(layout, row_tokens)
-    chunk, offset = np.divmod(position, half)
+    """(cp, tp, local index) of positions in a row of `row_tokens` under cp and sequence-parallel tp.
+
+    Rank i of cp holds the i-th chunk of the row and, where there are two a rank (`Layout.row_chunks`), the i-th from
+    the end: zigzag.
+    """
+    length = row_tokens // layout.row_chunks
+    chunk, offset = np.divmod(position, length)
     front = chunk < layout.cp
     cp = np.where(front, chunk, 2 * layout.cp - 1 - chunk)
-    local = np.where(front, offset, offset + half)
+    local = np.where(front, offset, offset + length)
     tp, index = np.divmod(local, row_tokens // layout.cp // layout.tp)
     return cp, tp, index
 
 
-def _zigzag_chunk(layout: Layout, row_tokens: int) -> int:
-    """Length of the 2 cp chunks of a row; rank i holds the i-th and the i-th from the end.  cp = 1 cuts none."""
-    return row_tokens // (2 * layout.cp) if layout.cp > 1 else row_tokens
-
-
 def local_positions(layout: Layout, cp: int, row_tokens: int) -> np.ndarray:
     """Row positions that context-parallel rank `cp` holds, in its order: the inverse of `place_of` before tp splits."""
-    if layout.cp == 1:
-        return np.arange(row_tokens)
-    half, back = _zigzag_chunk(layout, row_tokens), 2 * layout.cp - 1 - cp
-    return np.concatenate([np.arange(cp * half, (cp + 1) * half), np.arange(back * half, (back + 1) * half)])
+    length = row_tokens // layout.row_chunks
+    chunks = [cp] if layout.row_chunks == layout.cp else [cp, layout.row_chunks - 1 - cp]
+    return np.concatenate([np.arange(chunk * length, (chunk + 1) * length) for chunk in chunks])
 
 
 def build_routes(
@@ -115,14 +117,18 @@ def build_routes(
     """Routes of `rank` for one step.  Raises ValueError if an image alone exceeds `chunk_patches`."""
     group = layout.group_of_replica(layout.coordinates(rank).dp)
     ranks_G = np.array(layout.group_ranks(group))
-    send_V, send_counts_G = _outgoing(plan, owner_I, layout, rank, ranks_G)
-    take_U, at_U, leaf_rows_M, receive_counts_G = _incoming(plan, owner_I, layout, rank, ranks_G, micro_batches)
+    chunk_I, count = _chunks(plan, owner_I, chunk_patches)
+    mine_J = np.flatnonzero(owner_I == rank)
+    send_V, send_counts_CG = _outgoing(plan, mine_J, chunk_I, layout, ranks_G, count)
+    leaf_U, at_U, leaf_rows_M, receive_counts_CG = _incoming(
+        plan, owner_I, chunk_I, layout, rank, ranks_G, count, micro_batches
+    )
     return Routes(
-        chunks=_chunks(plan, owner_I, layout, rank, chunk_patches),
+        chunks=np.split(mine_J, np.searchsorted(chunk_I[mine_J], np.arange(1, count))),
+        send_counts_CG=send_counts_CG,
+        receive_counts_CG=receive_counts_CG,
         send_V=send_V,
-        send_counts_G=send_counts_G,
-        receive_counts_G=receive_counts_G,
-        take_U=take_U,
+        leaf_U=leaf_U,
         at_U=at_U,
         leaf_rows_M=leaf_rows_M,
         load_max_over_mean=load_max_over_mean(plan.cost_I, owner_I, layout.world),
@@ -143,48 +149,56 @@ def _destination(plan: VisualPlan, layout: Layout, image_V: np.ndarray, position
     return layout.rank_of(tp=tp, cp=cp, dp=plan.replica_I[image_V], pp=0), index
 
 
-def _outgoing(plan, owner_I, layout, rank, ranks_G):
-    image_V, position_V = _rows_of(plan, np.flatnonzero(owner_I == rank))
+def _outgoing(plan, mine_J, chunk_I, layout, ranks_G, chunks):
+    """(send_V, send_counts_CG) of the images mine_J, which lie in the order of their chunks."""
+    image_V, position_V = _rows_of(plan, mine_J)
     to_V, _ = _destination(plan, layout, image_V, position_V)
-    order_V = np.argsort(to_V, kind="stable")
-    counts_G = np.searchsorted(to_V[order_V], ranks_G, "right") - np.searchsorted(to_V[order_V], ranks_G, "left")
-    return order_V, counts_G.tolist()
+    chunk_V = chunk_I[image_V]
+    order_V = np.lexsort((to_V, chunk_V))  # stable: rows for one rank keep the order of their images
+    first_C = np.searchsorted(chunk_V, np.arange(chunks))
+    return order_V - first_C[chunk_V], _counts(chunk_V, to_V, ranks_G, chunks)
 
 
-def _incoming(plan, owner_I, layout, rank, ranks_G, micro_batches):
+def _incoming(plan, owner_I, chunk_I, layout, rank, ranks_G, chunks, micro_batches):
+    """(leaf_U, at_U, leaf_rows_M, receive_counts_CG) of `rank`.
+
+    Leaf rows of a micro-batch lie by owner, then by image, then as in the image.
+    """
     place = layout.coordinates(rank)
     images_J = np.flatnonzero(plan.replica_I == place.dp) if place.pp == 0 else np.empty(0, dtype=np.int64)
     image_U, position_U = _rows_of(plan, images_J)
     to_U, index_U = _destination(plan, layout, image_U, position_U)
     here = to_U == rank
     image_U, index_U = image_U[here], index_U[here]
-    arrival_U = np.argsort(owner_I[image_U], kind="stable")  # place in the receive buffer -> row in image order
-    from_U = owner_I[image_U][arrival_U]
-    counts_G = np.searchsorted(from_U, ranks_G, "right") - np.searchsorted(from_U, ranks_G, "left")
-    leaf_U = np.argsort(plan.micro_batch_I[image_U][arrival_U], kind="stable")
-    rows_M = np.bincount(plan.micro_batch_I[image_U], minlength=micro_batches)
-    return leaf_U, index_U[arrival_U][leaf_U], rows_M.tolist(), counts_G.tolist()
+    from_U, chunk_U, micro_U = owner_I[image_U], chunk_I[image_U], plan.micro_batch_I[image_U]
+    arrival_U, leaves_U = np.lexsort((from_U, chunk_U)), np.lexsort((from_U, micro_U))
+    leaf_of_U = np.empty_like(leaves_U)
+    leaf_of_U[leaves_U] = np.arange(leaves_U.size)
+    rows_M = np.bincount(micro_U, minlength=micro_batches)
+    return leaf_of_U[arrival_U], index_U[leaves_U], rows_M.tolist(), _counts(chunk_U, from_U, ranks_G, chunks)
 
 
-def _chunks(plan, owner_I, layout, rank, chunk_patches):
-    """Images of `rank` cut in order into chunks of at most `chunk_patches`, padded to the world's largest count."""
+def _counts(chunk_V, other_V, ranks_G, chunks):
+    """Rows of each chunk by the rank at the other end, int64 [C, G]; ranks_G ascends."""
+    cell_V = chunk_V * ranks_G.size + np.searchsorted(ranks_G, other_V)
+    return np.bincount(cell_V, minlength=chunks * ranks_G.size).reshape(chunks, ranks_G.size)
+
+
+def _chunks(plan, owner_I, chunk_patches):
+    """(chunk of every image at its owner, the largest number of chunks of any rank).
+
+    An owner's images are cut in order into chunks of at most `chunk_patches`.
+    """
     if plan.patches_I.size and plan.patches_I.max() > chunk_patches:
         raise ValueError(
             f"parallel.encoder.chunk_patches={chunk_patches} is smaller than an image of {plan.patches_I.max()} "
             "patches; raise it or lower data.max_patches"
         )
     order_I = np.argsort(owner_I, kind="stable")
-    mine, most = [], 1  # one chunk even in a step without images: frozen or idle, every rank takes part
-    for owner, images_J in _runs(owner_I, order_I):
+    chunk_I, most = np.zeros(owner_I.size, dtype=np.int64), 1  # one chunk even without images: every rank takes part
+    for images_J in np.split(order_I, np.flatnonzero(np.diff(owner_I[order_I])) + 1):
         chunks = cut_in_order(images_J, plan.patches_I, chunk_patches)
+        for number, images_K in enumerate(chunks):
+            chunk_I[images_K] = number
         most = max(most, len(chunks))
-        if owner == rank:
-            mine = chunks
-    return mine + [np.empty(0, dtype=np.int64)] * (most - len(mine))
-
-
-def _runs(owner_I, order_I):
-    borders = np.flatnonzero(np.diff(owner_I[order_I])) + 1
-    for images_J in np.split(order_I, borders):
-        if images_J.size:
-            yield int(owner_I[images_J[0]]), images_J
+    return chunk_I, most

@@ -20,12 +20,14 @@ EMA = "ema"  # the average of the weights over the updates, where the encoder's 
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """AdamW; biases and normalisation parameters are exempt from weight decay (report, section 4)."""
+    """AdamW, or by its name LAMB; biases and normalisation parameters are exempt from weight decay (report, section 4)
+    and from LAMB's trust ratio."""
 
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    name: str = "adamw"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from data.plan import StepPlan, row_cu_seqlens, row_domains, row_labels, row_positions, row_samples
 from parallel.balance import image_costs
-from parallel.context import PackedRow, pack_row
+from parallel.context import PackedRow, elements_sent, pack_row
 from parallel.layout import Coordinates, Layout
 from parallel.routes import VisualPlan, local_positions
 from parallel.transfer import host_to_device
@@ -126,4 +126,15 @@ def micro_batch_of(
         domain_1T=cut(text.domain),
         row=packed,
         row_tokens=row_tokens,
+    )
+
+
+def context_sentence(config: Config, layout: Layout) -> str:
+    """How the ranks of cp share a row and what that sends, for the person who watches."""
+    llm, row = config.model.llm, config.train.micro_batch_size * config.train.seq_length
+    elements = elements_sent(layout, row, llm.heads, llm.kv_heads, llm.head_width)
+    return (
+        f"{layout.cp} ranks share a row by {layout.cp_comm_type} (parallel.cp_comm_type="
+        f"{config.parallel.cp_comm_type}): {elements * config.train.dtype.itemsize / 2**20:.2f} MiB sent by a rank, "
+        "layer and micro-batch in the forward, as much in the backward"
     )

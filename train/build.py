@@ -1,6 +1,7 @@
 """Everything a run is made of, from its configuration: world, grid, data, and the two engines with equal weights on
 every layout."""
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from data.corpus import Corpus, SourceSettings
 from data.reader import ShardReader
 from data.stream import Stream, StreamConfig
 from data.text import Tokenizer
-from parallel import llm_shards
+from parallel import attention, compilation, llm_shards
 from parallel.encoder_engine import EncoderEngine
 from parallel.exchange import Exchange
 from parallel.grid import Grid, build_grid
@@ -28,6 +29,8 @@ from train.feed import BATCHES_HELD
 from train.models import llm_spec, vision_tower
 from train.models.initial import initialize
 from train.rendezvous import agent_store
+
+CHOICES = logging.getLogger("parallel")  # where everything below it says once what it has chosen
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,26 @@ def start_world(device: torch.device) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **(where if store else {}))
 
 
+def settle_kernels(config: Config, device: torch.device) -> None:
+    """Decides, for this process, how attention is computed and what is compiled; rank 0 tells what was chosen.
+
+    Raises ValueError, naming the key, for kernels that are not to be had here.
+    """
+    if dist.get_rank() == 0 and not CHOICES.handlers:
+        CHOICES.addHandler(logging.StreamHandler())
+        CHOICES.setLevel(logging.INFO)
+    compilation.configure(config.parallel.compile)
+    compiled = "compiled" if compilation.enabled(device) else "not compiled"
+    CHOICES.info("blocks and pointwise regions: %s (parallel.compile=%s)", compiled, config.parallel.compile)
+    attention.choose(config.parallel.attention, device, config.train.dtype)
+
+
 def build_engines(config: Config, layout: Layout, device: torch.device, *, forward, loss) -> Engines:
     """Grid, encoder engine and LLM engine of this rank (collective over the world).
 
     forward, loss: what the LLM's schedule runs, see `LLMEngine`; `train_forward` and `train_loss` in training.
     """
+    settle_kernels(config, device)
     grid = build_grid(layout, device, config.train.seed)
     tower = vision_tower.VisionTower(config.model.encoder, config.model.llm.width, config.parallel.encoder.recompute)
     initialize(tower, config.train.seed)
@@ -145,17 +163,22 @@ def layer_lr_scale(name: str, depth: int, decay: float) -> float:
 
 def _adam_settings(config: Config) -> AdamSettings:
     optim = config.optim
-    return AdamSettings(lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay)
+    return AdamSettings(
+        lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay, name=optim.name
+    )
 
 
 def _llm_engine(config: Config, grid: Grid, forward, loss) -> LLMEngine:
     model = config.model.llm
+    kernels = llm_spec.choose_kernels(config.parallel.kernels, grid.device)
+    CHOICES.info("the LLM's layers: %s (parallel.kernels=%s)", kernels, config.parallel.kernels)
     megatron = llm_spec.transformer_config(
         model,
         grid.layout,
         dtype=config.train.dtype,
         recompute=config.train.recompute,
         deterministic=config.train.deterministic,
+        kernels=kernels,
     )
 
     def build(vp_stage, first, last):

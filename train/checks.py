@@ -3,10 +3,17 @@
 import math
 from operator import attrgetter
 
+import torch
+
 from data.audio import sound_grid
+from parallel.attention import NAMES as ATTENTION
+from parallel.compilation import MODES
 from parallel.layout import Layout
+from parallel.optimizers import NAMES as OPTIMIZERS
 from train.config import Config
 from train.models.blocks import RECOMPUTE
+from train.models.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
+from train.models.llm_spec import choose_kernels
 
 LANGUAGE_PARTS = ("encoder", "adapter", "llm")
 VISION_PARTS = {
@@ -59,6 +66,7 @@ def check(config: Config, world: int) -> Layout:
         _check_vision(config, layout)
     else:
         config.model.llm.check(layout)
+        choose_kernels(config.parallel.kernels, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         _check_batch(config, layout)
         if config.data.audio_seconds > 0:
             seconds = config.data.audio_seconds
@@ -81,6 +89,13 @@ def _check_parallel(config: Config, layout: Layout) -> None:
             f"parallel.sequence_parallel=false with parallel.tp={layout.tp}: visual rows and experts need sequence "
             "parallelism; leave it null"
         )
+    if config.parallel.compile not in MODES:
+        raise ValueError(f"parallel.compile={config.parallel.compile}: must be one of {', '.join(MODES)}")
+    if config.train.recompute.lower() in ("true", "false"):
+        now = "full" if config.train.recompute.lower() == "true" else "none"
+        raise ValueError(f"train.recompute={config.train.recompute}: say {now}, or one of {', '.join(LLM_RECOMPUTE)}")
+    if config.train.recompute not in LLM_RECOMPUTE:
+        raise ValueError(f"train.recompute={config.train.recompute}: must be one of {', '.join(LLM_RECOMPUTE)}")
     encoder = config.parallel.encoder
     if encoder.zero_stage not in (1, 2, 3):
         raise ValueError(f"parallel.encoder.zero_stage={encoder.zero_stage}: must be 1, 2 or 3")
@@ -101,11 +116,12 @@ def _check_batch(config: Config, layout: Layout) -> None:
             f"dp*train.micro_batch_size = {layout.dp}*{t.micro_batch_size}"
         )
     row = t.seq_length * t.micro_batch_size
-    parts = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+    parts = layout.tp * layout.row_chunks
     if row % parts:
         raise ValueError(
-            f"train.seq_length*micro_batch_size = {row} is not divisible by {parts} "
-            f"(parallel.tp={layout.tp}, and twice parallel.cp={layout.cp} where cp > 1)"
+            f"train.seq_length*micro_batch_size = {row} is not divisible by {parts} (parallel.tp={layout.tp} times "
+            f"{layout.row_chunks} chunks of a row for parallel.cp={layout.cp} with parallel.cp_comm_type="
+            f"{layout.cp_comm_type})"
         )
     count = config.micro_batches(layout)
     if layout.vpp > 1 and count % layout.pp:
@@ -144,12 +160,18 @@ def _check_choices(config: Config) -> None:
     choices = (
         ("data.too_long", config.data.too_long, ("cut", "refuse")),
         ("train.precision", config.train.precision, ("fp32", "bf16")),
+        ("optim.name", config.optim.name, OPTIMIZERS),
+        ("parallel.attention", config.parallel.attention, ATTENTION),
         ("optim.schedule", config.optim.schedule, ("cosine", "constant")),
         ("logger.wandb", config.logger.wandb, ("offline", "online", "disabled")),
     )
     for key, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}")
+    if config.optim.name == "lamb" and not config.is_vision and "llm" in config.train.trainable:
+        raise ValueError(
+            "optim.name=lamb: the LLM is trained by AdamW alone; set optim=adamw, or leave llm out of train.trainable"
+        )
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"optim.betas={list(config.optim.betas)}: must be two numbers from 0 to below 1")
     for key in ("lr", "min_lr", "eps", "weight_decay", "clip_norm"):

@@ -4,12 +4,12 @@ Hydra fills these dataclasses from recipes/ and the command line; an unknown key
 What types cannot say stands in `train/checks.py`.  Full-scale values and their sources stand in recipes/.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from parallel.layout import Layout
+from parallel.layout import Layout, choose_cp_comm_type
 from train.models.contrastive import ContrastiveConfig
 from train.models.llm import LLMConfig
 from train.models.masked import MimConfig
@@ -45,8 +45,8 @@ class ObjectiveConfig:
 @dataclass
 class EncoderParallelConfig:
     """zero_stage: DeepSpeed ZeRO 1, 2 or 3 over the whole world.  chunk_patches: most patches encoded at once; lower it
-    if memory runs out.  recompute: what is kept for the encoder's backward, from fast to small: none, selective (MLPs
-    again), full (blocks again), replay (everything again, one chunk in memory)."""
+    if memory runs out.  recompute: what is kept for the encoder's backward, see train/models/blocks.py; replay keeps
+    nothing (everything again, one chunk in memory)."""
 
     zero_stage: int
     chunk_patches: int
@@ -56,7 +56,10 @@ class EncoderParallelConfig:
 @dataclass
 class ParallelConfig:
     """Sizes of the two grids; see parallel/layout.py.  balance: move images between ranks by cost, inside groups of
-    balance_group_size ranks (null: the whole world).  etp: null for tp where ep is 1, else 1."""
+    balance_group_size ranks (null: the whole world).  etp: null for tp where ep is 1, else 1.  cp_comm_type:
+    auto, a2a or all_gather, see parallel/context.py.  kernels: of the LLM, auto, torch or te, see
+    train/models/llm_spec.py.  attention: see parallel/attention.py.  compile: auto, always or never, see
+    parallel/compilation.py."""
 
     tp: int
     pp: int
@@ -64,9 +67,13 @@ class ParallelConfig:
     ep: int
     etp: int | None
     cp: int
+    cp_comm_type: str
     sequence_parallel: bool | None
     balance: bool
     balance_group_size: int | None
+    kernels: str
+    attention: str
+    compile: str
     encoder: EncoderParallelConfig
 
 
@@ -74,7 +81,8 @@ class ParallelConfig:
 class TrainConfig:
     """global_batch_size and micro_batch_size count rows of seq_length tokens; in the vit recipes samples, of at most
     seq_length tokens.  trainable: which modules learn, of encoder, adapter and llm, or in the vit recipes of encoder,
-    mim, pool, text, contrastive and omni.  recompute: recompute the LLM's layers in the backward."""
+    mim, pool, text, contrastive and omni.  recompute: what is kept for the LLM's backward, see
+    train/models/llm_recompute.py."""
 
     steps: int
     global_batch_size: int
@@ -83,7 +91,7 @@ class TrainConfig:
     seed: int
     deterministic: bool
     precision: str
-    recompute: bool
+    recompute: str
     trainable: list[str]
 
     @property
@@ -94,10 +102,12 @@ class TrainConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW; lr rises over warmup_steps and then follows `schedule` (cosine or constant) to min_lr.  clip_norm: joint
-    over all modules, 0 for none.  layer_decay: factor of the learning rate from each layer of the encoder to the one
-    below, 1 for none.  ema: decay of the running mean of encoder weights that is kept beside them, 0 for none."""
+    """name: adamw, or lamb where no LLM is trained.  lr rises over warmup_steps and then follows `schedule` (cosine or
+    constant) to min_lr.  clip_norm: joint over all modules, 0 for none.  layer_decay: factor of the learning rate from
+    each layer of the encoder to the one below, 1 for none.  ema: decay of the running mean of encoder weights that is
+    kept beside them, 0 for none."""
 
+    name: str
     lr: float
     min_lr: float
     warmup_steps: int
@@ -250,7 +260,7 @@ class Config:
     def layout(self, world: int) -> Layout:
         """The rank layout in a world of `world` ranks; ValueError where it is impossible."""
         p = self.parallel
-        return Layout(
+        layout = Layout(
             world=world,
             tp=p.tp,
             cp=p.cp,
@@ -260,6 +270,7 @@ class Config:
             etp=p.etp,
             balance_group_size=p.balance_group_size,
         )
+        return replace(layout, cp_comm_type=choose_cp_comm_type(p.cp_comm_type, layout, self.model.llm.kv_heads))
 
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of one step in one replica."""

@@ -9,7 +9,7 @@ all of them with the same sentence.
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from data.plan import StepPlan
 from data.reader import Failure, ImageBatch, Pending, RowBatch, ShardReader
 from data.stream import Stream
 from parallel.grid import Grid
+from parallel.transfer import pinned
 from train.config import DataConfig
 
 READING = 2  # steps being read at once, so that no worker waits for the slowest image of a step
@@ -60,8 +61,8 @@ class Division(Protocol):
 
 @dataclass
 class PreparedStep:
-    """One step on the host: its plan, this rank's share and pixels, its text as `Division.complete` made it, and what
-    the ranks agreed on.
+    """One step on the host: its plan, this rank's share and pixels, its text as `Division.complete` made it, what the
+    ranks agreed on, and all of it as the step takes it (`batch`, pinned where there is CUDA).
 
     trained_tokens, bytes_read, skipped: of all ranks.  Call `release` when the pixels are no longer needed.
     """
@@ -73,6 +74,7 @@ class PreparedStep:
     trained_tokens: int = 0
     bytes_read: int = 0
     skipped: list[Failure] = field(default_factory=list)
+    batch: Any = None
 
     def release(self) -> None:
         self.images.release()
@@ -99,14 +101,23 @@ class AgreedError(RuntimeError):
 class Feed:
     """Iterator over `steps` prepared steps, equal on every rank; `drain` ends it early.
 
+    compose: makes a prepared step's `batch`, whatever arrays that takes: here they cost the training loop nothing.
     Consume it to its end: its thread enters collectives as long as there are steps to prepare.
     """
 
     def __init__(
-        self, stream: Stream, reader: ShardReader, config: DataConfig, grid: Grid, division: Division, *, steps: int
+        self,
+        stream: Stream,
+        reader: ShardReader,
+        config: DataConfig,
+        grid: Grid,
+        division: Division,
+        compose: Callable[[PreparedStep], Any],
+        *,
+        steps: int,
     ):
         self._stream, self._reader, self._config, self._grid = stream, reader, config, grid
-        self._division, self._steps = division, steps
+        self._division, self._compose, self._steps = division, compose, steps
         self._latest: deque[tuple[int, int]] = deque()  # (samples, unreadable ones) of the latest steps
         self._stop = threading.Event()
         self._ready: queue.Queue = queue.Queue(maxsize=config.prefetch)
@@ -221,6 +232,9 @@ class Feed:
             self._drop(prepared, text, failures)
         self._check_rate(prepared)
         prepared.text = self._division.complete(reading.plan, reading.share, text)
+        prepared.batch = self._compose(prepared)
+        if self._grid.device.type == "cuda":
+            prepared.batch = pinned(prepared.batch)
         return prepared
 
     def _drop(self, prepared: PreparedStep, text: RowBatch, failures: dict[int, Failure]) -> None:

@@ -9,14 +9,17 @@ attention looks at.
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from train.models.llm import LLMConfig
 from train.models.masked import MimConfig
 from train.models.text_encoder import TextConfig
 from train.models.vit import PATCH_VALUES, ViTConfig
+
+if TYPE_CHECKING:  # the encoder's FLOPs are counted without Megatron-core
+    from train.models.llm import LLMConfig
 
 PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
     "H200": 989.0,
@@ -76,7 +79,7 @@ def adapter_flops(config: ViTConfig, llm_width: int, visual_tokens: int) -> int:
     return 2 * visual_tokens * (config.width * llm_width + llm_width * llm_width)
 
 
-def llm_flops(config: LLMConfig, tokens: int, pairs: int) -> int:
+def llm_flops(config: "LLMConfig", tokens: int, pairs: int) -> int:
     """Forward FLOPs of the LLM over `tokens` tokens whose attention looks at `pairs` query-key pairs in all."""
     heads, width = config.heads * config.head_width, config.width
     attention = 2 * width * (heads + 2 * config.kv_heads * config.head_width) + 2 * heads * width
@@ -95,7 +98,7 @@ def causal_pairs(lengths_N: np.ndarray) -> int:
     return int((lengths_N * (lengths_N + 1) // 2).sum())
 
 
-def llm_parameters(config: LLMConfig) -> tuple[int, int]:
+def llm_parameters(config: "LLMConfig") -> tuple[int, int]:
     """(all, active) parameters; active counts top_k of the experts and everything else once."""
     heads = config.heads * config.head_width
     attention = config.width * (heads + 2 * config.kv_heads * config.head_width) + heads * config.width
@@ -128,7 +131,7 @@ class StepFlops:
 
 
 def step_flops(
-    vit: ViTConfig, llm: LLMConfig, trainable, patches_I: np.ndarray, tokens: int, lengths_N: np.ndarray
+    vit: ViTConfig, llm: "LLMConfig", trainable, patches_I: np.ndarray, tokens: int, lengths_N: np.ndarray
 ) -> StepFlops:
     """FLOPs of forward and backward; the adapter always learns, so gradients always pass through the LLM."""
     visual_tokens, pairs = int(np.sum(patches_I)) // 4, causal_pairs(lengths_N)

@@ -16,6 +16,7 @@ from parallel.hybrid_step import StepOutput
 from parallel.layout import Layout
 from parallel.phases import PhaseTimer
 from train import checkpoint, guards, watchdog
+from train.batch import context_sentence
 from train.build import Data, local_device, open_data, start_world
 from train.config import Config
 from train.feed import AgreedError
@@ -92,6 +93,11 @@ def run_in_world(
     logger.say(
         f"{config.recipe} at {config.scale['name']} scale on {layout.world} ranks, run directory {places.run_dir}"
     )
+    if layout.cp > 1:
+        told = [context_sentence(config, layout), *told]
+    for name, engine in stage.engines.by_name.items():
+        if engine.trainable:
+            logger.say(f"{name} is updated by {engine.optimizer_name}")
     for sentence in told:
         logger.say(sentence)
     status = train(Run(config, stage, data, places, saver, logger, heartbeat), position)

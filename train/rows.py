@@ -6,6 +6,7 @@ Legend: M micro-batches, B rows of a micro-batch, S positions of a row.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from data.image import patch_positions
 from data.plan import StepPlan
 from data.reader import Failure, RowBatch
+from parallel.exchange import Journeys
 from parallel.grid import Grid
 from parallel.hybrid_step import StepInput
 from parallel.routes import Routes, assign_owners, build_routes
@@ -106,33 +108,34 @@ def row_feed(
 ) -> Feed:
     """The feed of `steps` steps of packed rows."""
     division = Rows(config, grid, data.reader.tokenizer.pad_id, substitute)
-    return Feed(data.stream, data.reader, config.data, grid, division, steps=steps)
+    compose = functools.partial(step_input, grid=grid)
+    return Feed(data.stream, data.reader, config.data, grid, division, compose, steps=steps)
 
 
-def to_device(prepared: PreparedStep, grid: Grid) -> StepInput:
-    """Moves a prepared step to the device as the hybrid step takes it."""
+def step_input(prepared: PreparedStep, grid: Grid) -> StepInput:
+    """A prepared step as the hybrid step takes it, on the host; `parallel.transfer.to_device` takes it further."""
+    host = torch.device("cpu")
     plan, images = prepared.plan, prepared.images
     patches_I = images.patches_I
     position_N2 = patch_positions(images.grid_hw_I2)
-    chunks, rows, image, patch = [], [], 0, 0
+    chunks, image, patch = [], 0, 0
     for ids in prepared.share.routes.chunks:
         mine_I = patches_I[image : image + ids.size]
         count = int(mine_I.sum())
         if count:
             here, keep_LI = slice(patch, patch + count), prepared.share.keep_LI
             keep_LI = None if keep_LI is None else keep_LI[:, image : image + ids.size]
-            packed = (images.patches_N588[here], position_N2[here], mine_I, grid.device, keep_LI)
+            packed = (images.patches_N588[here], position_N2[here], mine_I, host, keep_LI)
             chunks.append(PackedImages.of(*packed))
         else:
-            chunks.append(PackedImages.blank(grid.device))
-        rows.append(count // 4)
+            chunks.append(PackedImages.blank(host))
         image, patch = image + ids.size, patch + count
     text_M = prepared.text or [None] * len(prepared.share.rows_MB)
     micro_batches = [
-        micro_batch_of(plan, rows, text, grid.layout, grid.place, grid.device)
+        micro_batch_of(plan, rows, text, grid.layout, grid.place, host)
         for rows, text in zip(prepared.share.rows_MB, text_M, strict=True)
     ]
-    return StepInput(prepared.share.routes, chunks, rows, micro_batches, prepared.trained_tokens)
+    return StepInput(Journeys.of(prepared.share.routes), chunks, micro_batches, prepared.trained_tokens)
 
 
 def replace_pixels(plan: StepPlan, source_I: np.ndarray) -> StepPlan:

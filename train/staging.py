@@ -1,18 +1,18 @@
 """Prepared steps on the device: the next one's copy runs on a stream of its own while this one is computed."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from parallel.transfer import to_device
 from train.feed import Feed, PreparedStep
 
 
 class Staging:
-    """Iterator over (prepared step, the same as a step takes it) of a feed; to_device makes the second of the first."""
+    """Iterator over (prepared step, its batch on the device) of a feed."""
 
-    def __init__(self, feed: Feed, device: torch.device, to_device: Callable[[PreparedStep], Any]):
-        self._feed, self._to_device = feed, to_device
+    def __init__(self, feed: Feed, device: torch.device):
+        self._feed, self._device = feed, device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[PreparedStep, Any] | None = None
 
@@ -38,7 +38,7 @@ class Staging:
 
     def _stage(self, prepared: PreparedStep) -> tuple[PreparedStep, Any]:
         if self._copies is None:
-            return prepared, self._to_device(prepared)
+            return prepared, to_device(prepared.batch, self._device)
         self._copies.wait_stream(torch.cuda.current_stream())  # memory of steps that are through may be written again
         with torch.cuda.stream(self._copies):
-            return prepared, self._to_device(prepared)
+            return prepared, to_device(prepared.batch, self._device)

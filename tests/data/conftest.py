@@ -1,4 +1,4 @@
-"""A tiny corpus made once, and a way to write shards of chosen content."""
+"""The tiny corpus's indexes, and a way to write shards of chosen content."""
 
 import io
 import json
@@ -10,17 +10,8 @@ from PIL import Image
 from data.catalog import expand_shards
 from data.index import load_index
 from data.indexing import build_index
-from launch.make_shards import make_shards
 from launch.toy.videos import encode_clip
 from tests.support import write_tar
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """Folder of a corpus with 60 training samples and 16 held-out ones a task, videos among them."""
-    out = tmp_path_factory.mktemp("corpus") / "toy"
-    assert make_shards(out, samples=60)
-    return out
 
 
 @pytest.fixture(scope="session")

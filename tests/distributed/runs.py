@@ -12,7 +12,7 @@ from tests.support import settings
 from train import checkpoint
 from train.build import build_engines, open_data, train_forward, train_loss
 from train.loop import run_in_world
-from train.rows import row_feed, to_device
+from train.rows import row_feed
 from train.watchdog import Heartbeat
 
 
@@ -35,12 +35,13 @@ def build_run(recipe: str, overrides: list[str], steps: int):
 
 
 def step_by_hand(config, engines, prepared, lr: float = 1e-3):
-    """One hybrid step of a prepared step."""
+    """One hybrid step of a prepared step; the loss is as `build_run` made it."""
     engines.encoder.set_lr(lr)
     engines.llm.set_lr(lr)
     return hybrid_step(
         engines,
-        to_device(prepared, engines.grid),
+        prepared.batch,
+        report_shape=(2, engines.llm._loss.keywords["domains"]),
         clip_norm=config.optim.clip_norm,
         replay=config.parallel.encoder.recompute == "replay",
         stop=False,

@@ -1,14 +1,20 @@
 """The truths of the hybrid step that a run's losses alone would not show."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.exchange import Exchange, Journeys
+from parallel.layout import Layout
+from parallel.routes import VisualPlan, assign_owners, build_routes, place_of
 from tests.distributed.runs import build_run, step_by_hand, weights_of
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides
-from train.rows import to_device
 
+MICRO_BATCHES = 3
 SMALL = ["train.seq_length=256", "train.global_batch_size=4", "data.max_patches=64"]
 
 
@@ -33,20 +39,89 @@ def test_delivery_moves_each_row_once_each_way(corpus):
         assert moved == [expected, expected]
 
 
+def random_plan(layout, images):
+    draw = np.random.default_rng(images)
+    tokens_I = draw.integers(1, 9, images)
+    return VisualPlan(
+        unit_I=np.arange(images),
+        cost_I=tokens_I**2,
+        patches_I=tokens_I * 4,
+        tokens_I=tokens_I,
+        replica_I=draw.integers(0, layout.dp, images) * (draw.random(images) < 0.5),  # most of them one replica's
+        micro_batch_I=draw.integers(0, MICRO_BATCHES, images),
+        start_I=draw.integers(0, 55, images),
+        row_tokens=64,
+    )
+
+
+def leaf_numbers(plan, owner_I, layout):
+    """Numbers in the step of the rows that this rank's leaves hold, found row by row."""
+    place, first_I, found = layout.coordinates(dist.get_rank()), np.cumsum(plan.tokens_I) - plan.tokens_I, []
+    for image in np.lexsort((owner_I, plan.micro_batch_I)):
+        for token in range(plan.tokens_I[image]):
+            cp, tp, _ = place_of(plan.start_I[image] + token, layout, plan.row_tokens)
+            if (place.pp, place.dp, place.cp, place.tp) == (0, plan.replica_I[image], cp, tp):
+                found.append(first_I[image] + token)
+    return np.array(found)
+
+
+def rows_of(numbers):
+    return torch.from_numpy(np.stack([numbers, np.sqrt(numbers)], axis=1).astype(np.float32))
+
+
+def travel(layout, exchange, plan):
+    """With rows that carry their own number: (the leaves hold what the plan says, the gradients of every chunk came
+    home, images of each chunk)."""
+    owner_I = assign_owners(plan, layout, balance=True)
+    routes = build_routes(plan, owner_I, layout, dist.get_rank(), MICRO_BATCHES, 32)
+    first_I, journeys = np.cumsum(plan.tokens_I) - plan.tokens_I, Journeys.of(routes)
+    rows_C = [
+        rows_of(np.concatenate([np.arange(first_I[i], first_I[i] + plan.tokens_I[i]) for i in ids] or [[]]))
+        for ids in routes.chunks
+    ]
+    delivery = exchange.deliver(journeys)
+    for rows_V2 in rows_C:
+        delivery.send(torch.cat([rows_V2, torch.full((1, 2), torch.nan)]))  # and a row of padding
+    leaf_U2 = delivery.leaves()
+    returned = zip(rows_C, exchange.give_back(leaf_U2 * 2, journeys), strict=True)
+    home = [
+        torch.equal(torch.empty_like(rows_V2).index_copy_(0, place_V, gradient_V2), rows_V2 * 2)
+        for rows_V2, (place_V, gradient_V2) in returned
+    ]
+    arrived = torch.equal(leaf_U2, rows_of(leaf_numbers(plan, owner_I, layout)))
+    return arrived, all(home), [ids.size for ids in routes.chunks]
+
+
+def travel_all(layout, plans):
+    groups = [dist.new_group(layout.group_ranks(group)) for group in range(layout.groups)]
+    exchange = Exchange(groups[layout.group_of_replica(layout.coordinates(dist.get_rank()).dp)])
+    return [travel(layout, exchange, plan) for plan in plans]
+
+
+@pytest.mark.parametrize("layout", [Layout(world=4, balance_group_size=2), Layout(world=4, tp=2, pp=2)], ids=str)
+def test_travel_by_chunk_is_to_the_bit_a_direct_look_up(layout):
+    """Groups smaller than the world; ranks that encode nothing, or hold no leaf; chunks that are empty here."""
+    results = run_world(travel_all, 4, layout, [random_plan(layout, images) for images in (0, 1, 30)])
+    assert all(arrived and home for rank in results for arrived, home, _ in rank)
+    chunks_R = [rank[-1][2] for rank in results]
+    assert len(chunks_R[0]) > 2 and min(map(min, chunks_R)) == 0
+
+
 def autograd_reference(overrides):
     """Gradient norms and loss of one step: the hybrid step against one plain autograd graph over everything."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     config, engines, _, feed = build_run("stage1", [*overrides, "optim.clip_norm=0"], steps=1)
     prepared = next(feed)
-    batch = to_device(prepared, engines.grid)
+    batch, routes = prepared.batch, prepared.share.routes
     tower, chunk = engines.encoder._run.module, engines.llm.chunks[0]
-    rows_VD = torch.cat([tower(images)[:count] for images, count in zip(batch.chunks, batch.chunk_rows, strict=True)])
-    rows_UD = rows_VD[torch.from_numpy(batch.routes.send_V)][torch.from_numpy(batch.routes.take_U)]
-    places = torch.from_numpy(batch.routes.at_U).split(batch.routes.leaf_rows_M)
+    sent = zip(batch.chunks, batch.journeys.send_CV, strict=True)
+    rows_VD = torch.cat([tower(images)[place_V] for images, place_V in sent])
+    rows_UD = rows_VD[torch.from_numpy(np.argsort(routes.leaf_U))]
+    places = torch.from_numpy(routes.at_U).split(routes.leaf_rows_M)
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / len(batch.micro_batches))
     total = 0.0
-    for micro, rows, at_U in zip(batch.micro_batches, rows_UD.split(batch.routes.leaf_rows_M), places, strict=True):
+    for micro, rows, at_U in zip(batch.micro_batches, rows_UD.split(routes.leaf_rows_M), places, strict=True):
         losses = chunk(tokens_1S=micro.tokens_1T, labels_1S=micro.labels_1T, row=micro.row, visual_UD=rows, at_U=at_U)
         total = total + (losses * micro.loss_mask_1T).sum() / batch.trained_tokens
     wanted = [*tower.encoder.parameters(), *tower.adapter.parameters(), *chunk.parameters()]
@@ -57,8 +132,7 @@ def autograd_reference(overrides):
         norms.append(float(torch.cat([g.double().flatten() for g in gradients[place : place + count]]).norm()))
         place += count
     output = step_by_hand(config, engines, prepared)
-    loss = float(sum(report[0].sum() for report in output.reports)) / prepared.trained_tokens
-    return [float(total), *norms], [loss, *output.part_norms.values()]
+    return [float(total), *norms], [output.loss, *output.part_norms.values()]
 
 
 def test_one_autograd_graph_gives_the_same_gradients(corpus):
@@ -121,9 +195,10 @@ def step_without_targets(overrides):
     config, engines, _, feed = build_run("stage1", overrides, steps=2)
     step_by_hand(config, engines, next(feed))
     prepared, before = next(feed), weights_of(engines)
-    for text in prepared.text or []:
-        text.loss_mask[:] = False
-    prepared.trained_tokens = 0
+    for micro_batch in prepared.batch.micro_batches:
+        if micro_batch.loss_mask_1T is not None:
+            micro_batch.loss_mask_1T.zero_()
+    prepared.batch = dataclasses.replace(prepared.batch, trained_tokens=0)
     return step_by_hand(config, engines, prepared).applied, before, weights_of(engines)
 
 

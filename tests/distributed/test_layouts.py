@@ -4,11 +4,14 @@ Losses agree within 1e-5 and the gradient norms of encoder, adapter and LLM, eac
 in another order, and nothing else, may differ.  (A gradient wrong by a factor of two hardly moves a loss.)
 """
 
+import numpy as np
 import pytest
 
+from parallel.routes import place_of
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
+from train.batch import visual_plan
 from train.build import open_data
 
 COMMON = [
@@ -52,12 +55,13 @@ def assert_same_training(ours, reference):
             assert mine[norm] == pytest.approx(other[norm], rel=1e-4), f"{norm} of step {step}"
 
 
+TRADE, GATHER = "parallel.cp_comm_type=a2a", "parallel.cp_comm_type=all_gather"
+HEADS = "model.llm.kv_heads=4"  # so many that four ranks share them; its reference has them too
 LAYOUTS = {
     "tp2": (2, ["parallel.tp=2"]),
     "pp2": (2, ["parallel.pp=2"]),
     "pp2.vpp2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     "ep2": (2, ["parallel.ep=2"]),
-    "cp2": (2, ["parallel.cp=2"]),
     "tp2.ep2.etp2": (4, ["parallel.tp=2", "parallel.ep=2", "parallel.etp=2"]),
     "tp2.pp2.ep2": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]),
     "tp2.pp2.ep2.dp2": (8, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]),
@@ -67,21 +71,44 @@ LAYOUTS = {
     "dp4.zero1": (4, ["parallel.encoder.zero_stage=1"]),
     "dp2.zero2": (2, ["parallel.encoder.zero_stage=2"]),
     "pp2.dp2.zero3": (4, ["parallel.pp=2", "parallel.encoder.zero_stage=3"]),
-    "cp2.two-rows": (2, ["parallel.cp=2", "train.micro_batch_size=2"]),
+    "cp2.two-rows.selective": (2, ["parallel.cp=2", "train.micro_batch_size=2", "train.recompute=selective"]),
+    "cp2.a2a": (2, ["parallel.cp=2", TRADE]),
+    "cp2.all_gather": (2, ["parallel.cp=2", GATHER]),
+    "cp4.a2a": (4, ["parallel.cp=4", TRADE, HEADS]),
+    "cp4.all_gather": (4, ["parallel.cp=4", GATHER]),
+    "tp2.cp2.a2a": (4, ["parallel.tp=2", "parallel.cp=2", TRADE, HEADS]),
+    "tp2.cp2.all_gather": (4, ["parallel.tp=2", "parallel.cp=2", GATHER]),
+    "cp2.pp2.ep2.a2a": (4, ["parallel.cp=2", "parallel.pp=2", "parallel.ep=2", TRADE]),
+    "cp2.pp2.ep2.all_gather": (4, ["parallel.cp=2", "parallel.pp=2", "parallel.ep=2", GATHER]),
     "unbalanced": (2, ["parallel.balance=false"]),
     "deterministic": (2, ["train.deterministic=true"]),
     "dp4.groups-of-2": (4, ["parallel.balance_group_size=2"]),
     "replay.zero3": (2, ["parallel.encoder.recompute=replay", "parallel.encoder.zero_stage=3"]),
-    "recompute": (2, ["parallel.pp=2", "parallel.encoder.recompute=full", "train.recompute=true"]),
+    "recompute": (2, ["parallel.pp=2", "parallel.encoder.recompute=full", "train.recompute=full"]),
     "recompute.zero3": (2, ["parallel.encoder.recompute=selective", "parallel.encoder.zero_stage=3"]),
+    "selective": (2, ["parallel.tp=2", "parallel.ep=2", "train.recompute=selective"]),
+    "offload": (2, ["parallel.pp=2", "parallel.encoder.recompute=offload", "train.recompute=offload"]),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_trains_like_one_process(name, trained):
     world, overrides = LAYOUTS[name]
-    rows = [override for override in overrides if override.startswith("train.micro_batch_size")]
-    assert_same_training(trained(world, *overrides), trained(1, *rows))
+    same = [override for override in overrides if override.startswith(("train.micro_batch_size", "model."))]
+    assert_same_training(trained(world, *overrides), trained(1, *same))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "cp" in name and "two-rows" not in name])
+def test_images_of_the_runs_cross_borders_of_cp(name, corpus):
+    world, overrides = LAYOUTS[name]
+    config = settings("stage1", *COMMON, *corpus_overrides(corpus), *overrides)
+    layout, stream, crossing = config.check(world), open_data(config).stream, 0
+    for plan in (stream.next_step() for _ in range(5)):
+        visual = visual_plan(plan, layout, config.train.micro_batch_size, config.model.encoder, 256)
+        ends = visual.start_I, visual.start_I + visual.tokens_I - 1
+        first_I, last_I = (place_of(at_I, layout, visual.row_tokens)[0] for at_I in ends)
+        crossing += np.count_nonzero(first_I != last_I)
+    assert crossing > 0, "the corpus no longer has such an image"
 
 
 @pytest.mark.parametrize("name", ["pp2.dp2.zero3", "tp2", "ep2"])

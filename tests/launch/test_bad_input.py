@@ -56,6 +56,9 @@ REFUSED = {  # name: (overrides, what the sentence says); {corpus} and {files} a
     "balance group": (["parallel.balance_group_size=3"], "parallel.balance_group_size=3"),
     "ZeRO stage": (["parallel.encoder.zero_stage=4"], "parallel.encoder.zero_stage=4: must be 1, 2 or 3"),
     "recompute": (["parallel.encoder.recompute=some"], "parallel.encoder.recompute=some: must be one of none"),
+    "compilation": (["parallel.compile=some"], "parallel.compile=some: must be one of auto, always, never"),
+    "recompute of the LLM": (["train.recompute=replay"], "train.recompute=replay: must be one of none, selective"),
+    "recompute of the LLM as a switch": (["train.recompute=true"], "train.recompute=True: say full, or one of none"),
     "chunks smaller than an image": (
         ["parallel.encoder.chunk_patches=64"],
         "parallel.encoder.chunk_patches=64 is smaller than one image of data.max_patches=256",
@@ -80,6 +83,8 @@ REFUSED = {  # name: (overrides, what the sentence says); {corpus} and {files} a
     "precision": (["train.precision=fp16"], "train.precision=fp16: must be one of fp32, bf16"),
     "schedule": (["optim.schedule=linear"], "optim.schedule=linear: must be one of cosine, constant"),
     "betas": (["optim.betas=[0.9]"], "optim.betas=[0.9]"),
+    "optimizer": (["optim.name=sgd"], "optim.name=sgd: must be one of adamw, lamb"),
+    "LAMB for an LLM": (["optim.name=lamb"], "optim.name=lamb: the LLM is trained by AdamW alone"),
     "model without heads": (["model.llm.kv_heads=0"], "model.llm.kv_heads=0: must be at least 1"),
     "encoder without heads": (["model.encoder.heads=0"], "model.encoder.heads=0: must be at least 1"),
     "heads that cannot turn": (["model.llm.head_width=15"], "model.llm.head_width=15: must be even"),

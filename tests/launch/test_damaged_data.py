@@ -15,9 +15,9 @@ from data.reader import ShardReader
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
+from train import rows
 from train.build import open_data
 from train.feed import AgreedError
-from train.stages import language
 
 STEPS = 3
 SMALL = [
@@ -60,13 +60,13 @@ def damaged(corpus, tmp_path_factory):
 
 def train_and_tell(overrides, run_dir):
     """Trains; (trained tokens, samples skipped) of every step as this rank has them."""
-    seen, to_device = [], language.to_device
+    seen, step_input = [], rows.step_input
 
     def watched(prepared, grid):
         seen.append((prepared.trained_tokens, prepared.skipped))
-        return to_device(prepared, grid)
+        return step_input(prepared, grid)
 
-    language.to_device = watched
+    rows.step_input = watched
     train_run("stage1", overrides, run_dir)
     return seen
 

@@ -82,6 +82,7 @@ def test_full_scale_vision_recipe_says_what_the_report_says(stage):
     train, optim = full(stage).train, full(stage).optim
     assert (train.global_batch_size, optim.warmup_steps, optim.lr, optim.min_lr) == (batch, warmup, lr, min_lr)
     assert train.steps * batch == pytest.approx(samples, rel=0.001)
+    assert optim.name == ("lamb" if stage == "vit_contrastive" else "adamw"), "EVA-CLIP's where images meet texts"
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,7 +6,7 @@ import pytest
 from parallel.layout import Layout
 from parallel.routes import VisualPlan, assign_owners, build_routes, local_positions, place_of
 
-ROW = 96
+ROW, CHUNK = 96, 32
 LAYOUTS = [
     Layout(world=1),
     Layout(world=4),
@@ -14,6 +14,7 @@ LAYOUTS = [
     Layout(world=8, tp=2, cp=2, pp=2),
     Layout(world=8, tp=2, balance_group_size=4),
     Layout(world=16, cp=4, pp=2, balance_group_size=8),
+    Layout(world=8, tp=2, cp=2, cp_comm_type="a2a"),
 ]
 
 
@@ -33,27 +34,36 @@ def random_plan(layout, images, micro_batches=3, seed=0):
 
 
 def simulate(plan, layout, balance):
-    """Moves row names by the routes of every rank; returns what each rank's leaves hold and where."""
+    """Moves row names by the routes of every rank; returns what each rank's leaves hold."""
     owners = assign_owners(plan, layout, balance)
-    routes = [build_routes(plan, owners, layout, rank, 3, 64) for rank in range(layout.world)]
-    sent = {}
-    for rank, route in enumerate(routes):
-        ids = np.concatenate(route.chunks).astype(int)
-        rows = [(image, token) for image in ids for token in range(plan.tokens_I[image])]
-        assert len(rows) == len(route.send_V)
-        out = [rows[place] for place in route.send_V]
-        group = layout.group_ranks(layout.group_of_replica(layout.coordinates(rank).dp))
-        borders = np.cumsum([0, *route.send_counts_G])
-        for place, other in enumerate(group):
-            sent[rank, other] = out[borders[place] : borders[place + 1]]
-    leaves = []
-    for rank, route in enumerate(routes):
-        group = layout.group_ranks(layout.group_of_replica(layout.coordinates(rank).dp))
-        for other, count in zip(group, route.receive_counts_G, strict=True):
-            assert len(sent[other, rank]) == count
-        got = [row for other in group for row in sent[other, rank]]
-        leaves.append([got[place] for place in route.take_U])
+    routes = [build_routes(plan, owners, layout, rank, 3, CHUNK) for rank in range(layout.world)]
+    leaves = [[None] * route.leaf_U.size for route in routes]
+    departed, arrived = [0] * layout.world, [0] * layout.world
+    for chunk in range(len(routes[0].chunks)):
+        sent = {}
+        for rank, route in enumerate(routes):
+            rows = [(image, token) for image in route.chunks[chunk] for token in range(plan.tokens_I[image])]
+            borders = departed[rank] + np.cumsum([0, *route.send_counts_CG[chunk]])
+            assert borders[-1] - borders[0] == len(rows)
+            departed[rank] = borders[-1]
+            out = [rows[place] for place in route.send_V[borders[0] : borders[-1]]]
+            for other, first, last in zip(group_of(layout, rank), borders, borders[1:], strict=False):
+                sent[rank, other] = out[first - borders[0] : last - borders[0]]
+        for rank, route in enumerate(routes):
+            group = group_of(layout, rank)
+            assert [len(sent[other, rank]) for other in group] == route.receive_counts_CG[chunk].tolist()
+            got = [row for other in group for row in sent[other, rank]]
+            for place, row in zip(route.leaf_U[arrived[rank] :], got, strict=False):
+                assert leaves[rank][place] is None
+                leaves[rank][place] = row
+            arrived[rank] += len(got)
+    assert [route.send_V.size for route in routes] == departed
+    assert [route.leaf_U.size for route in routes] == arrived
     return owners, routes, leaves
+
+
+def group_of(layout, rank):
+    return layout.group_ranks(layout.group_of_replica(layout.coordinates(rank).dp))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -63,6 +73,7 @@ def test_every_row_arrives_once_where_it_belongs(layout, balance, images):
     plan = random_plan(layout, images)
     owners, routes, leaves = simulate(plan, layout, balance)
     assert len({len(route.chunks) for route in routes}) == 1
+    assert images < 40 or len(routes[0].chunks) > 1
     arrived = [row for leaf in leaves for row in leaf]
     assert len(arrived) == len(set(arrived)) == plan.tokens_I.sum()
     for rank, (route, leaf) in enumerate(zip(routes, leaves, strict=True)):
@@ -72,6 +83,8 @@ def test_every_row_arrives_once_where_it_belongs(layout, balance, images):
             cp, tp, index = place_of(np.array(plan.start_I[image] + token), layout, ROW)
             assert (place.pp, place.dp, place.cp, place.tp) == (0, plan.replica_I[image], cp, tp)
             assert (plan.micro_batch_I[image], index) == (batch, at)
+        keys = [(batch, owners[image], image, token) for (image, token), batch in zip(leaf, micro, strict=True)]
+        assert keys == sorted(keys)  # whatever the chunks
     for image in range(images):  # images stay inside the balance group, or without balancing inside the replica
         owner = layout.coordinates(owners[image])
         if balance:

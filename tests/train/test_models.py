@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 from data.image import patch_positions, to_patches
+from parallel.llm_shards import shards_of
 from tests.support import ROOT, settings
 from tests.train.toys import LLM_KINDS, packed, random_images
 from train.flops import llm_parameters
@@ -21,6 +22,7 @@ from train.models import blocks
 from train.models.blocks import RECOMPUTE
 from train.models.initial import initialize
 from train.models.llm import LLMConfig
+from train.models.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
 from train.models.masking import drop_path_factors
 from train.models.rotary import axis_angles, rotate, tables
 from train.models.vision_tower import VisionTower
@@ -50,7 +52,7 @@ def test_full_size_llm_has_about_20b_active_parameters():
 @pytest.mark.parametrize("kind", LLM_KINDS)
 def test_parameter_formula_counts_a_real_model(kind, build_llm):
     llm = build_llm(kind)
-    counts = {name: parameter.numel() for name, parameter in llm.chunk.named_parameters()}
+    counts = {shard.name: shard.local.numel() for shard in shards_of(llm.chunk)}
     idle = sum(
         count
         for name, count in counts.items()
@@ -312,14 +314,14 @@ def test_visual_rows_take_the_place_of_the_word_and_are_seen_from_there_on(build
 @pytest.mark.parametrize("kind", LLM_KINDS)
 def test_recomputing_layers_changes_no_gradient(kind, build_llm, row_T):
     gradients = []
-    for recompute in (False, True):
+    for recompute in LLM_RECOMPUTE:
         llm = build_llm(kind, recompute=recompute)
         leaf_UD = torch.full((3, llm.config.width), 0.05, requires_grad=True)
         llm.losses(row_T, LENGTHS, leaf_UD, torch.arange(3)).sum().backward()
         wanted = [leaf_UD.grad, *(parameter.grad for parameter in llm.chunk.parameters())]
         gradients.append(torch.cat([gradient.flatten() for gradient in wanted]))
     assert gradients[0].abs().sum() > 0
-    assert torch.equal(*gradients)
+    assert all(torch.equal(gradients[0], others) for others in gradients[1:])
 
 
 def test_initial_weights_depend_on_seed_and_name_alone(build_llm):

@@ -46,7 +46,7 @@ class ToyLLM:
         ]
 
 
-def toy_llm(kind: str, layout: Layout, recompute: bool = False) -> ToyLLM:
+def toy_llm(kind: str, layout: Layout, recompute: str = "none") -> ToyLLM:
     """A model of LLM_KINDS in a grid that stands; equal weights whatever `recompute`."""
     config = dataclasses.replace(settings("stage1").model.llm, **LLM_KINDS[kind])
     megatron = transformer_config(config, layout, dtype=torch.float32, recompute=recompute, deterministic=False)
@@ -73,7 +73,7 @@ def packed(images: list[np.ndarray], grids_I2, shift_I2=None) -> PackedImages:
 def to_meta(value):
     """The same input without its numbers: a model that runs on it has read nothing back from the device."""
     if dataclasses.is_dataclass(value):
-        fields = {field.name: to_meta(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: to_meta(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
         return dataclasses.replace(value, **fields)
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 
 from data.plan import StepPlan, row_samples
 from parallel.hybrid_step import Engines, forward_only
+from parallel.transfer import to_device
 from train.batch import MicroBatch
 from train.build import Data, train_forward
 from train.config import Config
-from train.rows import replace_pixels, row_feed, to_device
+from train.rows import replace_pixels, row_feed
 
 
 @dataclass
@@ -115,7 +116,7 @@ def _score(engines: Engines, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """Loss sum, trained tokens and wrong tokens of every sample of a step, equal on all ranks (collective)."""
     grid, plan = engines.grid, prepared.plan
     totals_3S = torch.zeros(3, plan.length_S.size, dtype=torch.float64)
-    reports = forward_only(engines, to_device(prepared, grid))
+    reports = forward_only(engines, to_device(prepared.batch, grid.device))
     if reports and grid.place.tp == 0:
         for report_2T, rows, text in zip(reports, prepared.share.rows_MB, prepared.text, strict=True):
             mask_T = torch.from_numpy(text.loss_mask.reshape(-1))

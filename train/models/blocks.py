@@ -1,6 +1,10 @@
 """The pre-norm transformer block that encoder, mask decoder and text encoder are made of, and a stack of them.
 
-    x = x + keep * attention(norm(x));   x = x + keep * mlp(norm(x))
+    qkv = rotated(qkv(norm(x)));   x = x + keep * projection(attention(qkv));   x = x + keep * mlp(norm(x))
+    -------- enter ----------                                 -------------------- leave --------------------
+
+Both halves are compiled where `parallel.compilation` says so, once for all blocks: weights are inputs, and no segment
+is seen inside.  What is kept between them is the choice of `recompute`, see `run_blocks`.
 
 `keep` is stochastic depth (Huang et al. 2016): 0 or 1 / (1 - p) for a whole segment (an image) and a branch.  It comes
 in as data, so that a recomputed block, another layout or another rank drops the same branches.
@@ -8,7 +12,10 @@ in as data, so that a recomputed block, another layout or another rank drops the
 Legend: N packed tokens, D width, H heads, K head width, I segments, L = 2 * depth residual branches.
 """
 
+import contextlib
+import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +23,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from parallel import compilation
 from parallel.attention import Segments, attention
-from train.models.rotary import rotate
+from parallel.recompute import HostStore, made_again
+from train.models.rotary import turn, turn_back
 
-RECOMPUTE = ("none", "selective", "full", "replay")
+RECOMPUTE = ("none", "selective", "offload", "full", "replay")
 
 
 def kept_for_backward(recompute: str) -> str:
@@ -30,6 +39,16 @@ def kept_for_backward(recompute: str) -> str:
     if recompute not in RECOMPUTE:
         raise ValueError(f"parallel.encoder.recompute={recompute}: must be one of {', '.join(RECOMPUTE)}")
     return "none" if recompute == "replay" else recompute
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How a block runs.  again: norms, projection and MLP are computed again in the backward; with a store also qkv,
+    and what is kept goes there."""
+
+    compiled: bool = False
+    again: bool = False
+    store: HostStore | None = None
 
 
 class Block(nn.Module):
@@ -46,18 +65,41 @@ class Block(nn.Module):
         self.mlp_up = nn.Linear(width, hidden)
         self.mlp_down = nn.Linear(hidden, width)
 
-    def forward(self, x_ND, cos_NK, sin_NK, segments: Segments, recompute_mlp: bool, keep_2N=None):
-        keep_attention_N, keep_mlp_N = (None, None) if keep_2N is None else keep_2N
-        q_NHK, k_NHK, v_NHK = self.qkv(self.attention_norm(x_ND)).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        q_NHK, k_NHK = rotate(q_NHK, cos_NK, sin_NK), rotate(k_NHK, cos_NK, sin_NK)
-        seen_ND = self.projection(attention(q_NHK, k_NHK, v_NHK, segments, causal=False).flatten(1))
-        x_ND = _add(x_ND, seen_ND, keep_attention_N)
-        if recompute_mlp and torch.is_grad_enabled():
-            return _add(x_ND, checkpoint(self._mlp, x_ND, use_reentrant=False), keep_mlp_N)
-        return _add(x_ND, self._mlp(x_ND), keep_mlp_N)
+    def forward(self, x_ND, cos_NK, sin_NK, segments: Segments, plan: BlockPlan, keep_2N=None):
+        again = plan.again and torch.is_grad_enabled()
+        enter, leave = (_enter_again, _leave_again) if again else (_enter, _leave)
+        if plan.compiled:
+            enter, leave = compilation.by_rows(enter), compilation.by_rows(leave)
+        qkv_N3HK = enter(self, x_ND, cos_NK, sin_NK)
+        keeping = contextlib.nullcontext()
+        if again and plan.store is not None:
+            keeping = made_again(qkv_N3HK, enter, (self, x_ND, cos_NK, sin_NK), plan.store)
+        with keeping:
+            seen_NHK = attention(*qkv_N3HK.unbind(1), segments, causal=False)
+        return leave(self, x_ND, seen_NHK, keep_2N)
 
     def _mlp(self, x_ND):
         return self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x_ND)), approximate="tanh"))
+
+
+def _enter(block: Block, x_ND, cos_NK, sin_NK):
+    """Queries, keys and values in one tensor: without it a view would hold the queries and keys before rotation."""
+    qkv_N3HK = block.qkv(block.attention_norm(x_ND)).unflatten(-1, (3, block.heads, -1))
+    return _Rotated.apply(qkv_N3HK, cos_NK, sin_NK)
+
+
+def _leave(block: Block, x_ND, seen_NHK, keep_2N):
+    keep_attention_N, keep_mlp_N = (None, None) if keep_2N is None else (keep_2N[0], keep_2N[1])
+    x_ND = _add(x_ND, block.projection(seen_NHK.flatten(1)), keep_attention_N)
+    return _add(x_ND, block._mlp(x_ND), keep_mlp_N)
+
+
+def _enter_again(*arguments):
+    return checkpoint(_enter, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _leave_again(*arguments):
+    return checkpoint(_leave, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def run_blocks(
@@ -71,20 +113,66 @@ def run_blocks(
 ) -> torch.Tensor:
     """x_ND through all blocks.
 
-    recompute: "none" keeps all activations, "selective" recomputes the MLPs, "full" recomputes whole blocks.
+    recompute: "none" keeps all activations; "selective" a block's input, its queries, keys and values, and what
+        attention makes of them; "offload" its input and what attention makes, in host memory; "full" its input.
     keep_LI: fp32 factors of segment I's branches, attention and MLP of each block in turn; None for all ones.
+
+    Compiled blocks see whole buckets of tokens: what is added attends to itself alone and is cut away again.
     """
+    blocks, tokens = list(blocks), len(x_ND)
+    compiled = compilation.enabled(x_ND.device) and compilation.compilable(blocks)
+    if compiled:
+        more = compilation.bucket_of(tokens) - tokens
+        x_ND, cos_NK, sin_NK = (F.pad(rows, (0, 0, 0, more)) for rows in (x_ND, cos_NK, sin_NK))
+        segments = _lengthened(segments, more)
+        keep_LI = None if keep_LI is None or not more else F.pad(keep_LI, (0, 1))
     keep_LN = None
     if keep_LI is not None:  # an output size, else the device is asked for it
         keep_LN = keep_LI.repeat_interleave(segments.cu_q_N1.diff(), dim=1, output_size=len(x_ND))
-    for place, block in enumerate(blocks):
-        keep_2N = None if keep_LN is None else keep_LN[2 * place : 2 * place + 2]
-        arguments = (x_ND, cos_NK, sin_NK, segments, recompute == "selective", keep_2N)
-        if recompute == "full" and torch.is_grad_enabled():
-            x_ND = checkpoint(block, *arguments, use_reentrant=False)
-        else:
-            x_ND = block(*arguments)
-    return x_ND
+    again = recompute in ("selective", "offload")
+    store = None
+    if recompute == "offload" and torch.is_grad_enabled():
+        parameters = [parameter for block in blocks for parameter in block.parameters()]
+        store = HostStore(x_ND.device, [cos_NK, sin_NK, *parameters, *([] if keep_LN is None else [keep_LN])])
+    plan = BlockPlan(compiled, again, store)
+    with store or contextlib.nullcontext():
+        for place, block in enumerate(blocks):
+            keep_2N = None if keep_LN is None else keep_LN[2 * place : 2 * place + 2]
+            arguments = (x_ND, cos_NK, sin_NK, segments, plan, keep_2N)
+            if recompute == "full" and torch.is_grad_enabled():
+                x_ND = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_ND = block(*arguments)
+    return x_ND[:tokens] if compiled else x_ND
+
+
+def _lengthened(segments: Segments, more: int) -> Segments:
+    """With one more segment of `more` tokens, unless that is none; made on the device."""
+    if not more:
+        return segments
+    q_lengths, k_lengths = ((*lengths, more) for lengths in (segments.q_lengths_N, segments.k_lengths_N))
+    cu_q, cu_k = (torch.cat([cu, cu[-1:] + more]) for cu in (segments.cu_q_N1, segments.cu_k_N1))
+    return dataclasses.replace(segments, q_lengths_N=q_lengths, k_lengths_N=k_lengths, cu_q_N1=cu_q, cu_k_N1=cu_k)
+
+
+class _Rotated(torch.autograd.Function):
+    """Queries and keys turned by their positions, values as they are.  The tables are no saved tensors: then all that
+    is made again for the backward is the norm, see `_AddKept`."""
+
+    @staticmethod
+    def forward(ctx, qkv_N3HK, cos_NK, sin_NK):
+        ctx.tables = cos_NK, sin_NK
+        return _with_turned(turn, qkv_N3HK, cos_NK, sin_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N3HK):
+        return _with_turned(turn_back, grad_N3HK, *ctx.tables), None, None
+
+
+def _with_turned(turning, qkv_N3HK, cos_NK, sin_NK):
+    turned_NHK = turning(qkv_N3HK[:, :2].flatten(1, 2), cos_NK, sin_NK)
+    return torch.cat([turned_NHK.unflatten(1, (2, -1)), qkv_N3HK[:, 2:]], dim=1)
 
 
 def _add(x_ND, branch_ND, keep_N):

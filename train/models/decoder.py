@@ -103,7 +103,7 @@ class TextDecoder(nn.Module):
         x_TD = self._embed(readings)
         cos_TK, sin_TK = tables(axis_angles(torch.cat([r.positions_T for r in readings]), self.head_width, ROPE_BASE))
         for block in self.blocks:
-            arguments = (x_TD, context_ND, cos_TK, sin_TK, readings, recompute == "selective")
+            arguments = (x_TD, context_ND, cos_TK, sin_TK, readings, recompute in ("selective", "offload"))
             if recompute == "full" and torch.is_grad_enabled():
                 x_TD = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -1,7 +1,8 @@
 """The LLM: Megatron-core's GPTModel with RMSNorm, GQA, SwiGLU and a Mixture of Experts, fed with visual rows.
 
-Its embedding output takes rows that come from the encoder at the places of visual tokens, and its rotary positions come
-from the row's own position table, in any context-parallel split.  What its layers are made of is `llm_spec.py`.
+Its embedding output takes rows that come from the encoder at the places of visual tokens, its rotary positions come
+from the row's own position table, in any context-parallel split, and its loss comes straight from the last hidden
+states.  What its layers are made of is `llm_spec.py`.
 
 Legend: S tokens of a micro-batch on this cp rank, U visual rows on this rank.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from parallel.context import PackedRow
+from parallel.cross_entropy import linear_cross_entropy
 from parallel.layout import Layout
 from train.models.rotary import axis_angles, tables
 
@@ -72,7 +74,7 @@ class LLMConfig:
 
 
 class VisualGPT(GPTModel):
-    """GPTModel whose embedding output takes visual rows at given places."""
+    """GPTModel whose embedding output takes visual rows at given places, and whose loss never has a row's logits."""
 
     def forward(self, tokens_1S, labels_1S, row: PackedRow, visual_UD=None, at_U=None):
         """Per-token loss [1, S] on the last stage (without labels, logits of all words); hidden states on the others.
@@ -94,3 +96,16 @@ class VisualGPT(GPTModel):
             packed_seq_params=row,
             runtime_gather_output=labels_1S is None,
         )
+
+    def _postprocess(self, hidden_states, labels, **others):
+        """The loss in place of Megatron-core's, which makes all logits first."""
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+        losses_S = linear_cross_entropy(
+            hidden_states[:, 0],
+            self.output_layer.weight,
+            labels[0],
+            self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return losses_S[None]

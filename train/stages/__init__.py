@@ -55,7 +55,7 @@ class Stage(Protocol):
         """One training step of what `steps` gave (collective); the same again where it was not accepted."""
 
     def facts(self, prepared: PreparedStep, output: StepOutput) -> StepFacts:
-        """What the metrics say of the step (collective)."""
+        """What the metrics say of the step."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint keeps besides weights and moments, equal on all ranks."""

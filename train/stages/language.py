@@ -3,9 +3,7 @@
 import functools
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from parallel.hybrid_step import StepInput, StepOutput, hybrid_step
 from parallel.layout import Layout
@@ -14,7 +12,7 @@ from train.build import Data, build_engines, train_forward, train_loss
 from train.config import Config
 from train.feed import PreparedStep
 from train.flops import step_flops
-from train.rows import row_feed, to_device
+from train.rows import row_feed
 from train.stages import Accept, StepFacts
 from train.staging import Staging
 
@@ -30,12 +28,13 @@ class LanguageStage:
     def steps(self, count: int) -> Staging:
         grid = self.engines.grid
         feed = row_feed(self._data, self._config, grid, steps=count)
-        return Staging(feed, grid.device, lambda prepared: to_device(prepared, grid))
+        return Staging(feed, grid.device)
 
     def step(self, batch: StepInput, *, timer: PhaseTimer, stop: bool, accept: Accept) -> StepOutput:
         return hybrid_step(
             self.engines,
             batch,
+            report_shape=(2, len(self._data.stream.domains)),
             clip_norm=self._config.optim.clip_norm,
             replay=self._config.parallel.encoder.recompute == "replay",
             stop=stop,
@@ -45,7 +44,7 @@ class LanguageStage:
 
     def facts(self, prepared: PreparedStep, output: StepOutput) -> StepFacts:
         config, plan, domains = self._config, prepared.plan, self._data.stream.domains
-        loss_D, trained_D = self._by_domain(output.reports, len(domains))
+        loss_D, trained_D = output.report
         tokens = config.train.global_batch_size * config.train.seq_length
         flops = step_flops(
             config.model.encoder,
@@ -76,13 +75,3 @@ class LanguageStage:
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         pass
-
-    def _by_domain(self, reports: list, domains: int) -> tuple[np.ndarray, np.ndarray]:
-        """Loss sum and trained tokens of every data domain, over the world."""
-        grid = self.engines.grid
-        totals_2D = torch.zeros(2, domains, dtype=torch.float64, device=grid.device)
-        if reports and grid.place.tp == 0:
-            totals_2D += torch.stack(reports).sum(dim=0)
-        dist.all_reduce(totals_2D)
-        loss_D, trained_D = totals_2D.cpu().numpy()
-        return loss_D, trained_D

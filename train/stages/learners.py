@@ -14,7 +14,6 @@ from torch import nn
 from data.plan import AUDIO
 from data.text import Tokenizer
 from parallel.encoder_step import Chunk
-from parallel.transfer import host_to_device
 from train.config import Config
 from train.flops import encoder_flops, mim_flops, pool_flops, text_flops
 from train.models.masked import MaskedImages
@@ -42,8 +41,8 @@ class Learner(Protocol):
     captions: int
     negatives: bool
 
-    def hold(self, view: "View", device: torch.device) -> Any:
-        """A chunk on the device, as far as it can be made ahead of its step."""
+    def hold(self, view: "View") -> Any:
+        """A chunk as far as it can be made ahead of its step, on the host; its tensors go to the device."""
 
     def observe(self, batch: "VisionBatch") -> None:
         """Takes a step into what `tensors` remembers, once (may be collective)."""
@@ -86,7 +85,7 @@ class MimLearner(_Stateless):
         self._teacher = load_teacher(config.objective.teacher, device, config.train.dtype)
         self.tower = build_tower(config, self._teacher.width)
 
-    def hold(self, view: "View", device: torch.device) -> tuple[MaskedImages, np.ndarray]:
+    def hold(self, view: "View") -> tuple[MaskedImages, np.ndarray]:
         mask_N = mask_images(view.patches_I, self._mim.mask_ratio, view.keys_I4)
         return MaskedImages.of(view.images, mask_N), view.grid_hw_I2
 
@@ -123,12 +122,12 @@ class ContrastiveLearner:
         words = config.model.text.vocab_size
         self._frequency = InverseFrequency(words, device) if self._weights.superclass_weight > 0 else None
 
-    def hold(self, view: "View", device: torch.device) -> tuple:
+    def hold(self, view: "View") -> tuple:
         tokens_T, length_B = view.captions.of(view.places_B, 0)
         sets = TokenSets.of(tokens_T, length_B, self._excluded)
         images_B = np.bincount(view.sample_I, minlength=view.samples.size)
-        images_B = host_to_device(images_B, device) if images_B.max() > 1 else None
-        return view.images, PackedTexts.of(tokens_T, length_B, device), images_B, sets
+        images_B = torch.from_numpy(images_B) if images_B.max() > 1 else None
+        return view.images, PackedTexts.of(tokens_T, length_B, torch.device("cpu")), images_B, sets
 
     def observe(self, batch: "VisionBatch") -> None:
         """Counts the words of all ranks' captions, so that this step's targets know them too (collective)."""
@@ -173,7 +172,7 @@ class OmniLearner(_Stateless):
         self.negatives = self._omni.matching_weight > 0
         self.tower = build_tower(config)
 
-    def hold(self, view: "View", device: torch.device) -> OmniChunk:
+    def hold(self, view: "View") -> OmniChunk:
         frames_B = np.bincount(view.sample_I[view.time_I != AUDIO], minlength=view.samples.size)
         mine = view.captions.pairs(view.places_B)
         others = view.captions.pairs(view.places_B + view.rows) if self.negatives else None

@@ -1,6 +1,6 @@
 """vit_mim, vit_contrastive and vit_omni: samples through the encoder and a learner's objective, by the encoder step.
 
-    plan --Samples--> this rank's chunks of samples --View--> learner.hold: on the device, ahead of time
+    plan --Samples--> this rank's chunks of samples --View--> learner.hold: tensors on the host, ahead of time
                                                     --------> learner.chunks: what the tower is called with
                                                     --------> learner.objective: the loss over the world
 
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data.image import patch_positions
 from data.plan import images_of
@@ -25,7 +24,7 @@ from parallel.hybrid_step import StepOutput
 from parallel.layout import Layout
 from parallel.phases import PhaseTimer
 from train.batch import branch_factors
-from train.build import Data, build_encoder_engine
+from train.build import Data, build_encoder_engine, settle_kernels
 from train.config import Config
 from train.feed import Feed, PreparedStep
 from train.models.vit import PackedImages
@@ -72,6 +71,7 @@ class VisionStage:
 
     def __init__(self, config: Config, layout: Layout, device: torch.device, data: Data):
         self._config, self._data = config, data
+        settle_kernels(config, device)
         grid = build_grid(layout, device, config.train.seed)
         self._learner: Learner = build_learner(config, device, data.reader.tokenizer)
         self.engines = EncoderEngines(grid, build_encoder_engine(config, self._learner.tower, device))
@@ -81,8 +81,8 @@ class VisionStage:
         captions = {"wanted": learner.captions, "negatives": learner.negatives}
         captions["eos_id"] = data.reader.tokenizer.eos_id
         division = Samples(self._config, data.stream.corpus, grid.rank, grid.layout.world, **captions)
-        feed = Feed(data.stream, data.reader, self._config.data, grid, division, steps=count)
-        return Staging(feed, grid.device, self._to_device)
+        feed = Feed(data.stream, data.reader, self._config.data, grid, division, self._compose, steps=count)
+        return Staging(feed, grid.device)
 
     def step(self, batch: VisionBatch, *, timer: PhaseTimer, stop: bool, accept: Accept) -> StepOutput:
         learner, config = self._learner, self._config
@@ -104,9 +104,7 @@ class VisionStage:
         )
 
     def facts(self, prepared: PreparedStep, output: StepOutput) -> StepFacts:
-        plan, (report,) = prepared.plan, output.reports
-        values = torch.stack([value.double() for value in report.values()])
-        dist.all_reduce(values)
+        plan = prepared.plan
         patches_I = plan.patches_I
         samples = plan.length_S.size - len(prepared.skipped)
         tokens_S = np.full(samples, prepared.trained_tokens / max(samples, 1))
@@ -121,7 +119,7 @@ class VisionStage:
             more={
                 "samples": samples,
                 "trained_tokens": prepared.trained_tokens,
-                "losses": dict(zip(report, values.tolist(), strict=True)),
+                "losses": output.report,
             },
         )
 
@@ -131,15 +129,16 @@ class VisionStage:
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._learner.load_tensors(tensors)
 
-    def _to_device(self, prepared: PreparedStep) -> VisionBatch:
-        plan, share, device = prepared.plan, prepared.share, self.engines.grid.device
+    def _compose(self, prepared: PreparedStep) -> VisionBatch:
+        """On the host, in the feed's thread."""
+        plan, share = prepared.plan, prepared.share
         dropped = np.array([failure.sample for failure in prepared.skipped], np.int64)
         counts_S = np.ones(plan.length_S.size, bool)
         counts_S[dropped] = False
         held = []
         for samples in share.chunks:
             view = self._view(prepared, share, samples[counts_S[samples]])
-            held.append(self._learner.hold(view, device) if view else None)
+            held.append(self._learner.hold(view) if view else None)
         return VisionBatch(
             held=held,
             counts_W=np.bincount(share.owner_S[counts_S], minlength=self.engines.grid.layout.world).tolist(),
@@ -162,7 +161,7 @@ class VisionStage:
             _patches_of(prepared, share, image_ids),
             patch_positions(grid_hw_I2),
             patches_I,
-            self.engines.grid.device,
+            torch.device("cpu"),
             branch_factors(config, keys_I4),
         )
         mine = np.concatenate(share.chunks)  # ascending, as the images are

@@ -1,0 +1,211 @@
+"""How benchmarks/gpu.py measures: one variant after the other, numerics first, and none that stops the next.
+
+A `Variant` builds its work and hands back one step of it.  The first step is timed by itself (compilation, loading of
+kernels), two more warm up, then steps are timed one by one until `ROUNDS` are done or the variant's time is up.
+"""
+
+import gc
+import importlib
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+WARM, ROUNDS, LEAST = 2, 12, 3
+VARIANT_SECONDS = 20.0  # of timed steps
+FP32_LIMIT, BF16_LIMIT = 1e-4, 5e-2  # relative to the norm of the reference
+GIB = 2**30
+
+
+class Missing(Exception):
+    """A package that a variant needs and that is not here; the text says how to get it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the variants run, in which type, and how large they are."""
+
+    device: torch.device
+    dtype: torch.dtype
+    full: bool
+    peak_tflops: float
+
+    @property
+    def limit(self) -> float:
+        """Largest relative error that rounding explains."""
+        return BF16_LIMIT if self.dtype is torch.bfloat16 else FP32_LIMIT
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step, what it computes, memory that a formula says it takes at its peak, and the size of its results, which
+    any way to compute them needs."""
+
+    step: Callable[[], None]
+    flops: int = 0
+    tokens: int = 0
+    formula_bytes: int = 0
+    result_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table.  build: allocates and returns the work.  error: relative error against a reference at a small
+    size, None where the row is no computation of its own.  needs: modules that must be importable, with how to get
+    them.  ours: ratios are taken against the peers of the same case.  slack: times the error that is let pass."""
+
+    case: str
+    name: str
+    build: Callable[[], Work]
+    error: Callable[[], float] | None = None
+    needs: dict[str, str] = field(default_factory=dict)
+    ours: bool = True
+    slack: float = 1.0
+
+
+@dataclass
+class Result:
+    """What was measured of a variant; `status` is "ok", or says in one line what was not."""
+
+    case: str
+    name: str
+    ours: bool
+    status: str = "ok"
+    error: float | None = None
+    first_s: float | None = None
+    ms: float | None = None
+    spread: float | None = None  # (slowest - fastest) / median
+    tflop: float | None = None
+    tflops: float | None = None
+    mfu: float | None = None
+    over_floor: float | None = None
+    us_per_token: float | None = None
+    peak_gib: float | None = None
+    extra_gib: float | None = None  # above what lay there before the steps, results left out
+    formula_gib: float | None = None
+
+    @property
+    def wrong(self) -> bool:
+        return self.status not in ("ok", "out of memory", "no time left") and not self.status.startswith("not here")
+
+
+def run_all(variants: Iterable[Variant], place: Place, deadline: float, out: Path) -> Iterator[Result]:
+    """Measures every variant that begins before `deadline` (of time.monotonic); a JSON line each, as soon as it is."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "results.jsonl").open("a") as lines:
+        for variant in variants:
+            result = Result(variant.case, variant.name, variant.ours)
+            if time.monotonic() > deadline:
+                result.status = "no time left"
+            else:
+                _guarded(variant, result, place, out)
+            lines.write(json.dumps(asdict(result)) + "\n")
+            lines.flush()
+            print(f"  {variant.case:24}{variant.name:44}{_brief(result)}", flush=True)
+            yield result
+
+
+def _guarded(variant: Variant, result: Result, place: Place, out: Path) -> None:
+    """Fills the result in, whatever happens."""
+    try:
+        _measure(variant, result, place)
+    except Missing as missing:
+        result.status = f"not here: {missing}"
+    except torch.OutOfMemoryError:
+        result.status = "out of memory"
+    except Exception as error:  # a row that cannot run must not cost the others
+        with (out / "errors.log").open("a") as log:
+            log.write(f"{variant.case}: {variant.name}\n{traceback.format_exc()}\n")
+        result.status = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    _release(place.device)
+
+
+def _measure(variant: Variant, result: Result, place: Place) -> None:
+    for module, advice in variant.needs.items():
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError) as error:  # OSError: a library that it links to is not there
+            raise Missing(f"{error}; {advice}") from error
+    torch._dynamo.reset()  # graphs of the rows before
+    if variant.error is not None:
+        result.error = variant.error()
+        _release(place.device)
+        limit = variant.slack * place.limit
+        if not result.error < limit:
+            result.status = f"wrong: off by {result.error:.0e} of the reference, rounding explains {limit:.0e}"
+            return
+    work = variant.build()
+    before = _allocated(place.device)
+    result.first_s = seconds(work.step, place.device)
+    for _ in range(WARM if place.full else 0):
+        work.step()
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)
+        torch.cuda.reset_peak_memory_stats(place.device)
+    times, begin = [], time.monotonic()
+    while len(times) < (ROUNDS if place.full else 2):
+        times.append(seconds(work.step, place.device))
+        if time.monotonic() - begin > VARIANT_SECONDS and len(times) >= LEAST:
+            break
+    _fill(result, work, times, place)
+    if place.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(place.device)
+        result.peak_gib, result.extra_gib = peak / GIB, (peak - before - work.result_bytes) / GIB
+
+
+def _fill(result: Result, work: Work, times: list[float], place: Place) -> None:
+    median = statistics.median(times)
+    result.ms, result.spread = 1e3 * median, (max(times) - min(times)) / median
+    if work.flops:
+        result.tflop, result.tflops = work.flops / 1e12, work.flops / median / 1e12
+        result.mfu = result.tflops / place.peak_tflops
+        result.over_floor = 1 / result.mfu
+    if work.tokens:
+        result.us_per_token = 1e6 * median / work.tokens
+    if work.formula_bytes:
+        result.formula_gib = work.formula_bytes / GIB
+
+
+def seconds(step: Callable[[], None], device: torch.device) -> float:
+    """Of one step, from an idle device to an idle device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _brief(result: Result) -> str:
+    if result.status != "ok":
+        return result.status
+    rate = f"{result.tflops:9.1f} TFLOP/s" if result.tflops else ""
+    return f"{result.ms:10.1f} ms{rate}, first step {result.first_s:.1f} s"
+
+
+def relative(found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> float:
+    """Norm of the difference over the norm of what is wanted, the worst of the tensors."""
+    worst = 0.0
+    for mine, right in zip(found, wanted, strict=True):
+        right = right.detach().double().cpu()
+        error = float((mine.detach().double().cpu() - right).norm() / right.norm())
+        worst = max(worst, error) if error == error else float("nan")
+        if error != error:
+            break
+    return worst

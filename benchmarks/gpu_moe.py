@@ -1,0 +1,301 @@
+"""The MoE slice's rows of benchmarks/gpu.py: ours, and Hugging Face's and Megatron-core's layers of the same sizes.
+
+Legend: T tokens, D width, S places of a sequence, B sequences.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu_measure import Missing, Place, Variant, Work, relative
+from benchmarks.gpu_reference import canonical, plain_layers
+from benchmarks.gpu_tower import HF, RECOMPUTE, TE, choose_attention
+from parallel import compilation
+from train.models.llm import LLMConfig
+from train.slices import language
+from train.slices.tower import random_like
+
+TOY = dataclasses.replace(
+    language.SLICE,
+    layers=2, width=128, heads=4, kv_heads=2, head_width=32, num_experts=8, top_k=2, expert_width=64, vocab_size=512,
+)  # fmt: skip
+CHECKED = dataclasses.replace(TOY, width=256, head_width=128, expert_width=128)
+CHECKED_TOKENS, CHECKED_SEQUENCE = 256, 128
+LONG = 131072
+FLIPS = 4  # times the limit: rounding sends a token in a hundred to another expert
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """tokens of each case, and the length of its sequences."""
+
+    config: LLMConfig
+    cases: dict[str, tuple[int, int]]
+
+
+def sizes(place: Place) -> Sizes:
+    if place.full:
+        whole = language.SEQUENCE
+        return Sizes(language.SLICE, {"moe 32k": (4 * whole, whole), "moe 8k": (whole, whole), "moe 4k": (4096, 4096)})
+    return Sizes(TOY, {"moe toy": (256, 128)})
+
+
+def variants(place: Place, world: language.World) -> Iterator[Variant]:
+    """Ours and all peers; Megatron-core's local spec, whose scores fill the memory, on the shortest case alone."""
+    config, cases = sizes(place).config, sizes(place).cases
+    shortest = list(cases)[-1]
+    for case, (tokens, sequence) in cases.items():
+        yield ours(place, world, case, config, tokens, sequence)
+        yield hugging_face(place, case, config, tokens, sequence, "grouped_mm")
+        if case in ("moe 8k", "moe toy"):
+            yield hugging_face(place, case, config, tokens, sequence, "eager")
+        yield megatron(place, world, case, config, tokens, sequence, fused=True)
+        if case == next(iter(cases)) and place.device.type == "cuda":
+            yield ours(place, world, case, config, tokens, sequence, kernels="te")
+        if case == shortest:
+            yield megatron(place, world, case, config, tokens, sequence, fused=False)
+
+
+def recompute_table(place: Place, world: language.World) -> Iterator[Variant]:
+    config, (tokens, sequence) = sizes(place).config, next(iter(sizes(place).cases.values()))
+    for recompute in RECOMPUTE:
+        yield ours(place, world, "recompute, moe", config, tokens, sequence, recompute=recompute)
+
+
+def long_row(place: Place, world: language.World) -> Iterator[Variant]:
+    """One sequence as long as stage 2's rows, beside the row of shorter ones to which its time is compared."""
+    config, (tokens, sequence) = sizes(place).config, next(iter(sizes(place).cases.values()))
+    long = LONG if place.full else 2 * tokens
+    yield ours(place, world, "long row", config, tokens, sequence, prefix=f"{tokens:,} tokens, ")
+    for recompute in ("none", "full"):
+        yield ours(place, world, "long row", config, long, long, recompute=recompute, prefix=f"{long:,} tokens, ")
+
+
+def ours(
+    place: Place,
+    world: language.World,
+    case: str,
+    config: LLMConfig,
+    tokens: int,
+    sequence: int,
+    recompute: str = "none",
+    kernels: str = "torch",
+    prefix: str = "",
+) -> Variant:
+    def choose():
+        choose_attention("auto", place)
+        compilation.configure("auto")
+
+    def build() -> Work:
+        choose()
+        built = language.build_language(config, world, place.dtype, tokens, sequence, recompute, kernels)
+        return Work(built.step, language.slice_flops(config, tokens, sequence), tokens)
+
+    def error() -> float:
+        choose()
+        small = (CHECKED_TOKENS, CHECKED_SEQUENCE)
+        built = language.build_language(CHECKED, world, place.dtype, *small, recompute, kernels)
+        found_T1D = built.forward()
+        found_T1D.backward(built.row.gradient_T1D)
+        row = built.row
+        return stage_error(built.chunk, row.hidden_T1D.flatten(0, 1), row.hidden_T1D.grad, found_T1D, row.gradient_T1D)
+
+    needs = TE if kernels == "te" else {}
+    return Variant(case, f"{prefix}{kernels} kernels, recompute {recompute}", build, error, needs, slack=FLIPS)
+
+
+def stage_error(stage: torch.nn.Module, hidden_TD, hidden_gradient, output, gradient) -> float:
+    """Of output and gradients of input, of experts and of all other weights, against `plain_layers`.
+
+    hidden_TD and what follows hold T rows of D in one order.
+    """
+    tensors = canonical(dict(stage.named_parameters()))
+    weights = {name: tensor.detach().double().cpu().requires_grad_() for name, tensor in tensors.items()}
+    x_TD = hidden_TD.detach().double().cpu().requires_grad_()
+    wanted_TD = plain_layers(weights, CHECKED, x_TD, CHECKED_SEQUENCE)
+    wanted_TD.backward(gradient.detach().reshape(x_TD.shape).double().cpu())
+    gradients = canonical({name: p.grad for name, p in stage.named_parameters()})
+    found, wanted = [output.reshape(x_TD.shape), hidden_gradient.reshape(x_TD.shape)], [wanted_TD, x_TD.grad]
+    for experts in (False, True):
+        names = [name for name in weights if (".fc" in name) is experts]
+        found.append(torch.cat([gradients[name].flatten().double().cpu() for name in names]))
+        wanted.append(torch.cat([weights[name].grad.flatten() for name in names]))
+    return relative(found, wanted)
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+def hugging_face(place: Place, case: str, config: LLMConfig, tokens: int, sequence: int, experts: str) -> Variant:
+    """Qwen3-MoE's layers with sdpa; its norm at the end comes on top."""
+
+    def build() -> Work:
+        _, step = hugging_face_step(config, tokens, sequence, place.device, place.dtype, experts)
+        return Work(step, language.slice_flops(config, tokens, sequence), tokens)
+
+    def error() -> float:
+        small = (CHECKED, CHECKED_TOKENS, CHECKED_SEQUENCE)
+        module, step = hugging_face_step(*small, place.device, place.dtype, experts)
+        exact, exact_step = hugging_face_step(*small, torch.device("cpu"), torch.float64, "eager", module.state_dict())
+        return relative(step(keep=module), exact_step(keep=exact))
+
+    return Variant(case, f"Hugging Face Qwen3-MoE, {experts} experts", build, error, HF, ours=False, slack=FLIPS)
+
+
+def hugging_face_step(
+    config: LLMConfig,
+    tokens: int,
+    sequence: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts: str,
+    weights: dict | None = None,
+) -> tuple[torch.nn.Module, Callable]:
+    """The module, and a step; step(keep=module) returns output and gradients instead of clearing them."""
+    try:
+        from transformers import Qwen3MoeConfig, Qwen3MoeModel
+    except ImportError as error:
+        raise Missing(f"{error}; {HF['transformers']}") from error
+    settings = Qwen3MoeConfig(
+        vocab_size=16,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_width,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.top_k,
+        moe_intermediate_size=config.expert_width,
+        norm_topk_prob=True,
+        rms_norm_eps=config.norm_eps,
+        max_position_embeddings=sequence,
+        experts_implementation=experts,
+    )
+    settings._attn_implementation = "sdpa"
+    with torch.device(device):
+        module = Qwen3MoeModel(settings).to(dtype)
+    language.draw_weights(module, config.init_std)
+    if weights is not None:
+        module.load_state_dict({name: value.cpu() for name, value in weights.items()})
+    shape = (tokens // sequence, sequence, config.width)
+    hidden_BSD = random_like(shape, torch.device("cpu"), dtype).to(device).requires_grad_()
+    gradient_BSD = random_like(shape, torch.device("cpu"), dtype, seed=2).to(device)
+
+    def step(keep: torch.nn.Module | None = None):
+        output_BSD = module(inputs_embeds=hidden_BSD, use_cache=False).last_hidden_state
+        output_BSD.backward(gradient_BSD)
+        if keep is not None:
+            flat = torch.cat([p.grad.double().cpu().flatten() for p in keep.parameters() if p.grad is not None])
+            return output_BSD, hidden_BSD.grad, flat
+        hidden_BSD.grad = None
+        module.zero_grad(set_to_none=True)
+        return None
+
+    return module, step
+
+
+def megatron(
+    place: Place, world: language.World, case: str, config: LLMConfig, tokens: int, sequence: int, fused: bool
+) -> Variant:
+    """Megatron-core's own GPT layers: on Transformer Engine with everything fused, or its local spec."""
+
+    def build() -> Work:
+        stage, hidden_SBD, gradient_SBD = megatron_stage(config, world, place.dtype, tokens, sequence, fused)
+
+        def step():
+            run_stage(stage, hidden_SBD).backward(gradient_SBD)
+            hidden_SBD.grad = None
+            for parameter in stage.parameters():
+                parameter.grad = None
+
+        return Work(step, language.slice_flops(config, tokens, sequence), tokens)
+
+    def error() -> float:
+        stage, hidden_SBD, gradient_SBD = megatron_stage(
+            CHECKED, world, place.dtype, CHECKED_TOKENS, CHECKED_SEQUENCE, fused
+        )
+        output_SBD = run_stage(stage, hidden_SBD)
+        output_SBD.backward(gradient_SBD)
+        several = (hidden_SBD, hidden_SBD.grad, output_SBD, gradient_SBD)
+        return stage_error(stage, *(x.transpose(0, 1).reshape(CHECKED_TOKENS, -1) for x in several))
+
+    name = "Megatron-core, Transformer Engine" if fused else "Megatron-core, local spec"
+    return Variant(case, name, build, error, TE if fused else {}, ours=False, slack=FLIPS)
+
+
+def foreign_cudnn() -> str:
+    """Paths of cuDNN libraries of this process beside those that came with torch."""
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudnn" in line}
+    return ", ".join(sorted(path for path in paths if "site-packages/nvidia/" not in path))
+
+
+def run_stage(stage, hidden_SBD: torch.Tensor) -> torch.Tensor:
+    stage.set_input_tensor(hidden_SBD)
+    return stage(input_ids=None, position_ids=None, attention_mask=None)
+
+
+def megatron_stage(
+    config: LLMConfig, world: language.World, dtype: torch.dtype, tokens: int, sequence: int, fused: bool
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """The layers, their input [S, B, D] and its gradient."""
+    if fused and (others := foreign_cudnn()):
+        print(f"    cuDNN not of torch is loaded, which turns fused attention off: {others}; see docs/performance.md")
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    settings = TransformerConfig(
+        num_layers=config.layers,
+        hidden_size=config.width,
+        num_attention_heads=config.heads,
+        num_query_groups=config.kv_heads,
+        kv_channels=config.head_width,
+        ffn_hidden_size=config.expert_width,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=world.device.type == "cpu",
+        perform_initialization=False,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        num_moe_experts=config.num_experts,
+        moe_router_topk=config.top_k,
+        moe_ffn_hidden_size=config.expert_width,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=fused,
+        moe_permute_fusion=fused,
+        apply_rope_fusion=fused,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    if fused:
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(config.num_experts, moe_grouped_gemm=True)
+    else:
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(config.num_experts, normalization="RMSNorm")
+    stage = GPTModel(
+        config=settings,
+        transformer_layer_spec=spec,
+        vocab_size=config.vocab_size,
+        max_sequence_length=sequence,
+        pre_process=False,
+        post_process=False,
+        position_embedding_type="rope",
+        rotary_base=config.rope_base,
+    ).to(world.device, dtype)
+    language.draw_weights(stage, config.init_std)
+    shape = (tokens // sequence, sequence, config.width)
+    hidden_SBD, gradient_SBD = (
+        random_like(shape, world.device, dtype, seed).transpose(0, 1).contiguous() for seed in (1, 2)
+    )
+    return stage, hidden_SBD.requires_grad_(), gradient_SBD

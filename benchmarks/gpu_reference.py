@@ -1,0 +1,88 @@
+"""References written plainly, in fp64 on the CPU: what benchmarks/gpu.py compares with before it times anything.
+
+Legend: T tokens, D width, H heads, G key/value heads, J heads of one group, K head width, E experts, S queries.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from parallel.attention import Segments
+
+if TYPE_CHECKING:  # attention is compared without Megatron-core
+    from train.models.llm import LLMConfig
+
+
+def softmax_attention(q_THK, k_SGK, v_SGK, segments: Segments, causal: bool) -> torch.Tensor:
+    """Softmax over all scores of each segment, [T, H, K]."""
+    repeat = q_THK.shape[1] // k_SGK.shape[1]
+    parts = [x.split(segments.q_lengths_N) for x in (q_THK, k_SGK, v_SGK)]
+    outputs = []
+    for q, k, v in zip(*parts, strict=True):
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        scores_HTS = torch.einsum("thk,shk->hts", q, k) * q.shape[-1] ** -0.5
+        if causal:
+            later_TS = torch.ones(len(q), len(k), dtype=torch.bool).triu(1)
+            scores_HTS = scores_HTS.masked_fill(later_TS, float("-inf"))
+        outputs.append(torch.einsum("hts,shk->thk", scores_HTS.softmax(-1), v))
+    return torch.cat(outputs)
+
+
+def canonical(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a Megatron-core stage by one naming, whichever spec built it; experts as `LAYER.fc1.EXPERT`."""
+    found = {}
+    for name, tensor in tensors.items():
+        layer, rest = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name).groups()
+        if rest.endswith("linear_qkv.layer_norm_weight"):  # Transformer Engine's norm is a part of the product
+            rest = "input_layernorm.weight"
+        if expert := re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.linear_(fc[12])\.weight", rest):
+            rest = f"{expert[2]}.{expert[1]}"
+        elif expert := re.fullmatch(r"mlp\.experts\.linear_(fc[12])\.weight(\d+)", rest):
+            rest = f"{expert[1]}.{expert[2]}"
+        elif stacked := re.fullmatch(r"mlp\.experts\.linear_(fc[12])", rest):
+            found |= {f"{layer}.{stacked[1]}.{expert}": part for expert, part in enumerate(tensor)}
+            continue
+        found[f"{layer}.{rest.removeprefix('self_attention.').removesuffix('.weight')}"] = tensor
+    return found
+
+
+def plain_layers(weights: Mapping[str, torch.Tensor], config: "LLMConfig", x_TD: torch.Tensor, sequence: int):
+    """Hidden states after all layers, [T, D]: RMSNorm, rotary grouped-query attention, top-k experts of SwiGLU."""
+    segments = Segments.of([sequence] * (len(x_TD) // sequence))
+    for layer in range(config.layers):
+        w = {name.partition(".")[2]: value for name, value in weights.items() if name.startswith(f"{layer}.")}
+        first, second = (w[name] for name in ("input_layernorm", "pre_mlp_layernorm"))
+        x_TD = x_TD + _attend(w, config, F.rms_norm(x_TD, first.shape, first, config.norm_eps), segments)
+        x_TD = x_TD + _experts(w, config, F.rms_norm(x_TD, second.shape, second, config.norm_eps))
+    return x_TD
+
+
+def _attend(w, config, x_TD, segments):
+    repeat, width = config.heads // config.kv_heads, config.head_width
+    qkv_TGJK = (x_TD @ w["linear_qkv"].T).unflatten(-1, (config.kv_heads, repeat + 2, width))
+    q_THK = _rotate(qkv_TGJK[:, :, :repeat].flatten(1, 2), segments, config.rope_base)
+    k_TGK = _rotate(qkv_TGJK[:, :, repeat], segments, config.rope_base)
+    return softmax_attention(q_THK, k_TGK, qkv_TGJK[:, :, repeat + 1], segments, True).flatten(1) @ w["linear_proj"].T
+
+
+def _rotate(x_THK, segments, base):
+    half = x_THK.shape[-1] // 2
+    position_T = torch.cat([torch.arange(length) for length in segments.q_lengths_N]).double()
+    angle_TJ = position_T[:, None] * base ** (-torch.arange(half).double() / half)
+    turn_T1J = torch.polar(torch.ones_like(angle_TJ), angle_TJ)[:, None]
+    turned_THJ = torch.complex(x_THK[..., :half], x_THK[..., half:]) * turn_T1J
+    return torch.cat((turned_THJ.real, turned_THJ.imag), dim=-1)
+
+
+def _experts(w, config, x_TD):
+    chosen = (x_TD @ w["mlp.router"].T).topk(config.top_k, dim=-1)
+    weight_TE = torch.zeros(len(x_TD), config.num_experts).double()
+    weight_TE = weight_TE.scatter(1, chosen.indices, chosen.values.softmax(-1))
+    out_TD = torch.zeros_like(x_TD)
+    for expert in range(config.num_experts):
+        gate, up = (x_TD @ w[f"fc1.{expert}"].T).chunk(2, dim=-1)
+        out_TD = out_TD + (F.silu(gate) * up) @ w[f"fc2.{expert}"].T * weight_TE[:, expert, None]
+    return out_TD

@@ -1,0 +1,174 @@
+"""The vision tower's rows of benchmarks/gpu.py: attention backends, compilation, recomputation, and an equal peer.
+
+Legend: N patches, P values a patch, D width, I images.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.encoder import dense_features
+from benchmarks.gpu_measure import Missing, Place, Variant, Work, relative
+from data.image import patch_positions
+from parallel import attention, compilation
+from train.models.vit import PATCH, ViTConfig
+from train.slices import tower
+
+TOY = ViTConfig(width=64, depth=2, heads=2)
+CHECKED = ViTConfig(width=128, depth=2, heads=2)  # heads as wide as the full size's
+CHECKED_PACK = tower.draw_pack(384, seed=0, smallest=16, largest=200)
+BACKENDS = ("flash4", "varlen", "te")
+RECOMPUTE = ("none", "selective", "offload", "full")
+HF = {"transformers": "pip install 'transformers>=5'"}
+FLASH4 = {"flash_attn.cute": "pip install --pre flash-attn-4"}
+TE = {"transformer_engine.pytorch": "pip install 'transformer-engine[pytorch]'"}
+BACKEND_NEEDS = {"flash4": FLASH4, "te": TE}
+
+
+def choose_attention(backend: str, place: Place) -> None:
+    """For this process.  Raises Missing where device or installation refuse it."""
+    try:
+        attention.choose(backend, place.device, place.dtype)
+    except ValueError as error:
+        raise Missing(str(error)) from error
+
+
+def packs(place: Place) -> dict[str, tower.Pack]:
+    if place.full:
+        return {"tower 32k": tower.draw_pack(32768), "tower 16k": tower.draw_pack(16384)}
+    return {"tower toy": tower.draw_pack(256, seed=0, smallest=16, largest=100)}
+
+
+def variants(place: Place) -> Iterator[Variant]:
+    """Ours in all settings on the largest pack, in the best setting on the others; the peer on all."""
+    largest, *others = packs(place).items()
+    case, pack = largest
+    compiled = place.device.type == "cuda"
+    yield ours(place, case, pack, "auto", compiled, "none")
+    yield peer(place, case, pack)
+    if compiled:
+        yield ours(place, case, pack, "auto", False, "none")
+        for backend in BACKENDS:
+            yield ours(place, case, pack, backend, True, "none")
+    yield ours(place, case, pack, "auto", compiled, "selective")
+    for case, pack in others:
+        yield ours(place, case, pack, "auto", compiled, "none")
+        yield peer(place, case, pack)
+
+
+def recompute_table(place: Place) -> Iterator[Variant]:
+    """Ours in the best setting, by what is kept for the backward."""
+    pack = next(iter(packs(place).values()))
+    for recompute in RECOMPUTE:
+        yield ours(place, "recompute, tower", pack, "auto", place.device.type == "cuda", recompute)
+
+
+def config_of(place: Place) -> ViTConfig:
+    return ViTConfig() if place.full else TOY
+
+
+def ours(place: Place, case: str, pack: tower.Pack, backend: str, compiled: bool, recompute: str) -> Variant:
+    config = config_of(place)
+
+    def choose():
+        choose_attention(backend, place)
+        compilation.configure("auto" if compiled else "never")
+
+    def build() -> Work:
+        choose()
+        built = tower.build_tower(config, pack, place.device, place.dtype, recompute)
+        return Work(built.step, flops=pack.flops(config), tokens=pack.patches)
+
+    def error() -> float:
+        choose()
+        return tower_error(place, recompute)
+
+    name = f"{backend}, {'compiled' if compiled else 'eager'}, recompute {recompute}"
+    return Variant(case, name, build, error, BACKEND_NEEDS.get(backend, {}))
+
+
+def tower_error(place: Place, recompute: str) -> float:
+    """Of features and gradients of a small tower, against a dense one in fp64."""
+    pack = CHECKED_PACK
+    vit = tower.build_vit(CHECKED).to(place.device, place.dtype)
+    dense = tower.build_vit(CHECKED).to(place.dtype).double()
+    gradient_ND = tower.random_like((pack.patches, CHECKED.width), torch.device("cpu"), place.dtype)
+    images = pack.images(torch.device("cpu"))
+    features, first = [], 0
+    for grid_2, length in zip(pack.grid_I2, pack.lengths_I, strict=True):
+        pixels_NP = (images.patches_NP[first : first + length].float() / 127.5 - 1).to(place.dtype).double()
+        features.append(dense_features(dense, pixels_NP, torch.from_numpy(patch_positions(grid_2))))
+        first += length
+    wanted_ND = torch.cat(features)
+    wanted_ND.backward(gradient_ND.double())
+    found_ND = vit(pack.images(place.device), recompute)
+    found_ND.backward(gradient_ND.to(place.device))
+    return relative((found_ND, flat_gradient(vit)), (wanted_ND, flat_gradient(dense)))
+
+
+def flat_gradient(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.double().cpu().flatten() for p in module.parameters() if p.grad is not None])
+
+
+# ---- the peer --------------------------------------------------------------------------------------------------------
+
+
+def peer(place: Place, case: str, pack: tower.Pack) -> Variant:
+    """Hugging Face's Qwen3-VL tower of the same size, without merger and deep features, with sdpa."""
+    config = config_of(place)
+
+    def build() -> Work:
+        module, step = peer_step(config, pack, place.device, place.dtype)
+        adam = torch.optim.AdamW(module.parameters(), fused=place.device.type == "cuda", **tower.ADAM)
+
+        def train_step():
+            step()
+            adam.step()
+            adam.zero_grad(set_to_none=True)
+
+        return Work(train_step, flops=pack.flops(config), tokens=pack.patches)
+
+    def error() -> float:
+        module, step = peer_step(CHECKED, CHECKED_PACK, place.device, place.dtype)
+        exact, exact_step = peer_step(CHECKED, CHECKED_PACK, torch.device("cpu"), torch.float64, module.state_dict())
+        return relative((step(), flat_gradient(module)), (exact_step(), flat_gradient(exact)))
+
+    return Variant(case, "Hugging Face Qwen3-VL tower, sdpa", build, error, HF, ours=False)
+
+
+def peer_step(
+    config: ViTConfig, pack: tower.Pack, device: torch.device, dtype: torch.dtype, weights: dict | None = None
+) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
+    """The module, and forward and backward of the pack, which returns the features [N, D]."""
+    try:
+        from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+    except ImportError as error:
+        raise Missing(f"{error}; {HF['transformers']}") from error
+    settings = Qwen3VLVisionConfig(
+        depth=config.depth,
+        hidden_size=config.width,
+        intermediate_size=int(config.width * config.mlp_ratio),
+        num_heads=config.heads,
+        patch_size=PATCH,
+        temporal_patch_size=1,
+        spatial_merge_size=2,
+        deepstack_visual_indexes=[],
+    )
+    settings._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    module = Qwen3VLVisionModel(settings)
+    module.merger = torch.nn.Identity()
+    if weights is not None:
+        module.load_state_dict({name: value.cpu() for name, value in weights.items()})
+    module = module.to(device, dtype)
+    pixels_NP = (pack.images(device).patches_NP.float() / 127.5 - 1).to(dtype)
+    grid_I3 = torch.nn.functional.pad(torch.from_numpy(pack.grid_I2), (1, 0), value=1).to(device)
+    gradient_ND = tower.random_like((pack.patches, config.width), torch.device("cpu"), dtype).to(device)
+
+    def step() -> torch.Tensor:
+        features_ND = module(pixels_NP, grid_thw=grid_I3).last_hidden_state
+        features_ND.backward(gradient_ND)
+        return features_ND
+
+    return module, step

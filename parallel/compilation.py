@@ -1,0 +1,92 @@
+"""Whether code is compiled (`torch.compile`), decided once a process by `parallel.compile`, and functions over packed
+rows that are compiled once for all their callers.
+
+auto: on CUDA where Triton is importable; always: on any device (a CPU needs a C++ compiler); never: nowhere.
+
+Shapes are bounded: callers bring rows in whole buckets, so that at most `most rows / BUCKET` different sizes exist,
+and the graph takes any of them.  A bucket of 512 costs at most 511 rows of a chunk, on average half of that: 0.8% of
+32,768.  Graphs differ by what does not depend on the data: widths, with or without autograd, with or without factors.
+"""
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "always", "never")
+BUCKET = 512
+GRAPHS = 32  # at most of one function: above the sum over the widths of a run
+
+_mode = "auto"
+_backend = "inductor"
+
+
+def configure(mode: str, backend: str = "inductor") -> None:
+    """Sets the process's mode; raises ValueError for one that does not exist.
+
+    backend: of `torch.compile`; what was compiled with another one is forgotten.
+    """
+    global _mode, _backend
+    if mode not in MODES:
+        raise ValueError(f"parallel.compile={mode}: must be one of {', '.join(MODES)}")
+    if backend != _backend:
+        _compiled.cache_clear()
+    _mode, _backend = mode, backend
+
+
+def enabled(device: torch.device | str) -> bool:
+    """Whether code that runs on `device` is compiled."""
+    if _mode == "auto":
+        return torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
+    return _mode == "always"
+
+
+def compilable(modules: Iterable[nn.Module]) -> bool:
+    """False, said once, where modules inside these carry hooks, as ZeRO-3's gather their weights: no graph holds those.
+
+    All of `modules` are alike; the first is looked at.
+    """
+    first = next(iter(modules), None)
+    parts = [] if first is None else list(first.children())
+    hooked = any(part._forward_pre_hooks or part._forward_hooks for part in parts)
+    if hooked:
+        _say_hooked(type(first).__name__)
+    return not hooked
+
+
+def bucket_of(rows: int) -> int:
+    """The least multiple of BUCKET, and at least one, that holds this many rows."""
+    return max(-(-rows // BUCKET), 1) * BUCKET
+
+
+def by_rows(function: Callable) -> Callable:
+    """`function` compiled, once a process.
+
+    It takes a module and tensors, of which those that have as many rows as the first (in the first dimension, or in the
+    second of two) may have any number of rows without a compilation of its own.
+    """
+    compiled = _compiled(function)
+
+    def call(module: nn.Module, first_N: torch.Tensor, *others: torch.Tensor | None):
+        for tensor in (first_N, *others):
+            if tensor is not None:
+                torch._dynamo.mark_dynamic(tensor, 0 if len(tensor) == len(first_N) else 1)
+        return compiled(module, first_N, *others)
+
+    return call
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    return torch.compile(function, fullgraph=True, backend=_backend)
+
+
+@functools.cache
+def _say_hooked(name: str) -> None:
+    log.info("parallel.compile: %s is not compiled, its parts carry hooks (parallel.encoder.zero_stage=3)", name)

@@ -1,0 +1,46 @@
+"""Pointwise regions in one kernel, and norms that have one.
+
+`fused` compiles a function of elementwise operations (`torch.compile`, once a process, at its first call) wherever
+`parallel.compilation` says so, and otherwise calls it as it stands.  Inside code that is being compiled already it is
+that function too, so a region never breaks the graph around it.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from parallel import compilation
+
+try:  # NVIDIA's Apex; the package of that name on PyPI is another one, without these
+    import fused_layer_norm_cuda  # noqa: F401
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+except ImportError:
+    fused_rms_norm_affine = None
+
+
+def fused(function: Callable) -> Callable:
+    """`function` in one kernel on a device that compiles.
+
+    It takes tensors, the first of them on the device that decides; the first dimension of each (tokens) may have any
+    length without a compilation of its own.
+    """
+    compiled = functools.cache(lambda: torch.compile(function))  # importing the compiler takes a second
+
+    @functools.wraps(function)
+    def call(*tensors):
+        if torch.compiler.is_compiling() or not compilation.enabled(tensors[0].device):
+            return function(*tensors)
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled()(*tensors)
+
+    return call
+
+
+def rms_norm(x_SD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, fp32 inside: one kernel each way on CUDA."""
+    if fused_rms_norm_affine is not None and x_SD.is_cuda and not torch.compiler.is_compiling():
+        return fused_rms_norm_affine(x_SD, weight_D, weight_D.shape, eps)
+    return F.rms_norm(x_SD, weight_D.shape, weight_D, eps)

@@ -1,0 +1,128 @@
+"""On CUDA: delivery and ZeRO's reductions beside other work change no number, and the host waits for neither.
+
+pytest --confcutdir=tests/gpu tests/gpu/test_overlap.py
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from parallel.encoder_engine import EncoderEngine
+from parallel.exchange import Exchange, Journeys
+from parallel.layout import Layout
+from parallel.routes import VisualPlan, assign_owners, build_routes
+from parallel.state import AdamSettings
+from parallel.transfer import pinned, to_device
+
+CUDA = torch.device("cuda", 0)
+WIDTH, ROWS, CHUNKS = 2048, 4096, 4
+ADAM = AdamSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world_of_one():
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def no_waiting():
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def journeys_of_a_step() -> tuple[Journeys, list[int], np.ndarray]:
+    """(journeys, rows of each chunk, row of the step in each leaf row) of images in one process."""
+    tokens_I = np.random.default_rng(0).integers(16, 256, 40)
+    plan = VisualPlan(
+        unit_I=np.arange(40),
+        cost_I=tokens_I,
+        patches_I=4 * tokens_I,
+        tokens_I=tokens_I,
+        replica_I=np.zeros(40, np.int64),
+        micro_batch_I=np.arange(40) % 3,
+        start_I=np.zeros(40, np.int64),
+        row_tokens=256,
+    )
+    layout = Layout(world=1)
+    routes = build_routes(plan, assign_owners(plan, layout, True), layout, 0, 3, 4096)
+    first_I = np.cumsum(tokens_I) - tokens_I
+    order_I = np.argsort(plan.micro_batch_I, kind="stable")
+    row_U = np.concatenate([np.arange(first_I[i], first_I[i] + tokens_I[i]) for i in order_I])
+    return Journeys.of(routes), [int(tokens_I[ids].sum()) for ids in routes.chunks], row_U
+
+
+def test_rows_arrive_and_gradients_come_home_while_products_run(request):
+    """Products of one chunk keep the current stream busy while the rows of the other travel."""
+    journeys, rows_C, row_U = journeys_of_a_step()
+    assert len(rows_C) > 2
+    on_device = to_device(pinned(journeys), CUDA)
+    rows_VD = torch.randn(sum(rows_C), WIDTH, device=CUDA)
+    weight_DD = torch.randn(WIDTH, WIDTH, device=CUDA) / WIDTH**0.5
+    expected_UD = (rows_VD @ weight_DD)[torch.from_numpy(row_U).to(CUDA)]
+    exchange = Exchange(dist.group.WORLD)
+    dist.barrier()  # NCCL has its communicator
+    torch.cuda.synchronize()
+    request.getfixturevalue("no_waiting")
+    delivery = exchange.deliver(on_device)
+    for rows in rows_VD.split(rows_C):
+        delivery.send(rows @ weight_DD)
+    leaf_UD = delivery.leaves()
+    home = []
+    for rows, (place_V, gradient_VD) in zip(rows_C, exchange.give_back(leaf_UD, on_device), strict=True):
+        home.append(gradient_VD.new_empty(rows, WIDTH).index_copy_(0, place_V, gradient_VD))
+        home[-1] @ weight_DD
+    torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(leaf_UD, expected_UD)  # products of other heights
+    assert torch.equal(torch.cat(home)[torch.from_numpy(row_U).to(CUDA)], leaf_UD)
+
+
+def squares_of_a_step(stage: int, waits: bool) -> torch.Tensor:
+    """Squared norms of three steps of several chunks; waits: the host waits after every call, so nothing overlaps."""
+    torch.manual_seed(0)
+    tower = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(8)]).cuda()
+    engine = EncoderEngine(tower, {"all": tower}, zero_stage=stage, precision="bf16", adam=ADAM)
+    inputs = [torch.randn(ROWS, WIDTH, device=CUDA, dtype=torch.bfloat16) for _ in range(CHUNKS)]
+    squares = []
+    for _ in range(3):
+        kept = [engine.encode(x_NP) for x_NP in inputs]
+        for output in kept:
+            engine.backward(output, output.detach())
+            if waits:
+                torch.cuda.synchronize()
+        squares.append(engine.squared_grad_norms())
+        engine.step(1e-3)
+    return torch.cat(squares)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_reductions_beside_the_backward_change_no_gradient(stage):
+    assert torch.equal(squares_of_a_step(stage, waits=False), squares_of_a_step(stage, waits=True))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_host_does_not_wait_in_a_backward(stage, request):
+    squares_of_a_step(stage, waits=False)  # what is made once is made
+    torch.manual_seed(0)
+    tower = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(2)]).cuda()
+    engine = EncoderEngine(tower, {"all": tower}, zero_stage=stage, precision="bf16", adam=ADAM)
+    x_NP = torch.randn(ROWS, WIDTH, device=CUDA, dtype=torch.bfloat16)
+    busy = torch.randn(16384, 16384, device=CUDA)
+    for _ in range(2):
+        engine.backward(output := engine.encode(x_NP), output.detach())
+        engine.squared_grad_norms()
+        engine.step(1.0)
+    torch.cuda.synchronize()
+    request.getfixturevalue("no_waiting")
+    for _ in range(20):
+        busy @ busy  # 176 TFLOP in fp32 are ahead of what follows
+    engine.backward(output := engine.encode(x_NP), output.detach())
+    engine.squared_grad_norms()
+    engine.step(1.0)
+    issued = torch.cuda.Event()
+    issued.record()
+    assert not issued.query(), "the device is through: the host has waited for it"

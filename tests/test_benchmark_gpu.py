@@ -1,0 +1,156 @@
+"""benchmarks/gpu.py: that all of it runs, at toy size on the CPU, and what it does with rows that cannot."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+from benchmarks import gpu, gpu_memory, gpu_report
+from benchmarks.gpu_measure import Missing, Place, Result, Variant, Work, relative, run_all
+from tests.support import ROOT
+from train.flops import causal_pairs, encoder_flops, llm_flops
+from train.models.llm import LLMConfig
+from train.models.vit import ViTConfig
+from train.slices.language import SLICE, slice_flops
+from train.slices.tower import draw_pack
+
+CPU = Place(torch.device("cpu"), torch.float32, full=False, peak_tflops=1.0)
+
+
+def test_everything_that_can_runs_and_is_right(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--size", "toy", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["status"] for row in rows if "Transformer Engine" not in row["name"]} == {"ok"}
+    assert all("not here" in row["status"] for row in rows if "Transformer Engine" in row["name"])
+    assert all(row["ms"] > 0 for row in rows if row["status"] == "ok")
+    checked = [row for row in rows if row["error"] is not None]
+    assert len(checked) >= 16 and all(row["error"] < 1e-5 for row in checked)
+    assert {row["case"].split(",")[0].split(" toy")[0] for row in rows} == {
+        "tower", "moe", "long row", "cross-entropy", "attention", "recompute", "memory"
+    }  # fmt: skip
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert not (tmp_path / "errors.log").exists()
+
+
+def test_the_towers_pack_is_the_one_that_was_measured_before():
+    pack = draw_pack(32768)
+    assert (len(pack.grid_I2), pack.patches) == (26, 32076)
+    assert round(pack.flops(ViTConfig()) / 1e12, 1) == 135.3
+    assert pack.flops(ViTConfig()) == 3 * encoder_flops(ViTConfig(), pack.lengths_I)
+    assert not np.any(pack.grid_I2 % 2)
+
+
+def test_flops_of_the_layers_are_those_of_training_without_vocabulary_and_diagonal():
+    tokens, sequence = 32768, 8192
+    pairs = causal_pairs([sequence] * (tokens // sequence))
+    ours = slice_flops(SLICE, tokens, sequence)
+    vocabulary = 2 * tokens * SLICE.width * SLICE.vocab_size
+    diagonal = SLICE.layers * 4 * SLICE.heads * SLICE.head_width * tokens // 2
+    assert ours == 3 * (llm_flops(SLICE, tokens, pairs) - vocabulary - diagonal)
+
+
+def test_the_full_size_stage_is_the_recipes_with_an_eighth_of_the_experts():
+    recipe = LLMConfig(**OmegaConf.load(ROOT / "recipes/model/seed_vl.yaml").llm)
+    assert vars(gpu_memory.STAGE) == vars(recipe) | {"layers": 4, "num_experts": recipe.num_experts // 8}
+
+
+# ---- rows that cannot run --------------------------------------------------------------------------------------------
+
+
+def fails(error: Exception):
+    def build():
+        raise error
+
+    return build
+
+
+def fine():
+    return Work(lambda: None, flops=10**9, tokens=10)
+
+
+def test_no_row_stops_the_next(tmp_path):
+    rows = [
+        Variant("case", "no memory", fails(torch.OutOfMemoryError("no"))),
+        Variant("case", "broken", fails(RuntimeError("kernel not for this device\nmore"))),
+        Variant("case", "no package", fine, needs={"no_such_package": "pip install it"}),
+        Variant("case", "refused", fails(Missing("backend x: needs sm_90"))),
+        Variant("case", "wrong", fine, error=lambda: 0.3),
+        Variant("case", "not a number", fine, error=lambda: float("nan")),
+        Variant("case", "fine", fine, error=lambda: 1e-6),
+    ]
+    results = list(run_all(rows, CPU, time.monotonic() + 100, tmp_path))
+    assert [result.status for result in results] == [
+        "out of memory",
+        "RuntimeError: kernel not for this device",
+        "not here: No module named 'no_such_package'; pip install it",
+        "not here: backend x: needs sm_90",
+        "wrong: off by 3e-01 of the reference, rounding explains 1e-04",
+        "wrong: off by nan of the reference, rounding explains 1e-04",
+        "ok",
+    ]
+    assert [result.wrong for result in results] == [False, True, False, False, True, True, False]
+    assert "kernel not for this device" in (tmp_path / "errors.log").read_text()
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
+    assert next(run_all([rows[-1]], CPU, time.monotonic() - 1, tmp_path)).status == "no time left"
+
+
+def test_relative_error_is_the_worst_and_no_number_is_no_error():
+    one = torch.ones(4)
+    assert relative([one, 1.5 * one], [one, one]) == pytest.approx(0.5)
+    assert np.isnan(relative([one * float("nan"), one], [one, one]))
+
+
+# ---- what is said of the results -------------------------------------------------------------------------------------
+
+
+def result(case, name, tflops, ours=True, **more) -> Result:
+    return Result(case, name, ours, ms=1.0, spread=0.0, tflop=tflops / 1e3, tflops=tflops, **more)
+
+
+def test_lines_are_judged_by_the_rows_of_their_case(capsys):
+    rows = [
+        result("tower 32k", "auto, compiled, recompute none", 510.0, peak_gib=39.0),
+        result("tower 32k", "auto, eager, recompute none", 420.0, peak_gib=50.0),
+        result("tower 32k", "auto, compiled, recompute selective", 430.0, peak_gib=15.0),
+        result("tower 32k", "Hugging Face Qwen3-VL tower, sdpa", 255.0, ours=False),
+        result("long row", "32,768 tokens, torch kernels, recompute none", 500.0),
+        result("long row", "131,072 tokens, torch kernels, recompute none", 480.0),
+        result("cross-entropy", "tile by tile", 300.0, extra_gib=0.4),
+        result("moe 32k", "torch kernels, recompute none", 515.0),
+        Result("moe 32k", "Megatron-core, Transformer Engine", False, status="out of memory"),
+    ]
+    gpu_report.print_lines(rows)
+    said = capsys.readouterr().out
+    assert "tower 32k, TFLOP/s: held: 510, at least 500" in said
+    assert "tower 32k, GiB at the peak: held: 39, at most 40" in said
+    assert "tower 32k, times the Hugging Face tower: held: 2, at least 1.9" in said
+    assert "tower 32k, TFLOP/s, recompute selective: MISSED: 430, at least 440" in said
+    assert "long row, time a FLOP, times that of 32,768 tokens: held: 1.042, at most 1.1" in said
+    assert "cross-entropy, GiB beyond input and gradients: held: 0.4, at most 1.5" in said
+    assert "moe 32k, times Megatron-core + Transformer Engine: not run" in said
+    assert "moe 8k, TFLOP/s: not run" in said
+
+
+def test_the_plan_names_every_case_and_runs_nothing(capsys):
+    gpu.main(["--plan"])
+    said = capsys.readouterr().out
+    assert all(case in said for case in gpu.CASES)
+    with pytest.raises(SystemExit):
+        gpu.main(["--case", "nothing"])
+
+
+# ---- tests for a GPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/gpu").glob("test_*.py")), ids=lambda path: path.stem)
+def test_gpu_tests_import(path):
+    importlib.import_module(f"tests.gpu.{path.stem}")
