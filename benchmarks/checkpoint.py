@@ -116,7 +116,7 @@ def ways_to_save(engines, folder: Path):
 
     from train.saving import Saver
 
-    saver = Saver(folder / "tandem", engines, recipe="stage1", keep=1, keep_every=0)
+    saver = Saver(folder / "tandem", engines, recipe="stage1", optimizer="adamw", keep=1, keep_every=0)
     chunks = [*engines.encoder.state(), *engines.llm.state()]
     plain = {f"{engines.grid.rank}/{c.name}/{c.kind}": c.tensor_N for c in chunks}
     sharded = {key: ShardedTensor.from_rank_offsets(key, tensor) for key, tensor in plain.items()}

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 from benchmarks import gpu_measure, gpu_report
-from benchmarks.gpu_measure import Place, Variant
+from benchmarks.gpu_measure import Place, Result, Variant
 from train.flops import device_peak_tflops
 
 LLM = "pip install megatron-core deepspeed; docs/performance.md says how without a network"
@@ -131,7 +131,21 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("torch sees no CUDA device; --device cpu --size toy runs everything at toy size")
     place = here(options)
     introduce(place)
-    results, deadline = [], time.monotonic() + options.seconds
+    results: list[Result] = []
+    try:
+        measure(chosen, place, options, results)
+    finally:  # a lost device also fails to end its world
+        gpu_report.print_table(results)
+        if place.full:
+            gpu_report.print_lines(results)
+        gpu_report.draw(results, options.out / "gpu.png")
+    if wrong := [r for r in results if r.wrong]:
+        sys.exit("\n".join(["error:", *(f"  {r.case}, {r.name}: {r.status}" for r in wrong)]))
+
+
+def measure(chosen: list[str], place: Place, options: argparse.Namespace, results: list[Result]) -> None:
+    """Appends to `results` as they come; a case that cannot go on leaves one that says why, and the next begins."""
+    deadline = time.monotonic() + options.seconds
     with contextlib.ExitStack() as stack:
         for name in chosen:
             print(f"{name}, about {CASES[name].seconds} s on an H200" if place.full else name, flush=True)
@@ -140,12 +154,10 @@ def main(argv: list[str] | None = None) -> None:
                     results.append(result)
             except ModuleNotFoundError as error:
                 print(f"  not here: {error}; {LLM}")
-    gpu_report.print_table(results)
-    if place.full:
-        gpu_report.print_lines(results)
-    gpu_report.draw(results, options.out / "gpu.png")
-    if wrong := [r for r in results if r.wrong]:
-        sys.exit("\n".join(["error:", *(f"  {r.case}, {r.name}: {r.status}" for r in wrong)]))
+            except Exception as error:
+                gpu_measure.log_error(name, options.out)
+                results.append(Result(name, "rows not measured", True, status=gpu_measure.one_line(error)))
+                print(f"  {results[-1].status}")
 
 
 def here(options: argparse.Namespace) -> Place:

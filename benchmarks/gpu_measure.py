@@ -4,6 +4,7 @@ A `Variant` builds its work and hands back one step of it.  The first step is ti
 kernels), two more warm up, then steps are timed one by one until `ROUNDS` are done or the variant's time is up.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -56,8 +57,9 @@ class Work:
 @dataclass(frozen=True)
 class Variant:
     """One row of a table.  build: allocates and returns the work.  error: relative error against a reference at a small
-    size, None where the row is no computation of its own.  needs: modules that must be importable, with how to get
-    them.  ours: ratios are taken against the peers of the same case.  slack: times the error that is let pass."""
+    size, worked out once for all rows that compute alike, None where the row is no computation of its own.  needs:
+    modules that must be importable, with how to get them.  ours: ratios are taken against the peers of the same case.
+    slack: times the error that is let pass."""
 
     case: str
     name: str
@@ -100,7 +102,9 @@ def run_all(variants: Iterable[Variant], place: Place, deadline: float, out: Pat
     with (out / "results.jsonl").open("a") as lines:
         for variant in variants:
             result = Result(variant.case, variant.name, variant.ours)
-            if time.monotonic() > deadline:
+            if not alive(place.device):
+                result.status = "device lost"
+            elif time.monotonic() > deadline:
                 result.status = "no time left"
             else:
                 _guarded(variant, result, place, out)
@@ -112,17 +116,50 @@ def run_all(variants: Iterable[Variant], place: Place, deadline: float, out: Pat
 
 def _guarded(variant: Variant, result: Result, place: Place, out: Path) -> None:
     """Fills the result in, whatever happens."""
-    try:
+    with _status_of_errors(variant, result, out):
         _measure(variant, result, place)
+    with _status_of_errors(variant, result, out):  # after the traceback, which holds tensors; fails on a lost device
+        _release(place)
+
+
+@contextlib.contextmanager
+def _status_of_errors(variant: Variant, result: Result, out: Path) -> Iterator[None]:
+    """Turns what is raised inside into the result's status, unless one before has said what was wrong."""
+    status = "ok"
+    try:
+        yield
     except Missing as missing:
-        result.status = f"not here: {missing}"
+        status = f"not here: {missing}"
     except torch.OutOfMemoryError:
-        result.status = "out of memory"
+        status = "out of memory"
     except Exception as error:  # a row that cannot run must not cost the others
-        with (out / "errors.log").open("a") as log:
-            log.write(f"{variant.case}: {variant.name}\n{traceback.format_exc()}\n")
-        result.status = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    _release(place.device)
+        log_error(f"{variant.case}: {variant.name}", out)
+        status = one_line(error)
+    if result.status == "ok":
+        result.status = status
+
+
+def log_error(heading: str, out: Path) -> None:
+    """Appends the exception that is being handled, with its traceback, to OUT/errors.log."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "errors.log").open("a") as log:
+        log.write(f"{heading}\n{traceback.format_exc()}\n")
+
+
+def one_line(error: Exception) -> str:
+    """Its type, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def alive(device: torch.device) -> bool:
+    """False after a fault that ends a CUDA context, as an illegal access or an assert in a kernel does: every call
+    fails from then on."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return False
+    return True
 
 
 def _measure(variant: Variant, result: Result, place: Place) -> None:
@@ -134,7 +171,8 @@ def _measure(variant: Variant, result: Result, place: Place) -> None:
     torch._dynamo.reset()  # graphs of the rows before
     if variant.error is not None:
         result.error = variant.error()
-        _release(place.device)
+        _release(place)
+        torch._dynamo.reset()  # graphs of the small widths: what is timed is compiled for its own
         limit = variant.slack * place.limit
         if not result.error < limit:
             result.status = f"wrong: off by {result.error:.0e} of the reference, rounding explains {limit:.0e}"
@@ -148,7 +186,7 @@ def _measure(variant: Variant, result: Result, place: Place) -> None:
         torch.cuda.synchronize(place.device)
         torch.cuda.reset_peak_memory_stats(place.device)
     times, begin = [], time.monotonic()
-    while len(times) < (ROUNDS if place.full else 2):
+    while len(times) < (ROUNDS if place.full else 1):
         times.append(seconds(work.step, place.device))
         if time.monotonic() - begin > VARIANT_SECONDS and len(times) >= LEAST:
             break
@@ -186,9 +224,11 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
+def _release(place: Place) -> None:
+    """Gives memory back; a toy's is not worth the search for it."""
+    if place.full:
+        gc.collect()
+    if place.device.type == "cuda":
         torch.cuda.empty_cache()
 
 

@@ -58,6 +58,7 @@ def encoder_row(place: Place, recompute: str) -> Variant:
     llm_width = STAGE.width if place.full else 64
 
     def build() -> Work:
+        gpu_tower.choose(place)
         module = VisionTower(config, llm_width, recompute)
         initialize(module, seed=0)
         engine = EncoderEngine(
@@ -95,7 +96,7 @@ def stage_row(place: Place, world: language.World, recompute: str) -> Variant:
     config, row = (STAGE, ROW) if place.full else (gpu_moe.TOY, 256)
 
     def build() -> Work:
-        gpu_tower.choose_attention("auto", place)
+        gpu_tower.choose(place)
         megatron = transformer_config(config, world.layout, dtype=place.dtype, recompute=recompute, deterministic=False)
 
         def middle(vp_stage, first, last):

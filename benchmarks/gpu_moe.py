@@ -3,17 +3,19 @@
 Legend: T tokens, D width, S places of a sequence, B sequences.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu_measure import Missing, Place, Variant, Work, relative
-from benchmarks.gpu_reference import canonical, plain_layers
-from benchmarks.gpu_tower import HF, RECOMPUTE, TE, choose_attention
-from parallel import compilation
+from benchmarks.gpu_reference import canonical, canonical_hugging_face, plain_layers
+from benchmarks.gpu_tower import HF, RECOMPUTE, TE, choose
 from train.models.llm import LLMConfig
 from train.slices import language
 from train.slices.tower import random_like
@@ -85,39 +87,43 @@ def ours(
     kernels: str = "torch",
     prefix: str = "",
 ) -> Variant:
-    def choose():
-        choose_attention("auto", place)
-        compilation.configure("auto")
-
     def build() -> Work:
-        choose()
+        choose(place)
         built = language.build_language(config, world, place.dtype, tokens, sequence, recompute, kernels)
         return Work(built.step, language.slice_flops(config, tokens, sequence), tokens)
 
     def error() -> float:
-        choose()
-        small = (CHECKED_TOKENS, CHECKED_SEQUENCE)
-        built = language.build_language(CHECKED, world, place.dtype, *small, recompute, kernels)
-        found_T1D = built.forward()
-        found_T1D.backward(built.row.gradient_T1D)
-        row = built.row
-        return stage_error(built.chunk, row.hidden_T1D.flatten(0, 1), row.hidden_T1D.grad, found_T1D, row.gradient_T1D)
+        return our_error(place, world, recompute, kernels)
 
     needs = TE if kernels == "te" else {}
     return Variant(case, f"{prefix}{kernels} kernels, recompute {recompute}", build, error, needs, slack=FLIPS)
 
 
-def stage_error(stage: torch.nn.Module, hidden_TD, hidden_gradient, output, gradient) -> float:
+@functools.cache
+def our_error(place: Place, world: language.World, recompute: str, kernels: str) -> float:
+    choose(place)
+    small = (CHECKED_TOKENS, CHECKED_SEQUENCE)
+    built = language.build_language(CHECKED, world, place.dtype, *small, recompute, kernels)
+    found_T1D = built.forward()
+    found_T1D.backward(built.row.gradient_T1D)
+    row = built.row
+    return stage_error(built.chunk, row.hidden_T1D.flatten(0, 1), row.hidden_T1D.grad, found_T1D, row.gradient_T1D)
+
+
+def stage_error(
+    stage: torch.nn.Module, hidden_TD, hidden_gradient, output, gradient, naming: Callable[[dict], dict] = canonical
+) -> float:
     """Of output and gradients of input, of experts and of all other weights, against `plain_layers`.
 
-    hidden_TD and what follows hold T rows of D in one order.
+    hidden_TD and the three after it hold T rows of D in one order.  naming: gives the stage's tensors the reference's
+    names.
     """
-    tensors = canonical(dict(stage.named_parameters()))
+    tensors = naming(dict(stage.named_parameters()))
     weights = {name: tensor.detach().double().cpu().requires_grad_() for name, tensor in tensors.items()}
     x_TD = hidden_TD.detach().double().cpu().requires_grad_()
     wanted_TD = plain_layers(weights, CHECKED, x_TD, CHECKED_SEQUENCE)
     wanted_TD.backward(gradient.detach().reshape(x_TD.shape).double().cpu())
-    gradients = canonical({name: p.grad for name, p in stage.named_parameters()})
+    gradients = naming({name: p.grad for name, p in stage.named_parameters()})
     found, wanted = [output.reshape(x_TD.shape), hidden_gradient.reshape(x_TD.shape)], [wanted_TD, x_TD.grad]
     for experts in (False, True):
         names = [name for name in weights if (".fc" in name) is experts]
@@ -130,31 +136,42 @@ def stage_error(stage: torch.nn.Module, hidden_TD, hidden_gradient, output, grad
 
 
 def hugging_face(place: Place, case: str, config: LLMConfig, tokens: int, sequence: int, experts: str) -> Variant:
-    """Qwen3-MoE's layers with sdpa; its norm at the end comes on top."""
+    """Qwen3-MoE's layers with sdpa, without the norms that ours lack."""
 
     def build() -> Work:
-        _, step = hugging_face_step(config, tokens, sequence, place.device, place.dtype, experts)
+        stage, hidden_BSD, gradient_BSD = hugging_face_stage(config, place, tokens, sequence, experts)
+
+        def step():
+            run_hugging_face(stage, hidden_BSD).backward(gradient_BSD)
+            hidden_BSD.grad = None
+            stage.zero_grad(set_to_none=True)
+
         return Work(step, language.slice_flops(config, tokens, sequence), tokens)
 
     def error() -> float:
-        small = (CHECKED, CHECKED_TOKENS, CHECKED_SEQUENCE)
-        module, step = hugging_face_step(*small, place.device, place.dtype, experts)
-        exact, exact_step = hugging_face_step(*small, torch.device("cpu"), torch.float64, "eager", module.state_dict())
-        return relative(step(keep=module), exact_step(keep=exact))
+        return hugging_face_error(place, experts)
 
     return Variant(case, f"Hugging Face Qwen3-MoE, {experts} experts", build, error, HF, ours=False, slack=FLIPS)
 
 
-def hugging_face_step(
-    config: LLMConfig,
-    tokens: int,
-    sequence: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    experts: str,
-    weights: dict | None = None,
-) -> tuple[torch.nn.Module, Callable]:
-    """The module, and a step; step(keep=module) returns output and gradients instead of clearing them."""
+@functools.cache
+def hugging_face_error(place: Place, experts: str) -> float:
+    stage, hidden_BSD, gradient_BSD = hugging_face_stage(CHECKED, place, CHECKED_TOKENS, CHECKED_SEQUENCE, experts)
+    output_BSD = run_hugging_face(stage, hidden_BSD)
+    output_BSD.backward(gradient_BSD)
+    several = (hidden_BSD, hidden_BSD.grad, output_BSD, gradient_BSD)
+    naming = functools.partial(canonical_hugging_face, config=CHECKED)
+    return stage_error(stage, *(x.flatten(0, 1) for x in several), naming)
+
+
+def run_hugging_face(stage: torch.nn.Module, hidden_BSD: torch.Tensor) -> torch.Tensor:
+    return stage(inputs_embeds=hidden_BSD, use_cache=False).last_hidden_state
+
+
+def hugging_face_stage(
+    config: LLMConfig, place: Place, tokens: int, sequence: int, experts: str
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """The layers, their input [B, S, D] and the gradient of their output."""
     try:
         from transformers import Qwen3MoeConfig, Qwen3MoeModel
     except ImportError as error:
@@ -171,30 +188,20 @@ def hugging_face_step(
         moe_intermediate_size=config.expert_width,
         norm_topk_prob=True,
         rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
         max_position_embeddings=sequence,
         experts_implementation=experts,
     )
     settings._attn_implementation = "sdpa"
-    with torch.device(device):
-        module = Qwen3MoeModel(settings).to(dtype)
-    language.draw_weights(module, config.init_std)
-    if weights is not None:
-        module.load_state_dict({name: value.cpu() for name, value in weights.items()})
+    with torch.device(place.device):
+        stage = Qwen3MoeModel(settings).to(place.dtype)
+    stage.norm = torch.nn.Identity()
+    for layer in stage.layers:  # theirs normalise queries and keys of every head, ours do not
+        layer.self_attn.q_norm = layer.self_attn.k_norm = torch.nn.Identity()
+    language.draw_weights(stage, config.init_std)
     shape = (tokens // sequence, sequence, config.width)
-    hidden_BSD = random_like(shape, torch.device("cpu"), dtype).to(device).requires_grad_()
-    gradient_BSD = random_like(shape, torch.device("cpu"), dtype, seed=2).to(device)
-
-    def step(keep: torch.nn.Module | None = None):
-        output_BSD = module(inputs_embeds=hidden_BSD, use_cache=False).last_hidden_state
-        output_BSD.backward(gradient_BSD)
-        if keep is not None:
-            flat = torch.cat([p.grad.double().cpu().flatten() for p in keep.parameters() if p.grad is not None])
-            return output_BSD, hidden_BSD.grad, flat
-        hidden_BSD.grad = None
-        module.zero_grad(set_to_none=True)
-        return None
-
-    return module, step
+    hidden_BSD, gradient_BSD = (random_like(shape, place.device, place.dtype, seed) for seed in (1, 2))
+    return stage, hidden_BSD.requires_grad_(), gradient_BSD
 
 
 def megatron(
@@ -214,22 +221,37 @@ def megatron(
         return Work(step, language.slice_flops(config, tokens, sequence), tokens)
 
     def error() -> float:
-        stage, hidden_SBD, gradient_SBD = megatron_stage(
-            CHECKED, world, place.dtype, CHECKED_TOKENS, CHECKED_SEQUENCE, fused
-        )
-        output_SBD = run_stage(stage, hidden_SBD)
-        output_SBD.backward(gradient_SBD)
-        several = (hidden_SBD, hidden_SBD.grad, output_SBD, gradient_SBD)
-        return stage_error(stage, *(x.transpose(0, 1).reshape(CHECKED_TOKENS, -1) for x in several))
+        return megatron_error(place, world, fused)
 
     name = "Megatron-core, Transformer Engine" if fused else "Megatron-core, local spec"
     return Variant(case, name, build, error, TE if fused else {}, ours=False, slack=FLIPS)
 
 
+@functools.cache
+def megatron_error(place: Place, world: language.World, fused: bool) -> float:
+    small = (CHECKED_TOKENS, CHECKED_SEQUENCE)
+    stage, hidden_SBD, gradient_SBD = megatron_stage(CHECKED, world, place.dtype, *small, fused)
+    output_SBD = run_stage(stage, hidden_SBD)
+    output_SBD.backward(gradient_SBD)
+    several = (hidden_SBD, hidden_SBD.grad, output_SBD, gradient_SBD)
+    return stage_error(stage, *(x.transpose(0, 1).reshape(CHECKED_TOKENS, -1) for x in several))
+
+
 def foreign_cudnn() -> str:
-    """Paths of cuDNN libraries of this process beside those that came with torch."""
-    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudnn" in line}
-    return ", ".join(sorted(path for path in paths if "site-packages/nvidia/" not in path))
+    """Paths of cuDNN libraries of this process beside those that came with torch, in a package of their own or in its
+    folder."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "libcudnn" in line}
+    homes = list(torch.__path__)
+    with contextlib.suppress(ModuleNotFoundError):
+        homes += importlib.import_module("nvidia.cudnn").__path__
+    return ", ".join(sorted(outside(paths, homes)))
+
+
+def outside(paths: Iterable[str], folders: Iterable[str]) -> list[str]:
+    """Those that lie in none of the folders, links followed."""
+    homes = [Path(folder).resolve() for folder in folders]
+    return [path for path in paths if not any(Path(path).resolve().is_relative_to(home) for home in homes)]
 
 
 def run_stage(stage, hidden_SBD: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,26 @@ def canonical(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
+def canonical_hugging_face(tensors: Mapping[str, torch.Tensor], config: "LLMConfig") -> dict[str, torch.Tensor]:
+    """Tensors of Hugging Face's Qwen3-MoE by the same naming; queries, keys and values joined by group."""
+    found = {}
+    for layer in range(config.layers):
+        w = {name.removeprefix(f"layers.{layer}."): value for name, value in tensors.items()}
+        by_group = (w[f"self_attn.{part}_proj.weight"].unflatten(0, (config.kv_heads, -1)) for part in "qkv")
+        named = {
+            "linear_qkv": torch.cat(list(by_group), dim=1).flatten(0, 1),
+            "linear_proj": w["self_attn.o_proj.weight"],
+            "input_layernorm": w["input_layernorm.weight"],
+            "pre_mlp_layernorm": w["post_attention_layernorm.weight"],
+            "mlp.router": w["mlp.gate.weight"],
+        }
+        for number in range(config.num_experts):
+            named[f"fc1.{number}"] = w["mlp.experts.gate_up_proj"][number]
+            named[f"fc2.{number}"] = w["mlp.experts.down_proj"][number]
+        found |= {f"{layer}.{name}": tensor for name, tensor in named.items()}
+    return found
+
+
 def plain_layers(weights: Mapping[str, torch.Tensor], config: "LLMConfig", x_TD: torch.Tensor, sequence: int):
     """Hidden states after all layers, [T, D]: RMSNorm, rotary grouped-query attention, top-k experts of SwiGLU."""
     segments = Segments.of([sequence] * (len(x_TD) // sequence))

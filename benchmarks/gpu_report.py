@@ -145,21 +145,17 @@ def shown(case: str) -> list[tuple[str, str]]:
 def draw(results: list[Result], out: Path) -> None:
     """Bars of TFLOP/s, or of milliseconds where a case counts no FLOPs; of memory, GiB; ours dark, peers light."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print("no picture: matplotlib is not installed: pip install matplotlib")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = {case: [r for r in rows if r.status == "ok"] for case, rows in by_case(results).items()}
     cases = {case: rows for case, rows in cases.items() if rows}
     if not cases:
         return
     heights = [len(rows) + 1 for rows in cases.values()]
-    figure, axes = pyplot.subplots(
-        len(cases), 1, figsize=(9, 0.6 + 0.3 * sum(heights)), squeeze=False, height_ratios=heights
-    )
+    figure = Figure(figsize=(9, 0.6 + 0.3 * sum(heights)))
+    axes = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)
     for axis, (case, rows) in zip(axes[:, 0], cases.items(), strict=True):
         field, unit = next((f, u) for f, u in shown(case) if all(getattr(r, f) for r in rows))
         values = [getattr(r, field) for r in rows]

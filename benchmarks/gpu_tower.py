@@ -3,6 +3,7 @@
 Legend: N patches, P values a patch, D width, I images.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,6 +32,12 @@ def choose_attention(backend: str, place: Place) -> None:
         attention.choose(backend, place.device, place.dtype)
     except ValueError as error:
         raise Missing(str(error)) from error
+
+
+def choose(place: Place, backend: str = "auto", compiled: bool = True) -> None:
+    """Attention's backend and compilation, where the device compiles, for this process; a run's if nothing is given."""
+    choose_attention(backend, place)
+    compilation.configure("auto" if compiled else "never")
 
 
 def packs(place: Place) -> dict[str, tower.Pack]:
@@ -70,25 +77,22 @@ def config_of(place: Place) -> ViTConfig:
 def ours(place: Place, case: str, pack: tower.Pack, backend: str, compiled: bool, recompute: str) -> Variant:
     config = config_of(place)
 
-    def choose():
-        choose_attention(backend, place)
-        compilation.configure("auto" if compiled else "never")
-
     def build() -> Work:
-        choose()
+        choose(place, backend, compiled)
         built = tower.build_tower(config, pack, place.device, place.dtype, recompute)
         return Work(built.step, flops=pack.flops(config), tokens=pack.patches)
 
     def error() -> float:
-        choose()
-        return tower_error(place, recompute)
+        return tower_error(place, backend, compiled, recompute)
 
     name = f"{backend}, {'compiled' if compiled else 'eager'}, recompute {recompute}"
     return Variant(case, name, build, error, BACKEND_NEEDS.get(backend, {}))
 
 
-def tower_error(place: Place, recompute: str) -> float:
+@functools.cache
+def tower_error(place: Place, backend: str, compiled: bool, recompute: str) -> float:
     """Of features and gradients of a small tower, against a dense one in fp64."""
+    choose(place, backend, compiled)
     pack = CHECKED_PACK
     vit = tower.build_vit(CHECKED).to(place.device, place.dtype)
     dense = tower.build_vit(CHECKED).to(place.dtype).double()
@@ -114,7 +118,11 @@ def flat_gradient(module: torch.nn.Module) -> torch.Tensor:
 
 
 def peer(place: Place, case: str, pack: tower.Pack) -> Variant:
-    """Hugging Face's Qwen3-VL tower of the same size, without merger and deep features, with sdpa."""
+    """Hugging Face's Qwen3-VL tower of the same size, without merger and deep features, with sdpa.
+
+    Two things of its own are timed and not counted: it adds positions that it interpolates from a table, and with sdpa
+    every block reads the lengths of the images on the host (`lengths.tolist()`), which waits for the device.
+    """
     config = config_of(place)
 
     def build() -> Work:
@@ -129,11 +137,17 @@ def peer(place: Place, case: str, pack: tower.Pack) -> Variant:
         return Work(train_step, flops=pack.flops(config), tokens=pack.patches)
 
     def error() -> float:
-        module, step = peer_step(CHECKED, CHECKED_PACK, place.device, place.dtype)
-        exact, exact_step = peer_step(CHECKED, CHECKED_PACK, torch.device("cpu"), torch.float64, module.state_dict())
-        return relative((step(), flat_gradient(module)), (exact_step(), flat_gradient(exact)))
+        return peer_error(place)
 
     return Variant(case, "Hugging Face Qwen3-VL tower, sdpa", build, error, HF, ours=False)
+
+
+@functools.cache
+def peer_error(place: Place) -> float:
+    """Of features and gradients of a small one, against itself in fp64."""
+    module, step = peer_step(CHECKED, CHECKED_PACK, place.device, place.dtype)
+    exact, exact_step = peer_step(CHECKED, CHECKED_PACK, torch.device("cpu"), torch.float64, module.state_dict())
+    return relative((step(), flat_gradient(module)), (exact_step(), flat_gradient(exact)))
 
 
 def peer_step(

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
-from launch.pretrain import read_config
+from launch.pretrain import RECIPES, read_config
 from train import checkpoint
 from train.config import Config
 from train.feed import AgreedError
@@ -135,18 +136,25 @@ def settings_of(path: Path, overrides: list[str]) -> Config:
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: the settings of the run that wrote {path} are needed")
     try:
-        settings = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(saved))
+        settings = OmegaConf.merge(OmegaConf.structured(Config), *_defaults(), OmegaConf.load(saved))
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{saved} cannot be used: {str(error).splitlines()[0]}") from error
     for key in ONE_PROCESS:
         settings.parallel[key] = 1
     settings.parallel.etp = settings.parallel.balance_group_size = None
+    settings.train.recompute = "none"
     _score_once(settings.data.sources, overrides)
     try:
         settings.merge_with_dotlist(overrides)
     except Exception as error:
         raise ValueError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from error
     return read_config(settings)
+
+
+def _defaults() -> Iterator[DictConfig]:
+    """Values of settings that are newer than a run, and so missing in what it wrote down."""
+    for group, name in (("parallel", "default"), ("optim", "adamw")):
+        yield OmegaConf.create({group: OmegaConf.load(RECIPES / group / f"{name}.yaml")})
 
 
 def _score_once(sources: DictConfig, overrides: list[str]) -> None:

@@ -6,6 +6,7 @@ Exit codes of a rank: 0 finished, 85 stopped on request with a checkpoint, anyth
 
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -16,6 +17,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from train.config import Config
 from train.feed import AgreedError
 from train.stopping import STOPPED
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 # Names alone: `read_config` checks types. A typed dictionary would not take +data.sources.NAME.shards=[...].
 ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config)))
@@ -40,7 +43,7 @@ def one_sentence(error: CompactHydraException) -> str:
     return " ".join(" ".join(line for line in said.splitlines() if not line.startswith("To append")).split())
 
 
-@hydra.main(version_base="1.3", config_path="../recipes", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")
 def main(settings: DictConfig) -> None:
     from train.loop import run
 

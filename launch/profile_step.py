@@ -3,12 +3,12 @@
     python launch/profile_step.py tower                        a pack of images through the vision tower, with AdamW
     python launch/profile_step.py moe --tokens 32768           rows of tokens through four MoE layers and back
     python launch/profile_step.py run +recipe=stage1 scale=toy train.steps=10
-    python launch/profile_step.py summarise runs/profile/tower/trace.json
+    python launch/profile_step.py summarise runs/profile/tower/trace.json.gz
 
-The first three write OUT/trace.json, which Perfetto and chrome://tracing open, OUT/floors.json and OUT/summary.md.
+The first three write OUT/trace.json.gz, which Perfetto and chrome://tracing open, OUT/floors.json and OUT/summary.md.
 Floors are FLOPs at the rate of one large matrix product, and bytes at that of one large copy, both measured here; `run`
 profiles a whole training run in one process, its start-up included, and has none.  `summarise` reads any Chrome trace,
-and the floors beside it where there are some.
+packed by gzip or not, and the floors beside it where there are some.
 """
 
 import argparse
@@ -21,9 +21,12 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from launch.trace_summary import longest, read_trace, summarise, table
 
 WARM = 3
+TRACE = "trace.json.gz"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         out = options.out or Path("runs/profile") / options.what
         out.mkdir(parents=True, exist_ok=True)
         PROFILED[options.what](options, out)
-        text = report(out / "trace.json")
+        text = report(out / TRACE)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     (out / "summary.md").write_text(text + "\n")
@@ -111,7 +114,7 @@ def run(options: argparse.Namespace, out: Path) -> None:
         config = read_config(compose("config", overrides=options.rest))
     with profile(activities=activities()) as profiler:
         train(config)
-    profiler.export_chrome_trace(str(out / "trace.json"))
+    profiler.export_chrome_trace(str(out / TRACE))
     write_floors(out, config.train.steps, {})
 
 
@@ -141,7 +144,7 @@ def record(step: Callable[[], None], device: torch.device, steps: int, out: Path
         for _ in range(steps):
             step()
         synchronize(device)
-    profiler.export_chrome_trace(str(out / "trace.json"))
+    profiler.export_chrome_trace(str(out / TRACE))
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,13 +5,16 @@ With kernels in the trace their times count, and what lies between the first and
 idle; without, those of the CPU's operations, each without the operations that it calls.
 """
 
+import gzip
 import json
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+GZIP = b"\x1f\x8b"
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 # In this order; the first that is found anywhere in the name.
@@ -139,9 +142,10 @@ def longest(summary: Summary, steps: int, count: int = 15) -> str:
 
 
 def read_trace(path: Path) -> list[dict]:
-    """Events of a Chrome trace.  Raises ValueError for a file that is none."""
+    """Events of a Chrome trace, packed by gzip or not.  Raises ValueError for a file that is none."""
+    content = path.read_bytes()
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(gzip.decompress(content) if content.startswith(GZIP) else content)
         return found["traceEvents"] if isinstance(found, dict) else found
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is no Chrome trace: {error}") from error

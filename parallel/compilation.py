@@ -70,21 +70,30 @@ def by_rows(function: Callable) -> Callable:
     It takes a module and tensors, of which those that have as many rows as the first (in the first dimension, or in the
     second of two) may have any number of rows without a compilation of its own.
     """
-    compiled = _compiled(function)
 
     def call(module: nn.Module, first_N: torch.Tensor, *others: torch.Tensor | None):
         for tensor in (first_N, *others):
             if tensor is not None:
                 torch._dynamo.mark_dynamic(tensor, 0 if len(tensor) == len(first_N) else 1)
-        return compiled(module, first_N, *others)
+        return compiled(function)(module, first_N, *others)
 
     return call
 
 
+def compiled(function: Callable) -> Callable:
+    """`function` compiled, once a process, into a graph for every size but those that are marked dynamic.
+
+    Of its own accord the compiler would take a second width for a reason to make all widths unknown, and slow.
+    """
+    # here and not once, because a thread of torch 2.13 (autograd's is one) has settings of its own
+    if torch._dynamo.config.recompile_limit < GRAPHS:
+        torch._dynamo.config.recompile_limit = GRAPHS
+    return _compiled(function)
+
+
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    return torch.compile(function, fullgraph=True, backend=_backend)
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=_backend)
 
 
 @functools.cache

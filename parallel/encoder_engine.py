@@ -32,7 +32,7 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from parallel import optimizers
-from parallel.encoder_state import EncoderState
+from parallel.encoder_state import EncoderState, instead_of_waiting
 
 ZERO_SUPPORTED_OPTIMIZERS.append(optimizers.Lamb)  # the others it knows
 
@@ -138,12 +138,12 @@ class EncoderEngine:
         if self._backwards:
             self._reduce()
             for part, gradients in zip(self._part_of_group, self._gradients(), strict=True):
-                norms = torch._foreach_norm(list(gradients), dtype=torch.float64)
+                norms = torch._foreach_norm(gradients, dtype=torch.float64)
                 squares[part] += torch.stack(norms).square().sum()
         return squares * self._world**2
 
     @torch.no_grad()
-    def step(self, scale: torch.Tensor | float) -> None:
+    def step(self, scale: float) -> None:
         """Multiplies all gradients by `scale`, updates the weights and their average and clears the gradients.
 
         Without any gradient given to `backward` since the last step nothing changes.
@@ -152,7 +152,7 @@ class EncoderEngine:
             return
         self._reduce()
         gradients = [_flat(pieces) for pieces in self._gradients()]
-        torch._foreach_mul_(gradients, scale * self._world)
+        torch._foreach_mul_(gradients, scale * self._world)  # in DeepSpeed's own memory; `discard` clears that
         self._state.update(gradients)
         self.discard()
 
@@ -188,18 +188,12 @@ class EncoderEngine:
         if self._device.type != "cuda" or self._stage == 1:
             yield
             return
-        name = "reduction_stream" if self._stage == 2 else "reduce_and_partition_stream"
-        reductions, accelerator = getattr(self._zero, name), deepspeed.get_accelerator()
-
-        def wait(device_index=None):
-            torch.cuda.current_stream().wait_stream(reductions)
-
-        waits_on = accelerator if self._stage == 2 else reductions  # whose `synchronize` the end of a backward calls
-        waits_on.synchronize = wait
-        try:
+        if self._stage == 2:
+            reductions, waits_on = self._zero.reduction_stream, deepspeed.get_accelerator()
+        else:
+            reductions = waits_on = self._zero.reduce_and_partition_stream
+        with instead_of_waiting(waits_on, lambda: torch.cuda.current_stream().wait_stream(reductions)):
             yield
-        finally:
-            del waits_on.synchronize
 
     def _reduce(self) -> None:
         """Finishes what an accumulation boundary finishes in DeepSpeed: the mean over ranks, sharded over them."""
@@ -355,8 +349,17 @@ def _computed(tower: nn.Module, inputs: tuple, outputs: Any) -> Any:
 
 
 def _flat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All entries, in order; a single piece without a copy."""
-    return pieces[0].flatten() if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
+    """All entries, in order: the pieces' own memory where they lie there one after the other, else a copy.
+
+    DeepSpeed has one flat buffer a group at stages 1 and 2 with bf16 weights, and one for all groups at stage 3; at
+    stages 1 and 2 with fp32 weights a piece may lie anywhere.
+    """
+    first, memory = pieces[0], pieces[0].untyped_storage().data_ptr()
+    begins = [piece.data_ptr() for piece in pieces]
+    ends = [piece.data_ptr() + piece.nbytes for piece in pieces]
+    if begins[1:] == ends[:-1] and all(p.is_contiguous() and p.untyped_storage().data_ptr() == memory for p in pieces):
+        return first.as_strided((sum(piece.numel() for piece in pieces),), (1,))
+    return torch.cat([piece.flatten() for piece in pieces])
 
 
 def _several(tensors: torch.Tensor | Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:

@@ -12,6 +12,7 @@ the host; `update` does without.
 Written, as `encoder_engine.py` is, against DeepSpeed 0.19.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -178,7 +179,13 @@ class EncoderState:
         for group in range(len(self._masters)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if self._zero.persistent_parameters:
-            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+            # the current stream waits for these gathers; DeepSpeed has the host wait for the device as well
+            with instead_of_waiting(deepspeed.get_accelerator(), lambda: None):
+                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+        # what the current stream has written is read by gathers on a stream of their own; there is none on a CPU
+        gathers = self._zero.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+        if gathers is not None:
+            gathers.wait_stream(torch.cuda.current_stream())
 
     def _find_masters(self) -> list[torch.Tensor]:
         if self._stage == 3:
@@ -208,14 +215,25 @@ class EncoderState:
                 continue
             _, mine_N = self._mine(index, parameter, "param")
             if mine_N.numel():
-                master = next(m for m in self._masters if _same_memory(m, mine_N))
+                master = next(m for m in self._masters if _holds(m, mine_N))
                 begin = (mine_N.data_ptr() - master.data_ptr()) // master.element_size()
                 runs[master].append(optimizers.Run(index, begin, mine_N.numel()))
         return runs
 
 
-def _same_memory(whole: torch.Tensor, part: torch.Tensor) -> bool:
-    return whole.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+@contextlib.contextmanager
+def instead_of_waiting(waits_on: Any, order: Callable[[], None]) -> Iterator[None]:
+    """Calls `order`, which puts streams in order, where DeepSpeed calls `waits_on.synchronize` and stops the host."""
+    waits_on.synchronize = lambda device_index=None: order()
+    try:
+        yield
+    finally:
+        del waits_on.synchronize
+
+
+def _holds(whole_N: torch.Tensor, part_M: torch.Tensor) -> bool:
+    """Whether a part begins in the memory of a whole, which may itself be part of a buffer shared with others."""
+    return whole_N.data_ptr() <= part_M.data_ptr() < whole_N.data_ptr() + whole_N.nbytes
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

@@ -36,6 +36,8 @@ def refusal(device: torch.device, width: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major not in (9, 10, 11, 12):
         return f"it has no backward for compute capability {major}.{minor}"
+    if major == 12 and torch.are_deterministic_algorithms_enabled():
+        return f"it has no deterministic backward for compute capability {major}.{minor}"
     widest = 256 if major == 9 else 128
     if width % 8 or width > widest:
         return f"head width {width} is not a multiple of 8 up to {widest}"

@@ -26,7 +26,6 @@ def fused(function: Callable) -> Callable:
     It takes tensors, the first of them on the device that decides; the first dimension of each (tokens) may have any
     length without a compilation of its own.
     """
-    compiled = functools.cache(lambda: torch.compile(function))  # importing the compiler takes a second
 
     @functools.wraps(function)
     def call(*tensors):
@@ -34,9 +33,15 @@ def fused(function: Callable) -> Callable:
             return function(*tensors)
         for tensor in tensors:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled()(*tensors)
+        return compilation.compiled(function)(*tensors)
 
     return call
+
+
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in this dtype.  For the last line of an autograd function's forward that is compiled: there a conversion that
+    changes nothing makes torch 2.11 lose the gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def rms_norm(x_SD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:

@@ -165,7 +165,7 @@ class LLMEngine:
         return torch.stack(torch._foreach_norm(gradients, dtype=torch.float64)).square().sum()
 
     @torch.no_grad()
-    def step(self, scale: torch.Tensor | float) -> None:
+    def step(self, scale: float) -> None:
         """Multiplies the gradients that `squared_grad_norm` prepared by `scale`, updates, clears."""
         if not self.trainable:
             return

@@ -79,7 +79,8 @@ class Lamb(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """One update of all shards from their gradients, after `create_state` and `place` (collective over the ranks).
 
-        One all-reduce of two numbers a parameter; nothing waits for the device.
+        Overwrites the gradients with the updates, which are all needed before the first is applied.  One all-reduce of
+        two numbers a parameter; nothing waits for the device.
         """
         updates = [self._update(group) for group in self.param_groups]
         self._adapt(updates)
@@ -87,7 +88,7 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_add_(group["params"], of_group, alpha=-group["lr"])
 
     def _update(self, group: dict) -> list[torch.Tensor]:
-        """Moves the moments of a group; AdamW's update of each of its shards, as the formula above has it."""
+        """Moves the moments of a group; AdamW's update of each shard, as the formula above has it, in its gradient."""
         group["step"] += 1
         beta1, beta2 = group["betas"]
         shards = group["params"]
@@ -100,10 +101,11 @@ class Lamb(torch.optim.Optimizer):
         scales = torch._foreach_sqrt(squares)
         torch._foreach_div_(scales, math.sqrt(1 - beta2 ** group["step"]))
         torch._foreach_add_(scales, group["eps"])
-        updates = torch._foreach_div(means, scales)
-        torch._foreach_div_(updates, 1 - beta1 ** group["step"])
-        torch._foreach_add_(updates, shards, alpha=group["weight_decay"])
-        return updates
+        torch._foreach_copy_(gradients, means)
+        torch._foreach_div_(gradients, scales)
+        torch._foreach_div_(gradients, 1 - beta1 ** group["step"])
+        torch._foreach_add_(gradients, shards, alpha=group["weight_decay"])
+        return gradients
 
     def _adapt(self, updates: list[list[torch.Tensor]]) -> None:
         """Multiplies runs of updates by |w| / |u| of their whole parameters; by 1 where either is 0."""

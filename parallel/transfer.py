@@ -23,7 +23,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
     On CUDA from pinned memory (see `pinned`) without waiting; on the CPU the value itself.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return value
     return _mapped(value, lambda tensor: tensor.to(device, non_blocking=True), {})
 

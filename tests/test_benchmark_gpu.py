@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
-from benchmarks import gpu, gpu_memory, gpu_report
+from benchmarks import gpu, gpu_memory, gpu_moe, gpu_report
 from benchmarks.gpu_measure import Missing, Place, Result, Variant, Work, relative, run_all
 from tests.support import ROOT
 from train.flops import causal_pairs, encoder_flops, llm_flops
@@ -101,6 +101,56 @@ def test_no_row_stops_the_next(tmp_path):
     assert "kernel not for this device" in (tmp_path / "errors.log").read_text()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
     assert next(run_all([rows[-1]], CPU, time.monotonic() - 1, tmp_path)).status == "no time left"
+
+
+def test_rows_after_a_lost_device_say_so(tmp_path, monkeypatch):
+    """A CUDA context that ended, from here: every call raises."""
+    faults = []
+
+    def call(*_):
+        if faults:
+            raise faults[0]
+
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, call)
+
+    def lose():
+        faults.append(torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"))
+        call()
+
+    cuda = Place(torch.device("cuda", 0), torch.bfloat16, full=True, peak_tflops=1.0)
+    rows = [
+        Variant("case", name, build) for name, build in (("fine", fine), ("lost", lambda: Work(lose)), ("next", fine))
+    ]
+    results = list(run_all(rows, cuda, time.monotonic() + 100, tmp_path))
+    assert [result.status for result in results] == [
+        "ok", "AcceleratorError: CUDA error: an illegal memory access was encountered", "device lost"
+    ]  # fmt: skip
+    assert [result.wrong for result in results] == [False, True, True]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_no_case_stops_the_next_and_what_was_measured_is_told(tmp_path, monkeypatch, capsys):
+    def broken(place, stack):
+        stack.callback(fails(RuntimeError("cannot end")))
+        yield Variant("one", "before", fine)
+        raise RuntimeError("no more\nrows")
+
+    monkeypatch.setattr(gpu, "CASES", {"one": gpu.Case(1, broken), "two": gpu.Case(1, lambda *_: iter([last]))})
+    last = Variant("two", "after", fine)
+    with pytest.raises(RuntimeError, match="cannot end"):
+        gpu.main(["--device", "cpu", "--size", "toy", "--out", str(tmp_path)])
+    table = capsys.readouterr().out.partition("x time")[2]
+    assert all(words in table for words in ("before", "after", "rows not measured", "RuntimeError: no more"))
+    assert (tmp_path / "gpu.png").stat().st_size > 1000
+    assert "no more" in (tmp_path / "errors.log").read_text()
+
+
+def test_cudnn_is_foreign_outside_the_folders_of_torch_and_its_package(tmp_path):
+    (tmp_path / "site/nvidia/cudnn/lib").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "site/nvidia/cudnn")
+    paths = [f"{tmp_path}/site/nvidia/cudnn/lib/libcudnn.so.9", f"{tmp_path}/site/nvidia/cudnn2/libcudnn.so.9"]
+    assert gpu_moe.outside(paths, [f"{tmp_path}/link"]) == paths[1:]
 
 
 def test_relative_error_is_the_worst_and_no_number_is_no_error():

@@ -40,8 +40,8 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", t
 class TrainState:
     """Everything of a run that is not a tensor.
 
-    step: steps done.  data: position in the stream.  optimizer_steps: Adam's counts, by engine.  recipe, layout: of the
-    run that saved.  extra: what guards and counters want to find again, as JSON.
+    step: steps done.  data: position in the stream.  optimizer_steps: Adam's counts, by engine.  recipe, layout,
+    optimizer: of the run that saved.  extra: what guards and counters want to find again, as JSON.
     """
 
     step: int
@@ -50,6 +50,7 @@ class TrainState:
     recipe: str
     layout: dict[str, int] = field(default_factory=dict)
     extra: dict = field(default_factory=dict)
+    optimizer: str = "adamw"
 
 
 def layout_of(layout: Layout) -> dict[str, int]:

@@ -13,7 +13,7 @@ from parallel.optimizers import NAMES as OPTIMIZERS
 from train.config import Config
 from train.models.blocks import RECOMPUTE
 from train.models.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
-from train.models.llm_spec import choose_kernels
+from train.models.llm_spec import KERNELS, choose_kernels
 
 LANGUAGE_PARTS = ("encoder", "adapter", "llm")
 VISION_PARTS = {
@@ -162,6 +162,7 @@ def _check_choices(config: Config) -> None:
         ("train.precision", config.train.precision, ("fp32", "bf16")),
         ("optim.name", config.optim.name, OPTIMIZERS),
         ("parallel.attention", config.parallel.attention, ATTENTION),
+        ("parallel.kernels", config.parallel.kernels, KERNELS),
         ("optim.schedule", config.optim.schedule, ("cosine", "constant")),
         ("logger.wandb", config.logger.wandb, ("offline", "online", "disabled")),
     )

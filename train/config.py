@@ -200,7 +200,7 @@ class LoggerConfig:
 @dataclass
 class WatchdogConfig:
     """timeout_s: silence of a rank inside a step after which the run is aborted, 0 for no watchdog; longer than any
-    phase of a step.  patience_s: the same until the first step is done, while a checkpoint is written or loaded, and in
+    step.  patience_s: the same until the first step is done, while a checkpoint is written or loaded, and in
     evaluations."""
 
     timeout_s: float

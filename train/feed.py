@@ -220,8 +220,7 @@ class Feed:
         if whole and (failed or stopped or odd):
             images.release()
         if failed:
-            sentences = [sentence for sentence in self._tell(error) if sentence]
-            raise AgreedError("; ".join(dict.fromkeys(sentences)))
+            raise self._agreed(error)
         if odd:
             raise AgreedError(f"ranks {odd} planned step {reading.plan.step} differently from rank 0")
         if stopped:
@@ -232,10 +231,27 @@ class Feed:
             self._drop(prepared, text, failures)
         self._check_rate(prepared)
         prepared.text = self._division.complete(reading.plan, reading.share, text)
-        prepared.batch = self._compose(prepared)
-        if self._grid.device.type == "cuda":
-            prepared.batch = pinned(prepared.batch)
+        error = self._make_batch(prepared)
+        failed = torch.tensor([error is not None], dtype=torch.int32)
+        dist.all_reduce(failed, group=self._grid.control)
+        if failed:
+            prepared.release()
+            raise self._agreed(error)
         return prepared
+
+    def _make_batch(self, prepared: PreparedStep) -> str | None:
+        """Composes the batch, pinned for CUDA; a sentence where that fails."""
+        try:
+            batch = self._compose(prepared)
+            prepared.batch = pinned(batch) if self._grid.device.type == "cuda" else batch
+        except Exception as caught:
+            return self._say(caught)
+        return None
+
+    def _agreed(self, error: str | None) -> AgreedError:
+        """What failed on any rank, on all of them (collective on the control group)."""
+        sentences = [sentence for sentence in self._tell(error) if sentence]
+        return AgreedError("; ".join(dict.fromkeys(sentences)))
 
     def _drop(self, prepared: PreparedStep, text: RowBatch, failures: dict[int, Failure]) -> None:
         """Takes the samples that any rank could not read out of the loss, on every rank."""

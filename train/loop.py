@@ -86,7 +86,7 @@ def run_in_world(
     heartbeat.beat("build")
     stage = build_stage(config, layout, device, data)
     keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
-    saver = Saver(places.folder, stage.engines, recipe=config.recipe, **keep)
+    saver = Saver(places.folder, stage.engines, recipe=config.recipe, optimizer=config.optim.name, **keep)
     heartbeat.beat("restore")
     position, told = restore(config, stage, data, start, saver, places)
     logger = Logger(config, places, stage.engines.grid.rank, position)

@@ -45,7 +45,7 @@ class StepMetrics:
         self._skipped += len(prepared.skipped)
         return {
             "step": step,
-            "loss": facts.loss,
+            "loss": output.loss,
             "lr": lr,
             "grad_norm": output.grad_norm,
             **{f"grad_norm_{part}": norm for part, norm in output.part_norms.items()},

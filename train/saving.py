@@ -44,8 +44,8 @@ class Saver:
     Needs the loop's discipline: all ranks call the same methods in the same order.
     """
 
-    def __init__(self, folder: Path, engines: Engines, *, recipe: str, keep: int, keep_every: int):
-        self._folder, self._engines, self._recipe = folder, engines, recipe
+    def __init__(self, folder: Path, engines: Engines, *, recipe: str, optimizer: str, keep: int, keep_every: int):
+        self._folder, self._engines, self._recipe, self._optimizer = folder, engines, recipe, optimizer
         self._keep, self._keep_every = keep, keep_every
         self._group, self._rank = engines.grid.saving, engines.grid.rank
         numel = sum(chunk.tensor_N.numel() for chunk in self._chunks()[0])
@@ -82,6 +82,7 @@ class Saver:
             recipe=self._recipe,
             layout=checkpoint.layout_of(self._engines.grid.layout),
             extra=json.loads(json.dumps(extra or {})),
+            optimizer=self._optimizer,
         )
         if self._engines.grid.device.type == "cuda":
             torch.cuda.synchronize()

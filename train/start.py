@@ -102,6 +102,8 @@ def restore(
         if wrong := verify_together(start.path, stage.engines):
             raise ValueError(f"checkpoint.load_from={config.checkpoint.load_from}: {'; '.join(wrong)}")
         wanted = config.checkpoint
+        if wanted.load_optimizer:
+            _check_optimizer(config, "checkpoint.load_optimizer=true", start.path, start.state)
         if wanted.load_optimizer and (new := set(config.train.trainable) - start.modules):
             raise ValueError(
                 f"checkpoint.load_optimizer=true, but checkpoint {start.path} of recipe {start.state.recipe} has no "
@@ -124,6 +126,7 @@ def go_back(config: Config, stage: Stage, data: Data, path: Path, rollbacks: lis
             f"checkpoint.resume=true, but {path} is of recipe {state.recipe}, not {config.recipe}; "
             "start from it with checkpoint.load_from and another run.dir"
         )
+    _check_optimizer(config, "checkpoint.resume=true", path, state)
     checkpoint.load(reader, stage.engines, optimizer=True)
     checkpoint.restore_random(reader, stage.engines)
     stage.load_tensors(reader.recipe_tensors())
@@ -132,3 +135,11 @@ def go_back(config: Config, stage: Stage, data: Data, path: Path, rollbacks: lis
     data.stream.load_state(position)
     record = Record.of(state.extra["guard"]) if "guard" in state.extra else Record()
     return Position(state.step, position, record, path)
+
+
+def _check_optimizer(config: Config, asked: str, path: Path, state: checkpoint.TrainState) -> None:
+    if state.optimizer != config.optim.name:
+        raise ValueError(
+            f"{asked}, but the moments of {path} are of optim.name={state.optimizer}, not {config.optim.name}; "
+            f"set optim={state.optimizer}"
+        )

@@ -58,7 +58,7 @@ def pass_on(overrides, source, folder):
     config, engines, _, _ = build_run("stage1", overrides, steps=0)
     reader = checkpoint.Reader(source)
     checkpoint.load(reader, engines, optimizer=True)
-    saver = Saver(folder, engines, recipe=config.recipe, keep=1, keep_every=0)
+    saver = Saver(folder, engines, recipe=config.recipe, optimizer=config.optim.name, keep=1, keep_every=0)
     saver.save(reader.state.step, reader.state.data, reader.state.extra)
     return saver.wait(), saver.poll()
 

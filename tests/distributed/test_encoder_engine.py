@@ -210,6 +210,22 @@ def rank_trains(plan, stage, megatron):
     }
 
 
+def rank_looks_where_gradients_lie(cases):
+    """[(where what the optimizer is given begins, and its length; the same of DeepSpeed's pieces)] of every group."""
+    found = []
+    for precision, stage in cases:
+        plan = Plan(range(1), precision=precision)
+        engine, given = build(plan, stage), []
+        engine._adam.register_step_pre_hook(
+            lambda adam, *_, given=given: given.extend(group["params"][0].grad for group in adam.param_groups)
+        )
+        accumulate(engine, plan, 0)
+        theirs = [(pieces[0].data_ptr(), sum(piece.numel() for piece in pieces)) for pieces in engine._gradients()]
+        engine.step(1.0)
+        found += zip([(gradient.data_ptr(), gradient.numel()) for gradient in given], theirs, strict=True)
+    return found
+
+
 def rank_resumes(plan, stage, saved, adam_steps):
     engine = build(plan, stage)
     engine.load(lambda name, kind, start, shape: saved[name, kind], optimizer=True)
@@ -278,6 +294,12 @@ def test_bf16_keeps_fp32_masters_and_sums():
             torch.testing.assert_close(torch.tensor(result["norms"]), torch.tensor(norms), rtol=1e-3, atol=0)
             assert_same_state(weights_of(result["state"]), weights_of(state), 1e-4)
             assert result["untouched"]
+
+
+def test_the_optimizer_reads_gradients_where_deepspeed_has_them_flat():
+    cases = [("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+    for found in run_world(rank_looks_where_gradients_lie, 2, cases):
+        assert len(found) == 4 * len(cases) and all(given == theirs for given, theirs in found)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

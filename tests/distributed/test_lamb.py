@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 
-from parallel import encoder_engine
+from parallel import encoder_engine, encoder_state
 from parallel.encoder_engine import EncoderEngine
 from parallel.state import AdamSettings
 from tests.distributed.runs import whole_state
@@ -105,3 +105,11 @@ def test_moments_move_between_stages_and_world_sizes():
         same, saved = run_world(rank_goes_on, world, stage, saved, steps)[0]
         assert same
     assert_same_state(saved, reference()[1], 1e-6)
+
+
+def test_a_run_is_of_the_master_that_it_lies_in():
+    """DeepSpeed's masters of stage 3 may be parts of one buffer."""
+    masters = torch.zeros(10).split([6, 4])
+    for begin, expected in ((0, [True, False]), (5, [True, False]), (6, [False, True]), (9, [False, True])):
+        run = masters[0].as_strided((1,), (1,), begin)
+        assert [encoder_state._holds(master, run) for master in masters] == expected

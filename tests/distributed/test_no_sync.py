@@ -1,11 +1,15 @@
 """A step asks the device for one thing, in `agree`: no other operation of it would stop the host on a CUDA device."""
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from parallel import cpu_backend
 from parallel.phases import PhaseTimer
+from parallel.transfer import to_device
 from tests.distributed.runs import train_run
 from tests.distributed.test_vision_stages import overrides as vision_overrides
 from tests.distributed.world import run_world
@@ -42,11 +46,22 @@ def settled_step(recipe: str, overrides: list[str], allowed: tuple[str, ...] = A
         for kind in (cpu_backend._CUDA, cpu_backend._InOrder):  # streams, events and devices as Megatron-core sees them
             kind.synchronize = lambda *_: waits.note("synchronize")
         prepared, batch = next(staging)
+        assert all(tensor.is_meta for tensor in tensors_of(to_device(batch, torch.device("meta"))))
         output = stage.step(batch, **arguments)
         prepared.release()
-        facts = stage.facts(prepared, output)
+        stage.facts(prepared, output)
         timer.take()
-    return output.applied and facts.loss > 0
+    return output.applied and output.loss > 0
+
+
+def tensors_of(value) -> Iterator[torch.Tensor]:
+    """All tensors that a batch holds, in whatever."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        yield from itertools.chain.from_iterable(map(tensors_of, value))
+    else:
+        yield from tensors_of(list((value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()))
 
 
 def stage_of(config: Config):

@@ -140,6 +140,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(corpus, chain, tmp_pa
     for name, tensor in both[0].recipe_tensors().items():
         assert torch.equal(both[1].recipe_tensors()[name], tensor)
     assert numbers(read_metrics(tmp_path / "whole")) == numbers(read_metrics(tmp_path / "part"))
+    with pytest.raises(RuntimeError, match="the moments of .* are of optim.name=lamb, not adamw; set optim=lamb"):
+        run(corpus, tmp_path / "part", "vit_contrastive", 1, *same, "optim=adamw", "checkpoint.resume=true")
 
 
 def test_stage0_takes_the_encoder(corpus, chain, tmp_path):

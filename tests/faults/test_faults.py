@@ -122,7 +122,7 @@ def test_an_exception_in_one_rank_ends_all_and_is_the_cause(start, run_dir):
     assert start("train.steps=5").wait(90) == [0] * WORLD
     _, again = events(run_dir, "start")
     assert again["cause"].startswith("rank 3 on ")
-    assert again["cause"].endswith("in phase 'deliver' after step 3: RuntimeError: injected")
+    assert again["cause"].endswith("in phase 'encode' after step 3: RuntimeError: injected")
     assert (again["step"], again["lost_steps"]) == (2, 1)
     assert summary(run_dir)["restarts"] == 1
 

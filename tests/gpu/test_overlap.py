@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from parallel import encoder_engine
 from parallel.encoder_engine import EncoderEngine
 from parallel.exchange import Exchange, Journeys
 from parallel.layout import Layout
@@ -126,3 +127,25 @@ def test_the_host_does_not_wait_in_a_backward(stage, request):
     issued = torch.cuda.Event()
     issued.record()
     assert not issued.query(), "the device is through: the host has waited for it"
+
+
+def test_gathers_of_weights_wait_for_the_update(monkeypatch):
+    """On the device, at stage 3, and with no weights that stay whole, whose gather in the update could do it."""
+    monkeypatch.setattr(encoder_engine, "PERSISTENT_NUMEL", 0)
+    torch.manual_seed(0)
+    tower = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(2)]).cuda()
+    engine = EncoderEngine(tower, {"all": tower}, zero_stage=3, precision="bf16", adam=ADAM)
+    x_NP = torch.randn(ROWS, WIDTH, device=CUDA, dtype=torch.bfloat16)
+    busy = torch.randn(16384, 16384, device=CUDA)
+    for _ in range(2):
+        engine.backward(output := engine.encode(x_NP), output.detach())
+        engine.squared_grad_norms()
+        engine.step(1.0)
+    engine.backward(output := engine.encode(x_NP), output.detach())
+    engine.squared_grad_norms()
+    torch.cuda.synchronize()
+    for _ in range(20):
+        busy @ busy  # 176 TFLOP in fp32 are ahead of the update
+    engine.step(1.0)
+    gathers = engine._zero.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+    assert not gathers.record_event().query(), "a gather would read weights before they are updated"

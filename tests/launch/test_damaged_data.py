@@ -159,6 +159,27 @@ def test_an_error_on_one_rank_stops_all_with_its_words(corpus, tmp_path):
     assert len(read_metrics(tmp_path)) == 1
 
 
+def failure_to_compose(overrides, run_dir):
+    """As `failure`; rank 1 cannot make the batch of its second step."""
+    if dist.get_rank() == 1:
+        compose, calls = rows.step_input, []
+
+        def broken(prepared, grid):
+            calls.append(prepared)
+            if len(calls) > 1:
+                raise RuntimeError("no memory")
+            return compose(prepared, grid)
+
+        rows.step_input = broken
+    return failure(overrides, run_dir)
+
+
+def test_a_batch_that_one_rank_cannot_make_stops_all_with_its_words(corpus, tmp_path):
+    first, second = run_world(failure_to_compose, 2, [*SMALL, *corpus_overrides(corpus)], str(tmp_path))
+    assert first == second == "rank 1: RuntimeError: no memory"
+    assert len(read_metrics(tmp_path)) == 1
+
+
 def failure_with_own_seed(overrides, run_dir):
     return failure([*overrides, f"train.seed={dist.get_rank()}"], run_dir)
 

@@ -27,3 +27,16 @@ def test_a_source_that_is_named_is_scored_alone_and_once(checkpoint):
 def test_without_shards_all_sources_are_scored_by_size(checkpoint):
     config = settings_of(checkpoint, [])
     assert {name: source.weight for name, source in config.data.sources.items()} == {"main": None, "clips": None}
+
+
+def test_settings_that_a_run_did_not_know_take_their_defaults(checkpoint):
+    """And what the backward would keep does not matter, in whichever words the run said it."""
+    file = checkpoint.parents[1] / "config.yaml"
+    saved = OmegaConf.load(file)
+    for group, key in (("optim", "name"), ("parallel", "kernels"), ("parallel", "attention"), ("parallel", "compile")):
+        del saved[group][key]
+    saved.train.recompute = True
+    file.write_text(OmegaConf.to_yaml(saved))
+    config = settings_of(checkpoint, [])
+    config.check(1)
+    assert (config.optim.name, config.parallel.attention, config.train.recompute) == ("adamw", "auto", "none")

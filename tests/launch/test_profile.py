@@ -1,8 +1,11 @@
 """Time by kind of work: kernels by their names, traces as torch writes them, and the command."""
 
+import gzip
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from launch import profile_step
 from launch.trace_summary import KINDS, ORDER, kind_of, longest, read_trace, summarise, table
 from tests.support import ROOT, corpus_overrides
 
+PACKAGES = sysconfig.get_path("purelib")
 # Kind and name, as profilers show it, cut where it goes on for lines.
 LINES = (ROOT / "tests/launch/kernel_names.tsv").read_text().splitlines()
 NAMES = [line.split("\t") for line in LINES]
@@ -48,8 +52,10 @@ def test_without_kernels_an_operation_counts_without_what_it_calls(tmp_path):
     x = torch.randn(256, 256, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         torch.nn.functional.gelu(torch.nn.functional.linear(x, x)).sum().backward()
-    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = read_trace(tmp_path / "trace.json")
+    profiler.export_chrome_trace(str(tmp_path / "trace.json.gz"))
+    events = read_trace(tmp_path / "trace.json.gz")
+    (tmp_path / "trace.json").write_bytes(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
+    assert read_trace(tmp_path / "trace.json") == events
     summary = summarise(events)
     tops = [event for event in profiler.events() if event.cpu_parent is None]
     assert summary.launches["GEMM"] >= 3
@@ -67,9 +73,12 @@ def test_the_table_divides_by_steps_and_sets_floors_beside():
     assert "`nvjet_a` | GEMM | 1.50" in longest(summarise([kernel("nvjet_a", 0, 3000)]), 2)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"traceEvents": []}'])
+NO_TRACES = [b"{", b"{}", b'{"traceEvents": []}', b"\xff", b"\x1f\x8b", gzip.compress(b"[]" * 9)[:-9]]
+
+
+@pytest.mark.parametrize("content", NO_TRACES)
 def test_what_is_no_trace_is_refused(tmp_path, content):
-    (tmp_path / "trace.json").write_text(content)
+    (tmp_path / "trace.json").write_bytes(content)
     with pytest.raises(SystemExit, match="error: .*trace"):
         profile_step.main(["summarise", str(tmp_path / "trace.json")])
 
@@ -83,16 +92,19 @@ def test_the_command_profiles_a_slice_and_reads_its_trace_again(what, tmp_path, 
     said = (tmp_path / "summary.md").read_text()
     assert "| GEMM |" in said and "| attention backward |" in said
     capsys.readouterr()
-    profile_step.main(["summarise", str(tmp_path / "trace.json")])
+    profile_step.main(["summarise", str(tmp_path / "trace.json.gz")])
     assert capsys.readouterr().out == said
 
 
 def test_the_command_profiles_a_run(corpus, tmp_path):
+    """Where the project is not installed: without `site` no .pth file is read."""
+    small = ["train.seq_length=128", "train.global_batch_size=1", "data.max_patches=64", "data.block_samples=32"]
     settings = ["+recipe=stage1", "scale=toy", f"run.dir={tmp_path}/run", "train.steps=1", "logger.wandb=disabled"]
-    command = [sys.executable, "launch/profile_step.py", "run", "--out", f"{tmp_path}/profile"]
+    command = [sys.executable, "-S", "launch/profile_step.py", "run", "--out", f"{tmp_path}/profile"]
     done = subprocess.run(
-        [*command, *settings, *corpus_overrides(corpus)], cwd=ROOT, capture_output=True, text=True, timeout=180
-    )
+        [*command, *settings, *small, *corpus_overrides(corpus)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": PACKAGES}, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| GEMM |" in (tmp_path / "profile/summary.md").read_text()
     assert (tmp_path / "run/summary.json").is_file()

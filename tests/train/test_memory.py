@@ -75,7 +75,7 @@ def _reachable():
 
 def _storages(tensors) -> dict[int, int]:
     storages = [tensor.untyped_storage() for tensor in tensors]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    return {storage._cdata: storage.nbytes() for storage in storages if storage.nbytes()}
 
 
 # ---- encoder ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from data.image import patch_positions, to_patches
 from parallel import llm_shards
 from parallel.context import pack_row
 from parallel.layout import Layout
+from parallel.transfer import to_device
 from tests.support import settings
 from train.models.llm import LLMConfig, VisualGPT
 from train.models.llm_spec import build_chunk, transformer_config
@@ -72,10 +73,7 @@ def packed(images: list[np.ndarray], grids_I2, shift_I2=None) -> PackedImages:
 
 def to_meta(value):
     """The same input without its numbers: a model that runs on it has read nothing back from the device."""
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: to_meta(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
-        return dataclasses.replace(value, **fields)
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
+    return to_device(value, torch.device("meta"))
 
 
 def pictures(sizes_hw, seed=0):

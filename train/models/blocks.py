@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel import compilation
 from parallel.attention import Segments, attention
+from parallel.fusion import as_dtype
 from parallel.recompute import HostStore, made_again
 from train.models.rotary import turn, turn_back
 
@@ -189,7 +190,7 @@ class _AddKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, branch_ND, keep_N):
         ctx.keep_N1 = keep_N[:, None]
-        return (x_ND + branch_ND * ctx.keep_N1).to(x_ND.dtype)
+        return as_dtype(x_ND + branch_ND * ctx.keep_N1, x_ND.dtype)
 
     @staticmethod
     @once_differentiable

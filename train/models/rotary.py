@@ -8,7 +8,7 @@ Legend: T tokens, H heads, G groups of them that share keys and values, X = H / 
 import torch
 from torch.autograd.function import once_differentiable
 
-from parallel.fusion import fused
+from parallel.fusion import as_dtype, fused
 
 
 def axis_angles(positions_T: torch.Tensor, width: int, base: float) -> torch.Tensor:
@@ -62,7 +62,7 @@ def _turned(x_THK, cos_TK, sin_TK):
     x = x_THK.float()
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos_TK[:, None] + turned * sin_TK[:, None]).to(x_THK.dtype)
+    return as_dtype(x * cos_TK[:, None] + turned * sin_TK[:, None], x_THK.dtype)
 
 
 @fused

@@ -32,10 +32,9 @@ class Engines(Protocol):
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What a step did, equal on all ranks: its loss, the tokens it went through, its model FLOPs over the world, and
-    numbers of this stage's own for the metrics."""
+    """What a step did, equal on all ranks: the tokens it went through, its model FLOPs over the world, and numbers of
+    this stage's own for the metrics."""
 
-    loss: float
     tokens: int
     flops: int
     encoder_flops: int

@@ -56,7 +56,6 @@ class LanguageStage:
         )
         by_domain = zip(domains, loss_D, trained_D, strict=True)
         return StepFacts(
-            loss=float(loss_D.sum() / max(trained_D.sum(), 1)),
             tokens=tokens,
             flops=flops.total,
             encoder_flops=flops.encoder,

@@ -111,7 +111,6 @@ class VisionStage:
         encoder, others = self._learner.flops(patches_I, tokens_S)
         encoder, others = (3 if "encoder" in self._config.train.trainable else 1) * encoder, 3 * others
         return StepFacts(
-            loss=output.loss,
             tokens=int(patches_I.sum()),
             flops=encoder + others,
             encoder_flops=encoder,
