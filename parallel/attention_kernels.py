@@ -17,7 +17,7 @@ try:  # torch >= 2.10
 except ImportError:
     varlen_attn = None
 
-INSTALL_TE = "pip install 'tandem[gpu]'"
+INSTALL_TE = "pip install 'transformer-engine[pytorch]'"
 _GROUPS_HEADS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,

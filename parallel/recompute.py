@@ -2,7 +2,7 @@
 
     HostStore    saved tensors go to pinned host memory on a stream of their own while the next layers run, and come
                  back while the backward of the layers above runs
-    made_again   saved views of one tensor are dropped, and the tensor is computed once more when they are asked for
+    made_again   saved views of some tensors are dropped, and these computed once more when they are asked for
     kept_matmuls which operations' outputs `torch.utils.checkpoint` keeps, where the others are made again
 
 Chen et al. 2016 (1604.06174) keep layer inputs; Korthikanti et al. 2022 (2205.05198) choose by operation.
@@ -145,39 +145,43 @@ class _View:
 
 
 class _Maker:
-    """Makes a tensor again when the first of its saved views is asked for, and forgets it after the last."""
+    """Makes tensors again when the first of their saved views is asked for, and forgets them after the last."""
 
-    def __init__(self, make: Callable[..., torch.Tensor], arguments: tuple):
+    def __init__(self, make: Callable[..., tuple[torch.Tensor, ...]], arguments: tuple):
         self._make, self._arguments = make, arguments
         self.views = self._left = 0
-        self._made: torch.Tensor | None = None
+        self._made: tuple[torch.Tensor, ...] = ()
 
     @torch.no_grad()
-    def made(self, unpack) -> torch.Tensor:
-        if self._made is None:
+    def made(self, unpack) -> tuple[torch.Tensor, ...]:
+        if not self._made:
             self._made = self._make(*map(unpack, self._arguments))
             self._left = self.views
         made, self._left = self._made, self._left - 1
         if not self._left:
-            self._made = None
+            self._made = ()
         return made
 
 
-def made_again(made: torch.Tensor, make: Callable[..., torch.Tensor], arguments: tuple, store: HostStore):
+def made_again(
+    made: tuple[torch.Tensor, ...], make: Callable[..., tuple[torch.Tensor, ...]], arguments: tuple, store: HostStore
+):
     """Hooks for what saves views of `made`, which is make(*arguments): the views are dropped, and made again in the
     backward.  All else that is saved, and the arguments, go to `store`."""
-    address = made.untyped_storage().data_ptr()
+    places = {tensor.untyped_storage().data_ptr(): place for place, tensor in enumerate(made)}
     maker = _Maker(make, tuple(store.pack(x) if isinstance(x, torch.Tensor) else x for x in arguments))
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() != address:
+        place = places.get(tensor.untyped_storage().data_ptr())
+        if place is None:
             return store.pack(tensor)
         maker.views += 1
-        return _View.of(tensor, maker)
+        return _View.of(tensor, (maker, place))
 
     def unpack(packed):
-        if isinstance(packed, _View) and isinstance(packed.base, _Maker):
-            return packed.on(packed.base.made(store.unpack))
+        if isinstance(packed, _View) and isinstance(packed.base, tuple):
+            maker, place = packed.base
+            return packed.on(maker.made(store.unpack)[place])
         return store.unpack(packed)
 
     return saved_tensors_hooks(pack, unpack)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,7 +27,8 @@ CPU = Place(torch.device("cpu"), torch.float32, full=False, peak_tflops=1.0)
 
 def test_everything_that_can_runs_and_is_right(tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--size", "toy", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # no compiler is needed on a CPU
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {row["status"] for row in rows if "Transformer Engine" not in row["name"]} == {"ok"}

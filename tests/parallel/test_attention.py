@@ -126,7 +126,7 @@ def test_a_choice_that_cannot_be_served_is_refused():
     ("name", "package", "command"),
     [
         ("flash4", "flash_attn", "pip install --pre flash-attn-4"),
-        ("te", "transformer_engine", "pip install 'tandem[gpu]'"),
+        ("te", "transformer_engine", "pip install 'transformer-engine[pytorch]'"),
     ],
 )
 def test_a_missing_package_is_named_with_its_command(name, package, command):

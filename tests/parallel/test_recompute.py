@@ -94,23 +94,23 @@ def test_what_was_stored_before_comes_back_ahead(stack):
     assert sum(held()._device is not None for held in store._saved) == recompute.IN_FLIGHT + 1
 
 
-def test_a_tensor_that_is_made_again_is_not_kept():
+def test_tensors_that_are_made_again_are_not_kept():
     weight_DD = torch.randn(4, 4, requires_grad=True)
     x_ND = torch.randn(6, 4)
     calls = []
 
     def make(x_ND, weight_DD):
         calls.append(torch.is_grad_enabled())
-        return x_ND @ weight_DD
+        return x_ND @ weight_DD, 2 * (x_ND @ weight_DD)
 
-    made_ND = make(x_ND, weight_DD)
+    made_ND, twice_ND = make(x_ND, weight_DD)
     wanted_ND = 2 * made_ND.detach()
-    wanted_ND[1:] += 6 * made_ND.detach()[1:]
-    memory = weakref.ref(made_ND.untyped_storage())
-    with made_again(made_ND, make, (x_ND, weight_DD), HostStore(CPU, [weight_DD])):
-        loss = (made_ND * made_ND).sum() + 3 * (made_ND[1:] * made_ND[1:]).sum()
-    del made_ND
-    assert memory() is None
+    wanted_ND[1:] += 3 * 8 * made_ND.detach()[1:]
+    memory = [weakref.ref(made.untyped_storage()) for made in (made_ND, twice_ND)]
+    with made_again((made_ND, twice_ND), make, (x_ND, weight_DD), HostStore(CPU, [weight_DD])):
+        loss = (made_ND * made_ND).sum() + 3 * (twice_ND[1:] * twice_ND[1:]).sum()
+    del made_ND, twice_ND
+    assert [storage() for storage in memory] == [None, None]
     loss.backward()
     torch.testing.assert_close(weight_DD.grad, x_ND.T @ wanted_ND)
     assert calls == [True, False], "made again once, without a graph"

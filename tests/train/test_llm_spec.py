@@ -92,7 +92,7 @@ def test_kernels_that_are_not_to_be_had_are_refused_before_anything_is_built(nam
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
 def test_a_missing_transformer_engine_is_named_with_its_install_command():
-    with pytest.raises(ValueError, match=r"parallel\.kernels=te: .*pip install 'tandem\[gpu\]'"):
+    with pytest.raises(ValueError, match=r"parallel\.kernels=te: .*pip install 'transformer-engine\[pytorch\]'"):
         choose_kernels("te", CUDA)
 
 

@@ -71,12 +71,12 @@ class Block(nn.Module):
         enter, leave = (_enter_again, _leave_again) if again else (_enter, _leave)
         if plan.compiled:
             enter, leave = compilation.by_rows(enter), compilation.by_rows(leave)
-        qkv_N3HK = enter(self, x_ND, cos_NK, sin_NK)
+        qkv = enter(self, x_ND, cos_NK, sin_NK)
         keeping = contextlib.nullcontext()
         if again and plan.store is not None:
-            keeping = made_again(qkv_N3HK, enter, (self, x_ND, cos_NK, sin_NK), plan.store)
+            keeping = made_again(qkv, enter, (self, x_ND, cos_NK, sin_NK), plan.store)
         with keeping:
-            seen_NHK = attention(*qkv_N3HK.unbind(1), segments, causal=False)
+            seen_NHK = attention(*qkv, segments, causal=False)
         return leave(self, x_ND, seen_NHK, keep_2N)
 
     def _mlp(self, x_ND):
@@ -84,7 +84,7 @@ class Block(nn.Module):
 
 
 def _enter(block: Block, x_ND, cos_NK, sin_NK):
-    """Queries, keys and values in one tensor: without it a view would hold the queries and keys before rotation."""
+    """Queries, keys and values, each [N, H, K]."""
     qkv_N3HK = block.qkv(block.attention_norm(x_ND)).unflatten(-1, (3, block.heads, -1))
     return _Rotated.apply(qkv_N3HK, cos_NK, sin_NK)
 
@@ -157,23 +157,21 @@ def _lengthened(segments: Segments, more: int) -> Segments:
 
 
 class _Rotated(torch.autograd.Function):
-    """Queries and keys turned by their positions, values as they are.  The tables are no saved tensors: then all that
-    is made again for the backward is the norm, see `_AddKept`."""
+    """Queries and keys turned by their positions, and the values, each in memory of its own: a view of the values would
+    hold all three before rotation, and gradients of views are put together by one more pass over memory.  The tables
+    are no saved tensors: then all that is made again for the backward is the norm, see `_AddKept`."""
 
     @staticmethod
     def forward(ctx, qkv_N3HK, cos_NK, sin_NK):
         ctx.tables = cos_NK, sin_NK
-        return _with_turned(turn, qkv_N3HK, cos_NK, sin_NK)
+        q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
+        return turn(q_NHK, cos_NK, sin_NK), turn(k_NHK, cos_NK, sin_NK), v_NHK.contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_N3HK):
-        return _with_turned(turn_back, grad_N3HK, *ctx.tables), None, None
-
-
-def _with_turned(turning, qkv_N3HK, cos_NK, sin_NK):
-    turned_NHK = turning(qkv_N3HK[:, :2].flatten(1, 2), cos_NK, sin_NK)
-    return torch.cat([turned_NHK.unflatten(1, (2, -1)), qkv_N3HK[:, 2:]], dim=1)
+    def backward(ctx, q_NHK, k_NHK, v_NHK):
+        turned = (turn_back(q_NHK, *ctx.tables), turn_back(k_NHK, *ctx.tables))
+        return torch.stack((*turned, v_NHK), 1), None, None
 
 
 def _add(x_ND, branch_ND, keep_N):

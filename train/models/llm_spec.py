@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from parallel import compilation
+from parallel.attention_kernels import INSTALL_TE
 from parallel.context import PackedRow, attend
 from parallel.experts import moe_spec
 from parallel.fusion import rms_norm
@@ -47,7 +48,7 @@ def choose_kernels(name: str, device: torch.device) -> str:
         raise ValueError("parallel.kernels=te: Transformer Engine needs a CUDA device, set it to torch or auto")
     if name == "te" and not installed:
         raise ValueError(
-            "parallel.kernels=te: Transformer Engine is not installed: pip install 'tandem[gpu]', or set torch or auto"
+            f"parallel.kernels=te: Transformer Engine is not installed: {INSTALL_TE}, or set torch or auto"
         )
     if name == "auto":
         old = device.type == "cuda" and torch.cuda.get_device_capability(device) < GROUPED_SINCE
