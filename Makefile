@@ -26,8 +26,8 @@ VIT = $(BIN)/torchrun --standalone --nproc-per-node $(TOY_RANKS) launch/pretrain
 SCORE = $(BIN)/python launch/evaluate.py runs/$@ --data '$(SHARDS)/vision/heldout/digit-*.tar'
 PROMPTS := --template 'a photo of the digit {}' --template 'a handwritten {}' --template 'the digit {} in ink'
 
-# Tests that start no ranks run two at a time, then all others alone: a world of ranks takes every core.
-SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/test_house.py $(patsubst %,tests/launch/test_%.py, \
+# Files of tests run two at a time; then, alone, those that stop, kill and time processes.
+SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/distributed tests/test_house.py $(patsubst %,tests/launch/test_%.py, \
 	checkpoint_command docs evaluate_encoder evaluate_settings make_teacher recipes)
 
 .PHONY: toy learn vit_mim vit_contrastive vit_omni test soak lint clean
