@@ -36,10 +36,6 @@ class Grid:
     def is_first_stage(self) -> bool:
         return self.place.pp == 0
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.place.pp == self.layout.pp - 1
-
 
 def build_grid(layout: Layout, device: torch.device, seed: int) -> Grid:
     """Builds every process group of `layout`; needs an initialised world of `layout.world` ranks (collective).

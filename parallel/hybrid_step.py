@@ -115,7 +115,7 @@ def hybrid_step(
         report = torch.zeros(report_shape, dtype=torch.float64, device=engines.grid.device)
         if reports and engines.grid.place.tp == 0:  # ranks of a tensor-parallel group hold equal reports
             report += torch.stack(reports).sum(dim=0)
-        squares = torch.cat([encoder.squared_grad_norms(), llm.squared_grad_norm().double()[None]])
+        squares = torch.cat([encoder.squared_grad_norms(), llm.squared_grad_norm()[None]])
         norms, numbers, stop = agree([*encoder.part_names, "llm"], squares, report.flatten(), stop)
         report = np.array(numbers).reshape(report_shape)
         loss = float(report[0].sum()) / max(batch.trained_tokens, 1)
@@ -173,9 +173,9 @@ def agree(
     reported, the loss among it, all non-finite where any value is; and whether any rank would stop.
 
     One reduction and one read for all of it: the only place in a step where the host waits for the device.
-    names: of the parts; squares_P: this rank's share of their squared norms, fp64.  report_R: its share of the report.
+    names: of the parts; squares_P: this rank's share of their squared norms, report_R: of the report, both fp64.
     """
-    sums = torch.cat([squares_P, report_R.double(), report_R.new_full((1,), float(stop), dtype=torch.float64)])
+    sums = torch.cat([squares_P, report_R, report_R.new_full((1,), float(stop))])
     dist.all_reduce(sums)
     *numbers, wishes = sums.tolist()
     norms = {name: math.sqrt(square) for name, square in zip(names, numbers, strict=False)}

@@ -89,18 +89,12 @@ def _check_parallel(config: Config, layout: Layout) -> None:
             f"parallel.sequence_parallel=false with parallel.tp={layout.tp}: visual rows and experts need sequence "
             "parallelism; leave it null"
         )
-    if config.parallel.compile not in MODES:
-        raise ValueError(f"parallel.compile={config.parallel.compile}: must be one of {', '.join(MODES)}")
     if config.train.recompute.lower() in ("true", "false"):
         now = "full" if config.train.recompute.lower() == "true" else "none"
         raise ValueError(f"train.recompute={config.train.recompute}: say {now}, or one of {', '.join(LLM_RECOMPUTE)}")
-    if config.train.recompute not in LLM_RECOMPUTE:
-        raise ValueError(f"train.recompute={config.train.recompute}: must be one of {', '.join(LLM_RECOMPUTE)}")
     encoder = config.parallel.encoder
     if encoder.zero_stage not in (1, 2, 3):
         raise ValueError(f"parallel.encoder.zero_stage={encoder.zero_stage}: must be 1, 2 or 3")
-    if encoder.recompute not in RECOMPUTE:
-        raise ValueError(f"parallel.encoder.recompute={encoder.recompute}: must be one of {', '.join(RECOMPUTE)}")
     if encoder.chunk_patches < config.data.max_patches:
         raise ValueError(
             f"parallel.encoder.chunk_patches={encoder.chunk_patches} is smaller than one image of "
@@ -163,6 +157,9 @@ def _check_choices(config: Config) -> None:
         ("optim.name", config.optim.name, OPTIMIZERS),
         ("parallel.attention", config.parallel.attention, ATTENTION),
         ("parallel.kernels", config.parallel.kernels, KERNELS),
+        ("parallel.compile", config.parallel.compile, MODES),
+        ("parallel.encoder.recompute", config.parallel.encoder.recompute, RECOMPUTE),
+        ("train.recompute", config.train.recompute, LLM_RECOMPUTE),
         ("optim.schedule", config.optim.schedule, ("cosine", "constant")),
         ("logger.wandb", config.logger.wandb, ("offline", "online", "disabled")),
     )
