@@ -4,8 +4,8 @@ rows that are compiled once for all their callers.
 auto: on CUDA where Triton is importable; always: on any device (a CPU needs a C++ compiler); never: nowhere.
 
 Shapes are bounded: callers bring rows in whole buckets, so that at most `most rows / BUCKET` different sizes exist,
-and the graph takes any of them.  A bucket of 512 costs at most 511 rows of a chunk, on average half of that: 0.8% of
-32,768.  Graphs differ by what does not depend on the data: widths, with or without autograd, with or without factors.
+and the graph takes any of them.  A bucket costs at most 127 rows of a chunk, on average half of that: 0.2% of 32,768.
+Graphs differ by what does not depend on the data: widths, with or without autograd, with or without factors.
 """
 
 import functools
@@ -19,7 +19,7 @@ from torch import nn
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "always", "never")
-BUCKET = 512
+BUCKET = 128  # rows
 GRAPHS = 32  # at most of one function: above the sum over the widths of a run
 
 _mode = "auto"
@@ -60,24 +60,42 @@ def compilable(modules: Iterable[nn.Module]) -> bool:
 
 
 def bucket_of(rows: int) -> int:
-    """The least multiple of BUCKET, and at least one, that holds this many rows."""
-    return max(-(-rows // BUCKET), 1) * BUCKET
+    """The least multiple of BUCKET that holds these rows; at least the second, as one is a constant to the compiler."""
+    return max(-(-rows // BUCKET), 2) * BUCKET
 
 
 def by_rows(function: Callable) -> Callable:
     """`function` compiled, once a process.
 
-    It takes a module and tensors, of which those that have as many rows as the first (in the first dimension, or in the
-    second of two) may have any number of rows without a compilation of its own.
+    It takes a module, or a tuple of them, and tensors, of which those that have as many rows as the first (in the first
+    dimension, or in the second of two) may have any number of whole buckets of rows without a compilation of its own.
+    The graph is one over buckets: rows cut into them and joined again are, for the compiler, the same rows.
     """
 
-    def call(module: nn.Module, first_N: torch.Tensor, *others: torch.Tensor | None):
-        for tensor in (first_N, *others):
-            if tensor is not None:
-                torch._dynamo.mark_dynamic(tensor, 0 if len(tensor) == len(first_N) else 1)
-        return compiled(function)(module, first_N, *others)
+    def call(modules: nn.Module | tuple[nn.Module, ...], first_N: torch.Tensor, *others: torch.Tensor | None):
+        tensors, axes = (first_N, *others), [0]
+        axes += [None if x is None else 0 if len(x) == len(first_N) else 1 for x in others]
+        cut = [x if axis is None else x.unflatten(axis, (-1, BUCKET)) for x, axis in zip(tensors, axes, strict=True)]
+        for tensor, axis in zip(cut, axes, strict=True):
+            if axis is not None:
+                torch._dynamo.mark_dynamic(tensor, axis)
+        return compiled(_joining(function, tuple(axes)))(modules, *cut)
 
     return call
+
+
+@functools.cache
+def _joining(function: Callable, axes: tuple[int | None, ...]) -> Callable:
+    """`function`, given tensors whose dimension `axes` is cut into buckets; None: not a tensor."""
+
+    def joined(modules, *cut):
+        tensors = (x if axis is None else x.flatten(axis, axis + 1) for x, axis in zip(cut, axes, strict=True))
+        return function(modules, *tensors)
+
+    joined.__code__ = joined.__code__.replace(
+        co_name=function.__name__
+    )  # graphs are counted and bounded by code object
+    return joined
 
 
 def compiled(function: Callable) -> Callable:

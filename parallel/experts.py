@@ -160,8 +160,12 @@ def swiglu_backward(h_TG: torch.Tensor, p_T1: torch.Tensor, gradient_TF: torch.T
     out = act * up
     p_gradient = (gradient_TF * out).sum(-1, keepdim=True)
     gradient = gradient_TF * p_T1
-    h_gradient = torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), gradient * act), -1)
-    return h_gradient.to(h_TG.dtype), p_gradient.to(p_T1.dtype), (out * p_T1).to(h_TG.dtype)
+    up_gradient = gradient * act
+    if torch.compiler.is_compiling():  # the compiler computes all of this in one kernel if a half reads the sum
+        up_gradient = torch.where(p_gradient == p_gradient, up_gradient, p_gradient)
+    halves = torch.ops.aten.silu_backward(gradient * up, gate), up_gradient
+    h_gradient = torch.cat([half.to(h_TG.dtype) for half in halves], -1)
+    return h_gradient, p_gradient.to(p_T1.dtype), (out * p_T1).to(h_TG.dtype)
 
 
 class Grouped:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from parallel import compilation
 
@@ -36,6 +37,30 @@ def fused(function: Callable) -> Callable:
         return compilation.compiled(function)(*tensors)
 
     return call
+
+
+def product_of(linear: nn.Linear, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x times the layer's weights, and the bias that is still to be added: None where it has been.
+
+    Where code is compiled the pass over memory that comes next adds it, and that of the backward sums its gradient.
+    """
+    if torch.compiler.is_compiling():
+        return F.linear(x_ND, linear.weight), linear.bias
+    return F.linear(x_ND, linear.weight, linear.bias), None
+
+
+def in_buckets(x: torch.Tensor) -> torch.Tensor:
+    """Rows [N, ...] as [M, N / M, ...], whole buckets of `parallel.compilation.by_rows`.
+
+    What compiled code computes on buckets `sum_of_buckets` adds up in the same kernel; a sum over all rows would read
+    again what has been written.
+    """
+    return x.unflatten(0, (-1, compilation.BUCKET))
+
+
+def sum_of_buckets(x: torch.Tensor) -> torch.Tensor:
+    """Over all rows, in fp32."""
+    return x.sum(1, dtype=torch.float32).sum(0)
 
 
 def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -62,7 +62,7 @@ def trained(vit: SeedViT, images: PackedImages, recompute: str):
 def test_a_run_compiles_a_handful_of_graphs(vit, graphs):
     """Forty packings of 1 to 20 images, with factors or, as blank chunks, without, trained on and not.
 
-    Two halves of a block, each with autograd and without, the second also with factors and without: six.
+    Three regions, each with autograd and without, those that add branches also with factors and without: ten.
     """
     sizes = set()
     for seed in range(40):
@@ -74,13 +74,13 @@ def test_a_run_compiles_a_handful_of_graphs(vit, graphs):
             with torch.no_grad():
                 vit(images)
     assert len(sizes) > 30
-    assert graphs.count == 6
+    assert graphs.count == 10
 
 
 @pytest.mark.parametrize("kept", ["none", "offload", "full"])
 def test_compiled_blocks_are_the_blocks(vit, graphs, kept):
-    """What is added to fill a bucket is in no result: 1e-6, as sums over tokens are longer by zeros and may be cut
-    elsewhere; a chunk that fills its bucket has nothing added."""
+    """What is added to fill a bucket is in no result: 1e-5, as sums over tokens are cut elsewhere and GELU is another
+    formula of the same function; a chunk that fills its bucket has nothing added."""
     fills = packed(random_images([(16, 16), (32, 8)]), [(16, 16), (32, 8)])
     for images in (chunk(1, drop=True), chunk(2, drop=False), fills):
         found = trained(vit, images, kept)
@@ -88,8 +88,8 @@ def test_compiled_blocks_are_the_blocks(vit, graphs, kept):
         wanted = trained(vit, images, "none")
         compilation.configure("always", graphs.backend)
         for mine, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(mine, other, rtol=0, atol=1e-6 * max(1.0, other.abs().max().item()))
-    assert graphs.count <= 4
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
+    assert graphs.count <= 6
 
 
 def test_filling_a_bucket_asks_no_device(monkeypatch):

@@ -24,7 +24,7 @@ from train.models.initial import initialize
 from train.models.llm import LLMConfig
 from train.models.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
 from train.models.masking import drop_path_factors
-from train.models.rotary import axis_angles, rotate, tables
+from train.models.rotary import axis_angles, tables, turn
 from train.models.vision_tower import VisionTower
 from train.models.vit import SeedViT, ViTConfig, pool
 
@@ -126,7 +126,7 @@ def test_rotary_scores_depend_on_both_axes_of_the_difference():
 
     def score(query, key):
         cos_2K, sin_2K = encoder.rotary(torch.tensor([query, key]))
-        turned_2K = rotate(torch.stack([q_K, k_K])[:, None], cos_2K, sin_2K)[:, 0]
+        turned_2K = turn(torch.stack([q_K, k_K])[:, None], cos_2K, sin_2K)[:, 0]
         return float(turned_2K[0] @ turned_2K[1])
 
     for dy, dx in ((0, 0), (3, 0), (0, 3), (-2, 5)):
@@ -138,7 +138,7 @@ def test_rotary_scores_depend_on_both_axes_of_the_difference():
 
 def test_rotation_keeps_lengths_and_dtype():
     x_THK = torch.randn(5, 3, 8, dtype=torch.bfloat16)
-    turned_THK = rotate(x_THK, *tables(axis_angles(torch.arange(5), 8, 100.0)))
+    turned_THK = turn(x_THK, *tables(axis_angles(torch.arange(5), 8, 100.0)))
     assert turned_THK.dtype == torch.bfloat16 and torch.equal(turned_THK[0], x_THK[0])
     torch.testing.assert_close(turned_THK.float().norm(dim=-1), x_THK.float().norm(dim=-1), rtol=2e-2, atol=0)
 
@@ -169,7 +169,7 @@ def test_frozen_encoder_runs_without_autograd():
     tower.encoder.requires_grad_(False)
     seen = []
     for block in tower.encoder.blocks:
-        block.register_forward_hook(lambda module, inputs, output: seen.append(torch.is_grad_enabled()))
+        block.mlp_up.register_forward_hook(lambda module, inputs, output: seen.append(torch.is_grad_enabled()))
     rows_VD = tower(packed(random_images(GRIDS), GRIDS))
     rows_VD.sum().backward()
     assert seen == [False] * len(tower.encoder.blocks)
@@ -322,6 +322,18 @@ def test_recomputing_layers_changes_no_gradient(kind, build_llm, row_T):
         gradients.append(torch.cat([gradient.flatten() for gradient in wanted]))
     assert gradients[0].abs().sum() > 0
     assert all(torch.equal(gradients[0], others) for others in gradients[1:])
+
+
+@pytest.mark.parametrize("recompute", LLM_RECOMPUTE)
+def test_layers_hold_nothing_of_a_step_that_is_over(recompute, build_llm, row_T):
+    """A tensor with its graph, held until the next forward, would hold a layer's activations that were made again."""
+    llm = build_llm("experts", recompute=recompute)
+    llm.losses(row_T, LENGTHS).sum().backward()
+    holders = list(llm.chunk.modules())
+    holders += [module.token_dispatcher for module in holders if hasattr(module, "token_dispatcher")]
+    held = [(holder, name) for holder in holders for name, value in vars(holder).items() if hasattr(value, "grad_fn")]
+    assert len(holders) > len(list(llm.chunk.modules()))
+    assert not [(type(holder).__name__, name) for holder, name in held if getattr(holder, name).grad_fn is not None]
 
 
 def test_initial_weights_depend_on_seed_and_name_alone(build_llm):

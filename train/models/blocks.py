@@ -1,10 +1,15 @@
 """The pre-norm transformer block that encoder, mask decoder and text encoder are made of, and a stack of them.
 
-    qkv = rotated(qkv(norm(x)));   x = x + keep * projection(attention(qkv));   x = x + keep * mlp(norm(x))
-    -------- enter ----------                                 -------------------- leave --------------------
+    qkv = rotated(product(norm(x)))     enter    from a block's input to its attention
+    seen = attention(qkv)
+    x = x + keep * projection(seen)     leave    from there to its output
+    x = x + keep * mlp(norm(x))
 
-Both halves are compiled where `parallel.compilation` says so, once for all blocks: weights are inputs, and no segment
-is seen inside.  What is kept between them is the choice of `recompute`, see `run_blocks`.
+Everything but attention is compiled where `parallel.compilation` says so, from one attention to the next: `leave` of a
+block and `enter` of the next are one region (`cross`).  Sums of the residual stream, and of its gradients, are then no
+passes over memory of their own, nor are gradients of biases (`parallel.fusion.in_buckets`).  A region is compiled once
+for all blocks: weights are inputs, and no segment is seen inside.  What is kept between them is the choice of
+`recompute`, see `run_blocks`.
 
 `keep` is stochastic depth (Huang et al. 2016): 0 or 1 / (1 - p) for a whole segment (an image) and a branch.  It comes
 in as data, so that a recomputed block, another layout or another rank drops the same branches.
@@ -14,6 +19,7 @@ Legend: N packed tokens, D width, H heads, K head width, I segments, L = 2 * dep
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,10 +31,12 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel import compilation
 from parallel.attention import Segments, attention
-from parallel.fusion import as_dtype
+from parallel.fusion import as_dtype, in_buckets, product_of, sum_of_buckets
 from parallel.recompute import HostStore, made_again
 from train.models.rotary import turn, turn_back
 
+GELU_1 = (8 / math.pi) ** 0.5  # GELU(h) = h sigmoid(GELU_1 h + GELU_3 h^3), 1606.08415
+GELU_3 = 0.044715 * GELU_1
 RECOMPUTE = ("none", "selective", "offload", "full", "replay")
 
 
@@ -42,57 +50,80 @@ def kept_for_backward(recompute: str) -> str:
     return "none" if recompute == "replay" else recompute
 
 
-@dataclass(frozen=True)
-class BlockPlan:
-    """How a block runs.  again: norms, projection and MLP are computed again in the backward; with a store also qkv,
-    and what is kept goes there."""
+class RotatedLinear(nn.Linear):
+    """A linear layer to queries, keys and values, of which the first two are turned by their positions."""
 
-    compiled: bool = False
-    again: bool = False
-    store: HostStore | None = None
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, 3 * width)
+        self.heads = heads
+
+    def forward(self, x_ND, cos_NK, sin_NK):
+        """Queries, keys and values, each [N, H, K]."""
+        product_NY, bias_Y = product_of(self, x_ND)
+        parts = (3, self.heads, -1)
+        bias_3HK = None if bias_Y is None else bias_Y.view(parts)
+        return _Rotated.apply(product_NY.unflatten(-1, parts), bias_3HK, cos_NK, sin_NK)
+
+
+class GeluLinear(nn.Linear):
+    """A linear layer and GELU, by its tanh formula."""
+
+    def forward(self, x_ND):
+        product_NF, bias_F = product_of(self, x_ND)
+        if bias_F is None:
+            return F.gelu(product_NF, approximate="tanh")
+        return _gelu(product_NF, bias_F)
+
+
+def _gelu(product_NF, bias_F):
+    """Of product + bias, for compiled code.  (1 + tanh(z / 2)) / 2 is sigmoid(z), whose exponential a GPU has in
+    hardware: with the tanh of its library this pass would take longer than memory needs."""
+    product = in_buckets(product_NF).float()
+    h = product + bias_F.float().expand(len(product), 1, -1)  # autograd sums over buckets, then over the rest
+    return (h * torch.sigmoid(h * (GELU_1 + GELU_3 * h * h))).to(product_NF.dtype).view(product_NF.shape)
+
+
+class ResidualLinear(nn.Linear):
+    """A linear layer whose result is added to a residual stream."""
+
+    def forward(self, h_NF, x_ND, keep_N=None):
+        branch_ND = super().forward(h_NF)
+        return x_ND + branch_ND if keep_N is None else _AddKept.apply(x_ND, branch_ND, keep_N)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals; tokens attend to all of their segment."""
+    """The weights of pre-norm attention and MLP with residuals; tokens attend to all of their segment."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float):
         super().__init__()
         hidden = int(width * mlp_ratio)
-        self.heads = heads
         self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
+        self.qkv = RotatedLinear(width, heads)
+        self.projection = ResidualLinear(width, width)
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp_up = nn.Linear(width, hidden)
-        self.mlp_down = nn.Linear(hidden, width)
+        self.mlp_up = GeluLinear(width, hidden)
+        self.mlp_down = ResidualLinear(hidden, width)
 
-    def forward(self, x_ND, cos_NK, sin_NK, segments: Segments, plan: BlockPlan, keep_2N=None):
-        again = plan.again and torch.is_grad_enabled()
-        enter, leave = (_enter_again, _leave_again) if again else (_enter, _leave)
-        if plan.compiled:
-            enter, leave = compilation.by_rows(enter), compilation.by_rows(leave)
-        qkv = enter(self, x_ND, cos_NK, sin_NK)
-        keeping = contextlib.nullcontext()
-        if again and plan.store is not None:
-            keeping = made_again(qkv, enter, (self, x_ND, cos_NK, sin_NK), plan.store)
-        with keeping:
-            seen_NHK = attention(*qkv, segments, causal=False)
-        return leave(self, x_ND, seen_NHK, keep_2N)
-
-    def _mlp(self, x_ND):
-        return self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x_ND)), approximate="tanh"))
+    def mlp(self, x_ND, keep_N=None):
+        """x + keep * mlp(norm(x))."""
+        return self.mlp_down(self.mlp_up(self.mlp_norm(x_ND)), x_ND, keep_N)
 
 
 def _enter(block: Block, x_ND, cos_NK, sin_NK):
     """Queries, keys and values, each [N, H, K]."""
-    qkv_N3HK = block.qkv(block.attention_norm(x_ND)).unflatten(-1, (3, block.heads, -1))
-    return _Rotated.apply(qkv_N3HK, cos_NK, sin_NK)
+    return block.qkv(block.attention_norm(x_ND), cos_NK, sin_NK)
 
 
 def _leave(block: Block, x_ND, seen_NHK, keep_2N):
     keep_attention_N, keep_mlp_N = (None, None) if keep_2N is None else (keep_2N[0], keep_2N[1])
-    x_ND = _add(x_ND, block.projection(seen_NHK.flatten(1)), keep_attention_N)
-    return _add(x_ND, block._mlp(x_ND), keep_mlp_N)
+    x_ND = block.projection(seen_NHK.flatten(1), x_ND, keep_attention_N)
+    return block.mlp(x_ND, keep_mlp_N)
+
+
+def _cross(blocks: tuple[Block, Block], x_ND, seen_NHK, cos_NK, sin_NK, keep_2N):
+    """From one block's attention to the next one's: its input, and queries, keys and values."""
+    x_ND = _leave(blocks[0], x_ND, seen_NHK, keep_2N)
+    return x_ND, *_enter(blocks[1], x_ND, cos_NK, sin_NK)
 
 
 def _enter_again(*arguments):
@@ -101,6 +132,41 @@ def _enter_again(*arguments):
 
 def _leave_again(*arguments):
     return checkpoint(_leave, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _cross_again(blocks: tuple[Block, Block], x_ND, seen_NHK, cos_NK, sin_NK, keep_2N):
+    x_ND = _leave_again(blocks[0], x_ND, seen_NHK, keep_2N)
+    return x_ND, *_enter_again(blocks[1], x_ND, cos_NK, sin_NK)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """How tokens go through blocks.  again: all but attention is computed again in the backward; with a store also
+    queries, keys and values, and what is kept goes there."""
+
+    cos_NK: torch.Tensor
+    sin_NK: torch.Tensor
+    segments: Segments
+    compiled: bool = False
+    again: bool = False
+    store: HostStore | None = None
+
+    def through(self, blocks: list[Block], x_ND: torch.Tensor, keeps: list[torch.Tensor | None]) -> torch.Tensor:
+        """keeps: fp32 factors [2, N] of each block's branches."""
+        tables = (self.cos_NK, self.sin_NK)
+        again = self.again and torch.is_grad_enabled()
+        regions = (_enter_again, _cross_again, _leave_again) if again else (_enter, _cross, _leave)
+        enter, cross, leave = map(compilation.by_rows, regions) if self.compiled else regions
+        qkv = enter(blocks[0], x_ND, *tables)
+        for place, (block, keep_2N) in enumerate(zip(blocks, keeps, strict=True)):
+            keeping = contextlib.nullcontext()
+            if again and self.store is not None:
+                keeping = made_again(qkv, enter, (block, x_ND, *tables), self.store)
+            with keeping:
+                seen_NHK = attention(*qkv, self.segments, causal=False)
+            if block is blocks[-1]:
+                return leave(block, x_ND, seen_NHK, keep_2N)
+            x_ND, *qkv = cross((block, blocks[place + 1]), x_ND, seen_NHK, *tables, keep_2N)
 
 
 def run_blocks(
@@ -130,20 +196,19 @@ def run_blocks(
     keep_LN = None
     if keep_LI is not None:  # an output size, else the device is asked for it
         keep_LN = keep_LI.repeat_interleave(segments.cu_q_N1.diff(), dim=1, output_size=len(x_ND))
-    again = recompute in ("selective", "offload")
+    keeps = [None] * len(blocks) if keep_LN is None else list(keep_LN.unflatten(0, (-1, 2)))
     store = None
     if recompute == "offload" and torch.is_grad_enabled():
         parameters = [parameter for block in blocks for parameter in block.parameters()]
         store = HostStore(x_ND.device, [cos_NK, sin_NK, *parameters, *([] if keep_LN is None else [keep_LN])])
-    plan = BlockPlan(compiled, again, store)
-    with store or contextlib.nullcontext():
-        for place, block in enumerate(blocks):
-            keep_2N = None if keep_LN is None else keep_LN[2 * place : 2 * place + 2]
-            arguments = (x_ND, cos_NK, sin_NK, segments, plan, keep_2N)
-            if recompute == "full" and torch.is_grad_enabled():
-                x_ND = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_ND = block(*arguments)
+    passage = Passage(cos_NK, sin_NK, segments, compiled, recompute in ("selective", "offload"), store)
+    if recompute == "full" and torch.is_grad_enabled():
+        for block, keep_2N in zip(blocks, keeps, strict=True):
+            arguments = ([block], x_ND, [keep_2N])
+            x_ND = checkpoint(passage.through, *arguments, use_reentrant=False, preserve_rng_state=False)
+    else:
+        with store or contextlib.nullcontext():
+            x_ND = passage.through(blocks, x_ND, keeps)
     return x_ND[:tokens] if compiled else x_ND
 
 
@@ -162,20 +227,25 @@ class _Rotated(torch.autograd.Function):
     are no saved tensors: then all that is made again for the backward is the norm, see `_AddKept`."""
 
     @staticmethod
-    def forward(ctx, qkv_N3HK, cos_NK, sin_NK):
-        ctx.tables = cos_NK, sin_NK
+    def forward(ctx, qkv_N3HK, bias_3HK, cos_NK, sin_NK):
+        ctx.tables, ctx.bias_dtype = (cos_NK, sin_NK), None if bias_3HK is None else bias_3HK.dtype
         q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
-        return turn(q_NHK, cos_NK, sin_NK), turn(k_NHK, cos_NK, sin_NK), v_NHK.contiguous()
+        if bias_3HK is None:
+            return turn(q_NHK, cos_NK, sin_NK), turn(k_NHK, cos_NK, sin_NK), v_NHK.contiguous()
+        q_NHK, k_NHK, v_NHK = (part.float() + bias_3HK[place] for place, part in enumerate((q_NHK, k_NHK, v_NHK)))
+        turned = turn(q_NHK, cos_NK, sin_NK), turn(k_NHK, cos_NK, sin_NK), v_NHK
+        return tuple(as_dtype(part, qkv_N3HK.dtype) for part in turned)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, q_NHK, k_NHK, v_NHK):
-        turned = (turn_back(q_NHK, *ctx.tables), turn_back(k_NHK, *ctx.tables))
-        return torch.stack((*turned, v_NHK), 1), None, None
-
-
-def _add(x_ND, branch_ND, keep_N):
-    return x_ND + branch_ND if keep_N is None else _AddKept.apply(x_ND, branch_ND, keep_N)
+        if ctx.bias_dtype is None:
+            turned = (turn_back(q_NHK, *ctx.tables), turn_back(k_NHK, *ctx.tables))
+            return torch.stack((*turned, v_NHK), 1), None, None, None
+        q, k, v, cos, sin = map(in_buckets, (q_NHK, k_NHK, v_NHK, *ctx.tables))
+        parts = (turn_back(q, cos, sin), turn_back(k, cos, sin), v)
+        bias_3HK = torch.stack([sum_of_buckets(part) for part in parts]).to(ctx.bias_dtype)
+        return torch.stack(parts, 2).view(len(q_NHK), *bias_3HK.shape), bias_3HK, None, None
 
 
 class _AddKept(torch.autograd.Function):

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from parallel.attention import Segments, attention
-from train.models.blocks import Block
-from train.models.rotary import axis_angles, rotate, tables
+from train.models.blocks import Block, ResidualLinear
+from train.models.rotary import axis_angles, tables
 
 MLP_RATIO = 4.0
 ROPE_BASE = 10000.0
@@ -46,23 +46,22 @@ class DecoderBlock(Block):
         self.cross_norm = nn.LayerNorm(width, eps=norm_eps)
         self.cross_query = nn.Linear(width, width)
         self.cross_key_value = nn.Linear(width, 2 * width)
-        self.cross_projection = nn.Linear(width, width)
+        self.cross_projection = ResidualLinear(width, width)
 
     def forward(self, x_TD, context_ND, cos_TK, sin_TK, readings: Sequence[Reading], recompute_mlp: bool):
-        q_THK, k_THK, v_THK = self.qkv(self.attention_norm(x_TD)).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        q_THK, k_THK = rotate(q_THK, cos_TK, sin_TK), rotate(k_THK, cos_TK, sin_TK)
+        q_THK, k_THK, v_THK = self.qkv(self.attention_norm(x_TD), cos_TK, sin_TK)
         parts = zip(*(split(x, readings) for x in (q_THK, k_THK, v_THK)), readings, strict=True)
         read = [attention(q, k, v, reading.own, causal=reading.causal) for q, k, v, reading in parts]
-        x_TD = x_TD + self.projection(torch.cat(read).flatten(1))
+        x_TD = self.projection(torch.cat(read).flatten(1), x_TD)
 
-        q_THK = self.cross_query(self.cross_norm(x_TD)).unflatten(-1, (self.heads, -1))
-        k_NHK, v_NHK = self.cross_key_value(context_ND).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        q_THK = self.cross_query(self.cross_norm(x_TD)).unflatten(-1, (self.qkv.heads, -1))
+        k_NHK, v_NHK = self.cross_key_value(context_ND).unflatten(-1, (2, self.qkv.heads, -1)).unbind(1)
         parts = zip(split(q_THK, readings), readings, strict=True)
         looked = [attention(q, k_NHK, v_NHK, reading.seen, causal=False) for q, reading in parts]
-        x_TD = x_TD + self.cross_projection(torch.cat(looked).flatten(1))
+        x_TD = self.cross_projection(torch.cat(looked).flatten(1), x_TD)
         if recompute_mlp and torch.is_grad_enabled():
-            return x_TD + checkpoint(self._mlp, x_TD, use_reentrant=False)
-        return x_TD + self._mlp(x_TD)
+            return checkpoint(self.mlp, x_TD, use_reentrant=False)
+        return self.mlp(x_TD)
 
 
 class TextDecoder(nn.Module):

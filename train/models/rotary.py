@@ -17,11 +17,6 @@ def axis_angles(positions_T: torch.Tensor, width: int, base: float) -> torch.Ten
     return positions_T.float()[:, None] * frequencies
 
 
-def rotate(x_THK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (i, i + K/2) of every head by the angles whose `tables` are given; fp32 inside."""
-    return _Rotation.apply(x_THK, cos_TK, sin_TK)
-
-
 def rotate_qkv(mixed_TGXK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor):
     """(q [T, H, K], k and v [T, G, K]), q and k rotated, from what a linear layer made of each group: its queries, its
     key, its value.  One pass over memory each way where regions are fused."""
@@ -29,21 +24,9 @@ def rotate_qkv(mixed_TGXK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Ten
 
 
 def tables(angles_TJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, each [T, K], for `rotate`, from the K/2 angles of every token."""
+    """Cosines and sines, each [T, K], for `turn`, from the K/2 angles of every token."""
     doubled_TK = torch.cat((angles_TJ, angles_TJ), dim=-1)
     return doubled_TK.cos(), doubled_TK.sin()
-
-
-class _Rotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_THK, cos_TK, sin_TK):
-        ctx.save_for_backward(cos_TK, sin_TK)
-        return turn(x_THK, cos_TK, sin_TK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_THK):
-        return turn_back(grad_THK, *ctx.saved_tensors), None, None
 
 
 class _RotationOfMixed(torch.autograd.Function):
@@ -62,12 +45,12 @@ def _turned(x_THK, cos_TK, sin_TK):
     x = x_THK.float()
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return as_dtype(x * cos_TK[:, None] + turned * sin_TK[:, None], x_THK.dtype)
+    return as_dtype(x * cos_TK[..., None, :] + turned * sin_TK[..., None, :], x_THK.dtype)
 
 
 @fused
 def turn(x_THK, cos_TK, sin_TK):
-    """What `rotate` does, without autograd."""
+    """The pairs (i, i + K/2) of every head turned by the angles whose `tables` are given; fp32 inside, no autograd."""
     return _turned(x_THK, cos_TK, sin_TK)
 
 
