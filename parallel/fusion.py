@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from parallel import compilation
 
@@ -70,7 +71,38 @@ def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rms_norm(x_SD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, fp32 inside: one kernel each way on CUDA."""
-    if fused_rms_norm_affine is not None and x_SD.is_cuda and not torch.compiler.is_compiling():
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, fp32 inside: one kernel each way on CUDA.
+
+    torch's own backward is two kernels there, the second of which reads everything again for the weights' gradient.
+    """
+    if torch.compiler.is_compiling():
+        return F.rms_norm(x_SD, weight_D.shape, weight_D, eps)
+    if fused_rms_norm_affine is not None and x_SD.is_cuda:
         return fused_rms_norm_affine(x_SD, weight_D, weight_D.shape, eps)
+    if compilation.enabled(x_SD.device):
+        return _RMSNorm.apply(x_SD, weight_D, eps)
     return F.rms_norm(x_SD, weight_D.shape, weight_D, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_SD, weight_D, eps):
+        normed_SD, scale_S1 = torch.ops.aten._fused_rms_norm(x_SD, weight_D.shape, weight_D, eps)
+        ctx.save_for_backward(x_SD, scale_S1, weight_D)
+        return normed_SD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_SD):
+        x_SD, scale_S1, weight_D = ctx.saved_tensors
+        rows = (x.flatten(0, -2) for x in (x_SD, scale_S1, grad_SD))
+        x_gradient_SD, weight_gradient_D = _rms_norm_backward(*rows, weight_D[None])
+        return x_gradient_SD.view(x_SD.shape), weight_gradient_D, None
+
+
+@fused
+def _rms_norm_backward(x_SD, scale_S1, grad_SD, weight_1D):
+    normed_SD, grad = x_SD * scale_S1, grad_SD * weight_1D.to(scale_S1.dtype)
+    along_S1 = (grad * normed_SD).mean(-1, keepdim=True)
+    x_gradient_SD = (grad - normed_SD * along_S1) * scale_S1
+    return x_gradient_SD.to(x_SD.dtype), (grad_SD * normed_SD).sum(0).to(weight_1D.dtype)

@@ -30,7 +30,14 @@ def value_and_gradients(function, *given):
     value = function(*leaves)
     generator = torch.Generator().manual_seed(1)
     value.backward(torch.randn(value.shape, generator=generator).to(value.dtype))
-    return value.detach(), leaves[0].grad
+    return value.detach(), *(leaf.grad for leaf in leaves)
+
+
+@pytest.fixture
+def configured():
+    """configured(mode): sets the mode of compilation, by a backend that needs no compiler, until the test ends."""
+    yield lambda mode: compilation.configure(mode, "aot_eager")
+    compilation.configure("auto")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,9 +57,11 @@ def test_taking_apart_and_rotating_in_one_pass_to_the_bit(tokens, groups, dtype)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*both, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["never", "always"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_is_its_formula(dtype):
+def test_rms_norm_is_its_formula(dtype, mode, configured):
     """fp32: another order of sums; bf16: one rounding of the result, 2^-9, in either order with the weight's."""
+    configured(mode)
     generator = torch.Generator().manual_seed(0)
     x_SD, weight_D = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((5, 64), (64,)))
     tolerance = 1e-5 if dtype == torch.float32 else 2**-6
