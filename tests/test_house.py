@@ -1,6 +1,7 @@
 """The floors of the house: launch -> train -> parallel, data.  Nothing imports upward."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,8 @@ def test_files_hold_one_idea():
         for path in (ROOT / floor).rglob("*.py"):
             lines = len(path.read_text().splitlines())
             assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/gpu").glob("test_*.py")), ids=lambda path: path.stem)
+def test_what_only_a_gpu_runs_can_be_imported_without_one(path):
+    importlib.import_module(f"tests.gpu.{path.stem}")

@@ -19,7 +19,7 @@ from parallel.llm_shards import shards_of
 from tests.support import settings
 from tests.train.toys import LLM_KINDS
 from train.models.llm_spec import build_chunk, transformer_config
-from train.models.rotary import axis_angles, rotate, tables
+from train.models.rotary import axis_angles, tables, turn
 from train.slices.language import World
 
 CUDA = torch.device("cuda", 0)
@@ -119,8 +119,8 @@ def test_cross_entropy_is_the_plain_one(mode, tile):
 def test_fused_regions_are_what_they_are_on_the_cpu():
     x_THK = torch.randn(64, 4, 32, dtype=torch.bfloat16)
     cos_sin = tables(axis_angles(torch.arange(64), 32, 1e4))
-    on_device = rotate(x_THK.to(CUDA), *(x.to(CUDA) for x in cos_sin))
-    torch.testing.assert_close(on_device.cpu(), rotate(x_THK, *cos_sin), rtol=2**-7, atol=2**-7)
+    on_device = turn(x_THK.to(CUDA), *(x.to(CUDA) for x in cos_sin))
+    torch.testing.assert_close(on_device.cpu(), turn(x_THK, *cos_sin), rtol=2**-7, atol=2**-7)
     weight_K = torch.randn(32, dtype=torch.bfloat16)
     normed = rms_norm(x_THK.to(CUDA), weight_K.to(CUDA), 1e-6)
     torch.testing.assert_close(normed.cpu(), rms_norm(x_THK, weight_K, 1e-6), rtol=2**-6, atol=2**-6)
