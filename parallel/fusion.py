@@ -1,8 +1,8 @@
 """Pointwise regions in one kernel, and norms that have one.
 
-`fused` compiles a function of elementwise operations and sums (`torch.compile`, once a process, at its first call) wherever
-`parallel.compilation` says so, and otherwise calls it as it stands.  Inside code that is being compiled already it is
-that function too, so a region never breaks the graph around it.
+`fused` compiles a function of elementwise operations and sums (`torch.compile`, once a process, at its first call)
+wherever `parallel.compilation` says so, and otherwise calls it as it stands.  Inside code that is being compiled
+already it is that function too, so a region never breaks the graph around it.
 """
 
 import functools
