@@ -190,13 +190,18 @@ def dense_features(vit: SeedViT, pixels_NP: torch.Tensor, positions_N2: torch.Te
         turned_NHJ = torch.complex(first, second) * turn_N1J
         return torch.cat((turned_NHJ.real, turned_NHJ.imag), dim=-1)
 
+    def linear(layer, x_NC):
+        return F.linear(x_NC, layer.weight, layer.bias)
+
     x_ND = F.linear(pixels_NP, weight, bias)
     for block in vit.blocks:
-        q_NHK, k_NHK, v_NHK = block.qkv(block.attention_norm(x_ND)).unflatten(-1, (3, config.heads, -1)).unbind(1)
+        qkv_NY = linear(block.qkv, block.attention_norm(x_ND))
+        q_NHK, k_NHK, v_NHK = qkv_NY.unflatten(-1, (3, config.heads, -1)).unbind(1)
         scores_HNN = torch.einsum("nhk,mhk->hnm", turned(q_NHK), turned(k_NHK)) * (4 * quarter) ** -0.5
         mixed_NHK = torch.einsum("hnm,mhk->nhk", scores_HNN.softmax(-1), v_NHK)
-        x_ND = x_ND + block.projection(mixed_NHK.flatten(1))
-        x_ND = x_ND + block.mlp_down(F.gelu(block.mlp_up(block.mlp_norm(x_ND)), approximate="tanh"))
+        x_ND = x_ND + linear(block.projection, mixed_NHK.flatten(1))
+        h_NF = F.gelu(linear(block.mlp_up, block.mlp_norm(x_ND)), approximate="tanh")
+        x_ND = x_ND + linear(block.mlp_down, h_NF)
     return vit.final_norm(x_ND)
 
 

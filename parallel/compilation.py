@@ -4,7 +4,7 @@ rows that are compiled once for all their callers.
 auto: on CUDA where Triton is importable; always: on any device (a CPU needs a C++ compiler); never: nowhere.
 
 Shapes are bounded: callers bring rows in whole buckets, so that at most `most rows / BUCKET` different sizes exist,
-and the graph takes any of them.  A bucket costs at most 127 rows of a chunk, on average half of that: 0.2% of 32,768.
+and the graph takes any of them.  Buckets cost a chunk of 256 rows or more 127 at most, on average 64: 0.2% of 32,768.
 Graphs differ by what does not depend on the data: widths, with or without autograd, with or without factors.
 """
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", "always", "never")
 BUCKET = 128  # rows
-GRAPHS = 32  # at most of one function: above the sum over the widths of a run
+GRAPHS = 32  # at most of one function and one set of arguments: above the sum over the widths of a run
 
 _mode = "auto"
 _backend = "inductor"
@@ -68,8 +68,8 @@ def by_rows(function: Callable) -> Callable:
     """`function` compiled, once a process.
 
     It takes a module, or a tuple of them, and tensors, of which those that have as many rows as the first (in the first
-    dimension, or in the second of two) may have any number of whole buckets of rows without a compilation of its own.
-    The graph is one over buckets: rows cut into them and joined again are, for the compiler, the same rows.
+    dimension, or in the second of two) may have any number of whole buckets of rows, from two on, without a compilation
+    of its own.  The graph is one over buckets: rows cut into them and joined again are the same to the compiler.
     """
 
     def call(modules: nn.Module | tuple[nn.Module, ...], first_N: torch.Tensor, *others: torch.Tensor | None):
@@ -92,9 +92,8 @@ def _joining(function: Callable, axes: tuple[int | None, ...]) -> Callable:
         tensors = (x if axis is None else x.flatten(axis, axis + 1) for x, axis in zip(cut, axes, strict=True))
         return function(modules, *tensors)
 
-    joined.__code__ = joined.__code__.replace(
-        co_name=function.__name__
-    )  # graphs are counted and bounded by code object
+    # graphs are counted by code object, which all closures of one function would share
+    joined.__code__ = joined.__code__.replace(co_name=function.__name__)
     return joined
 
 

@@ -116,9 +116,8 @@ class SortedDispatcher(MoEAlltoAllTokenDispatcher):
         self.alone = self.ep_size == self.tp_size == 1
 
     def dispatch_preprocess(self, hidden_states, routing_map, probs):
-        self.hidden_shape = (
-            hidden_states.shape
-        )  # of tensors nothing: a layer computed again would live on with its graph
+        self.hidden_shape = hidden_states.shape
+        self.probs = probs.new_empty(0)  # for its dtype; the weights would hold the graph of a layer made again
         self.tokens_per_expert = self.preprocess(routing_map)
         self._maybe_dtoh_and_synchronize("before_permutation_1")
         self.order = order = Order.of(routing_map, self.config.moe_router_topk)

@@ -3,6 +3,9 @@
 `fused` compiles a function of elementwise operations and sums (`torch.compile`, once a process, at its first call)
 wherever `parallel.compilation` says so, and otherwise calls it as it stands.  Inside code that is being compiled
 already it is that function too, so a region never breaks the graph around it.
+
+`product_of`, `in_buckets` and `sum_of_buckets` are for code inside `parallel.compilation.by_rows`: biases and their
+gradients in passes over memory that are made anyway.
 """
 
 import functools
@@ -43,7 +46,8 @@ def fused(function: Callable) -> Callable:
 def product_of(linear: nn.Linear, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x times the layer's weights, and the bias that is still to be added: None where it has been.
 
-    Where code is compiled the pass over memory that comes next adds it, and that of the backward sums its gradient.
+    Where code is compiled the pass over memory that comes next adds it, and that of the backward sums its gradient;
+    rows then are whole buckets (`in_buckets`).
     """
     if torch.compiler.is_compiling():
         return F.linear(x_ND, linear.weight), linear.bias
@@ -60,8 +64,8 @@ def in_buckets(x: torch.Tensor) -> torch.Tensor:
 
 
 def sum_of_buckets(x: torch.Tensor) -> torch.Tensor:
-    """Over all rows, in fp32."""
-    return x.sum(1, dtype=torch.float32).sum(0)
+    """Over all rows, in fp32 (fp64 for fp64)."""
+    return x.sum(1, dtype=torch.promote_types(x.dtype, torch.float32)).sum(0)
 
 
 def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

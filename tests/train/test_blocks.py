@@ -3,6 +3,7 @@
 Legend: I images, N patches.
 """
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -77,12 +78,13 @@ def test_a_run_compiles_a_handful_of_graphs(vit, graphs):
     assert graphs.count == 10
 
 
-@pytest.mark.parametrize("kept", ["none", "offload", "full"])
+@pytest.mark.parametrize("kept", ["none", "selective", "offload", "full"])
 def test_compiled_blocks_are_the_blocks(vit, graphs, kept):
     """What is added to fill a bucket is in no result: 1e-5, as sums over tokens are cut elsewhere and GELU is another
     formula of the same function; a chunk that fills its bucket has nothing added."""
     fills = packed(random_images([(16, 16), (32, 8)]), [(16, 16), (32, 8)])
-    for images in (chunk(1, drop=True), chunk(2, drop=False), fills):
+    keep_LI = torch.tensor([[0.0, 2.0], [2.0, 0.0]]).repeat(CONFIG.depth, 1)
+    for images in (chunk(1, drop=True), chunk(2, drop=False), fills, dataclasses.replace(fills, keep_LI=keep_LI)):
         found = trained(vit, images, kept)
         compilation.configure("never")
         wanted = trained(vit, images, "none")
@@ -90,6 +92,18 @@ def test_compiled_blocks_are_the_blocks(vit, graphs, kept):
         for mine, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
     assert graphs.count <= 6
+
+
+def test_compiled_blocks_in_bf16_are_near_fp32(vit, graphs):
+    """Of each tensor at most twice as far as eager code in bf16, whose roundings are others but as many."""
+    images, off = chunk(1, drop=True), {}
+    compilation.configure("never")
+    wanted = trained(vit, images, "none")
+    for mode in ("never", "always"):
+        compilation.configure(mode, graphs.backend)
+        found = trained(copy.deepcopy(vit).bfloat16(), images, "none")
+        off[mode] = [(mine.float() - exact).norm() / exact.norm() for mine, exact in zip(found, wanted, strict=True)]
+    assert all(mine < 2 * eager + 2**-9 for mine, eager in zip(off["always"], off["never"], strict=True))
 
 
 def test_filling_a_bucket_asks_no_device(monkeypatch):

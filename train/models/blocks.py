@@ -78,8 +78,9 @@ class GeluLinear(nn.Linear):
 def _gelu(product_NF, bias_F):
     """Of product + bias, for compiled code.  (1 + tanh(z / 2)) / 2 is sigmoid(z), whose exponential a GPU has in
     hardware: with the tanh of its library this pass would take longer than memory needs."""
-    product = in_buckets(product_NF).float()
-    h = product + bias_F.float().expand(len(product), 1, -1)  # autograd sums over buckets, then over the rest
+    wide = torch.promote_types(product_NF.dtype, torch.float32)
+    product = in_buckets(product_NF).to(wide)
+    h = product + bias_F.to(wide).expand(len(product), 1, -1)  # autograd sums each bucket, then the buckets
     return (h * torch.sigmoid(h * (GELU_1 + GELU_3 * h * h))).to(product_NF.dtype).view(product_NF.shape)
 
 
@@ -141,8 +142,11 @@ def _cross_again(blocks: tuple[Block, Block], x_ND, seen_NHK, cos_NK, sin_NK, ke
 
 @dataclass(frozen=True)
 class Passage:
-    """How tokens go through blocks.  again: all but attention is computed again in the backward; with a store also
-    queries, keys and values, and what is kept goes there."""
+    """How tokens go through blocks.
+
+    again: all but attention is computed again in the backward; with a store also queries, keys and values, and what is
+    kept goes there.  Compiled and in bf16 these are then of an input that has been rounded, as the forward's were not.
+    """
 
     cos_NK: torch.Tensor
     sin_NK: torch.Tensor
@@ -164,6 +168,7 @@ class Passage:
                 keeping = made_again(qkv, enter, (block, x_ND, *tables), self.store)
             with keeping:
                 seen_NHK = attention(*qkv, self.segments, causal=False)
+            qkv = ()  # what follows needs memory for the next
             if block is blocks[-1]:
                 return leave(block, x_ND, seen_NHK, keep_2N)
             x_ND, *qkv = cross((block, blocks[place + 1]), x_ND, seen_NHK, *tables, keep_2N)
@@ -192,7 +197,8 @@ def run_blocks(
         more = compilation.bucket_of(tokens) - tokens
         x_ND, cos_NK, sin_NK = (F.pad(rows, (0, 0, 0, more)) for rows in (x_ND, cos_NK, sin_NK))
         segments = _lengthened(segments, more)
-        keep_LI = None if keep_LI is None or not more else F.pad(keep_LI, (0, 1))
+        if keep_LI is not None and more:
+            keep_LI = F.pad(keep_LI, (0, 1))
     keep_LN = None
     if keep_LI is not None:  # an output size, else the device is asked for it
         keep_LN = keep_LI.repeat_interleave(segments.cu_q_N1.diff(), dim=1, output_size=len(x_ND))
@@ -224,7 +230,7 @@ def _lengthened(segments: Segments, more: int) -> Segments:
 class _Rotated(torch.autograd.Function):
     """Queries and keys turned by their positions, and the values, each in memory of its own: a view of the values would
     hold all three before rotation, and gradients of views are put together by one more pass over memory.  The tables
-    are no saved tensors: then all that is made again for the backward is the norm, see `_AddKept`."""
+    are no saved tensors, for which the product would be made again: without them the norm alone is."""
 
     @staticmethod
     def forward(ctx, qkv_N3HK, bias_3HK, cos_NK, sin_NK):
@@ -232,7 +238,8 @@ class _Rotated(torch.autograd.Function):
         q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
         if bias_3HK is None:
             return turn(q_NHK, cos_NK, sin_NK), turn(k_NHK, cos_NK, sin_NK), v_NHK.contiguous()
-        q_NHK, k_NHK, v_NHK = (part.float() + bias_3HK[place] for place, part in enumerate((q_NHK, k_NHK, v_NHK)))
+        wide = torch.promote_types(qkv_N3HK.dtype, torch.float32)
+        q_NHK, k_NHK, v_NHK = (part.to(wide) + bias for part, bias in zip((q_NHK, k_NHK, v_NHK), bias_3HK, strict=True))
         turned = turn(q_NHK, cos_NK, sin_NK), turn(k_NHK, cos_NK, sin_NK), v_NHK
         return tuple(as_dtype(part, qkv_N3HK.dtype) for part in turned)
 
@@ -251,8 +258,8 @@ class _Rotated(torch.autograd.Function):
 class _AddKept(torch.autograd.Function):
     """x + keep * branch, with the product and sum in fp32: 1 / (1 - p) rounded to bf16 would be biased.
 
-    The factors are no saved tensor of autograd: asking for one starts the recomputation of a block, and here did so
-    before ZeRO-3 gathered the last matrix: in another order than on a rank whose images come without factors.
+    The factors are no saved tensor of autograd: where a block is computed again, that goes on until the last saved
+    tensor is made, which would then come after the last product.
     """
 
     @staticmethod

@@ -2,7 +2,8 @@
 
 The backward of a rotation is the rotation by the negative angles.
 
-Legend: T tokens, H heads, G groups of them that share keys and values, X = H / G + 2, K head width.
+Legend: T tokens, in one dimension or more, H heads, G groups of them that share keys and values, X = H / G + 2, K head
+width.
 """
 
 import torch
