@@ -27,8 +27,9 @@ SCORE = $(BIN)/python launch/evaluate.py runs/$@ --data '$(SHARDS)/vision/heldou
 PROMPTS := --template 'a photo of the digit {}' --template 'a handwritten {}' --template 'the digit {} in ink'
 
 # Files of tests run two at a time; then, alone, those that stop, kill and time processes.
-SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/distributed tests/test_house.py $(patsubst %,tests/launch/test_%.py, \
-	checkpoint_command docs evaluate_encoder evaluate_settings make_teacher recipes)
+SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/distributed tests/test_house.py tests/test_benchmark_gpu.py \
+	$(patsubst %,tests/launch/test_%.py,bad_input checkpoint_command curate docs evaluate_encoder evaluate_settings \
+	inspect_data make_teacher profile recipes)
 
 .PHONY: toy learn vit_mim vit_contrastive vit_omni test soak lint clean
 
