@@ -21,3 +21,12 @@ def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     build_byte_tokenizer(path)
     return Tokenizer(path)
+
+
+@pytest.fixture
+def configured():
+    """configured(mode): sets the mode of compilation, by a backend that needs no compiler, until the test ends."""
+    from parallel import compilation  # brings torch, which tests of data alone do without
+
+    yield lambda mode: compilation.configure(mode, "aot_eager")
+    compilation.configure("auto", "aot_eager")

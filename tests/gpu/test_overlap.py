@@ -105,18 +105,24 @@ def test_reductions_beside_the_backward_change_no_gradient(stage):
     assert torch.equal(squares_of_a_step(stage, waits=False), squares_of_a_step(stage, waits=True))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_host_does_not_wait_in_a_backward(stage, request):
-    squares_of_a_step(stage, waits=False)  # what is made once is made
+def trained_twice(stage: int) -> tuple[EncoderEngine, torch.Tensor]:
+    """An engine that has done two steps, and its input."""
     torch.manual_seed(0)
     tower = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(2)]).cuda()
     engine = EncoderEngine(tower, {"all": tower}, zero_stage=stage, precision="bf16", adam=ADAM)
     x_NP = torch.randn(ROWS, WIDTH, device=CUDA, dtype=torch.bfloat16)
-    busy = torch.randn(16384, 16384, device=CUDA)
     for _ in range(2):
         engine.backward(output := engine.encode(x_NP), output.detach())
         engine.squared_grad_norms()
         engine.step(1.0)
+    return engine, x_NP
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_host_does_not_wait_in_a_backward(stage, request):
+    squares_of_a_step(stage, waits=False)  # what is made once is made
+    engine, x_NP = trained_twice(stage)
+    busy = torch.randn(16384, 16384, device=CUDA)
     torch.cuda.synchronize()
     request.getfixturevalue("no_waiting")
     for _ in range(20):
@@ -132,15 +138,8 @@ def test_the_host_does_not_wait_in_a_backward(stage, request):
 def test_gathers_of_weights_wait_for_the_update(monkeypatch):
     """On the device, at stage 3, and with no weights that stay whole, whose gather in the update could do it."""
     monkeypatch.setattr(encoder_engine, "PERSISTENT_NUMEL", 0)
-    torch.manual_seed(0)
-    tower = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(2)]).cuda()
-    engine = EncoderEngine(tower, {"all": tower}, zero_stage=3, precision="bf16", adam=ADAM)
-    x_NP = torch.randn(ROWS, WIDTH, device=CUDA, dtype=torch.bfloat16)
+    engine, x_NP = trained_twice(stage=3)
     busy = torch.randn(16384, 16384, device=CUDA)
-    for _ in range(2):
-        engine.backward(output := engine.encode(x_NP), output.detach())
-        engine.squared_grad_norms()
-        engine.step(1.0)
     engine.backward(output := engine.encode(x_NP), output.detach())
     engine.squared_grad_norms()
     torch.cuda.synchronize()

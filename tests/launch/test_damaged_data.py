@@ -125,18 +125,23 @@ def test_an_undecodable_image_costs_its_sample_and_nothing_else(layout, damaged,
             assert mine[norm] == pytest.approx(other[norm], rel=1e-4), norm
 
 
+def broken_from_the_second(function, words: str):
+    """`function`, which raises RuntimeError from its second call on."""
+    calls = []
+
+    def broken(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise RuntimeError(words)
+        return function(*arguments, **named)
+
+    return broken
+
+
 def failure(overrides, run_dir, break_rank=None):
     """The error that ends training on this rank; `break_rank` cannot read images from its second step on."""
     if dist.get_rank() == break_rank:
-        finish, calls = ShardReader.finish, []
-
-        def broken(self, pending):
-            calls.append(pending)
-            if len(calls) > 1:
-                raise RuntimeError("the disk is gone")
-            return finish(self, pending)
-
-        ShardReader.finish = broken
+        ShardReader.finish = broken_from_the_second(ShardReader.finish, "the disk is gone")
     try:
         train_run("stage1", overrides, run_dir)
     except AgreedError as error:
@@ -162,15 +167,7 @@ def test_an_error_on_one_rank_stops_all_with_its_words(corpus, tmp_path):
 def failure_to_compose(overrides, run_dir):
     """As `failure`; rank 1 cannot make the batch of its second step."""
     if dist.get_rank() == 1:
-        compose, calls = rows.step_input, []
-
-        def broken(prepared, grid):
-            calls.append(prepared)
-            if len(calls) > 1:
-                raise RuntimeError("no memory")
-            return compose(prepared, grid)
-
-        rows.step_input = broken
+        rows.step_input = broken_from_the_second(rows.step_input, "no memory")
     return failure(overrides, run_dir)
 
 

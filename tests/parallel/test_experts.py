@@ -18,7 +18,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, router_gating_linear
 from megatron.core.transformer.spec_utils import build_module
 
-from parallel import compilation, experts
+from parallel import experts
 from parallel.dispatch import FromPlaces, Order, RouterLogits, ToPlaces, WeightsToPlaces, bf16_parts
 from parallel.experts import Grouped, GroupedExperts, Looped, Padded, moe_spec
 from parallel.llm_shards import initialize, shards_of
@@ -135,16 +135,13 @@ def test_experts_are_sequential_mlp(arrangement, dtype, counts, alone, monkeypat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_swiglu_is_swiglu(dtype):
+def test_compiled_swiglu_is_swiglu(dtype, configured):
     """To the bit, by a backend that only takes code apart."""
     h_TG, gradient_TF = torch.randn(7, 2 * F).to(dtype), torch.randn(7, F).to(dtype)
     p_T1 = torch.rand(7, 1)
     plain = [experts.swiglu(h_TG, p_T1), *experts.swiglu_backward(h_TG, p_T1, gradient_TF)]
-    compilation.configure("always", "aot_eager")
-    try:
-        compiled = [experts.swiglu(h_TG, p_T1), *experts.swiglu_backward(h_TG, p_T1, gradient_TF)]
-    finally:
-        compilation.configure("auto")
+    configured("always")
+    compiled = [experts.swiglu(h_TG, p_T1), *experts.swiglu_backward(h_TG, p_T1, gradient_TF)]
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(compiled, plain, strict=True))
 
 

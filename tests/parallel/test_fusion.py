@@ -33,13 +33,6 @@ def value_and_gradients(function, *given):
     return value.detach(), *(leaf.grad for leaf in leaves)
 
 
-@pytest.fixture
-def configured():
-    """configured(mode): sets the mode of compilation, by a backend that needs no compiler, until the test ends."""
-    yield lambda mode: compilation.configure(mode, "aot_eager")
-    compilation.configure("auto")
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, groups", [(0, 1), (7, 1), (7, 3)])
 def test_taking_apart_and_rotating_in_one_pass_to_the_bit(tokens, groups, dtype):

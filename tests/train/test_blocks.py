@@ -40,13 +40,6 @@ def graphs():
     compilation.configure("auto")
 
 
-@pytest.fixture
-def configured():
-    """configured(mode) sets the mode, until the test ends; tests share what is compiled."""
-    yield lambda mode: compilation.configure(mode, "aot_eager")
-    compilation.configure("auto", "aot_eager")
-
-
 def chunk(seed: int, *, drop: bool) -> PackedImages:
     """1 to 20 images of 4 to 196 patches."""
     generator = np.random.default_rng(seed)

@@ -121,12 +121,6 @@ def _leave(block: Block, x_ND, seen_NHK, keep_2N):
     return block.mlp(x_ND, keep_mlp_N)
 
 
-def _cross(blocks: tuple[Block, Block], x_ND, seen_NHK, cos_NK, sin_NK, keep_2N):
-    """From one block's attention to the next one's: its input, and queries, keys and values."""
-    x_ND = _leave(blocks[0], x_ND, seen_NHK, keep_2N)
-    return x_ND, *_enter(blocks[1], x_ND, cos_NK, sin_NK)
-
-
 def _enter_again(*arguments):
     return checkpoint(_enter, *arguments, use_reentrant=False, preserve_rng_state=False)
 
@@ -135,9 +129,17 @@ def _leave_again(*arguments):
     return checkpoint(_leave, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def _cross_again(blocks: tuple[Block, Block], x_ND, seen_NHK, cos_NK, sin_NK, keep_2N):
-    x_ND = _leave_again(blocks[0], x_ND, seen_NHK, keep_2N)
-    return x_ND, *_enter_again(blocks[1], x_ND, cos_NK, sin_NK)
+def _crossing(leave, enter):
+    """From one block's attention to the next one's: the next block's input, and queries, keys and values."""
+
+    def cross(blocks: tuple[Block, Block], x_ND, seen_NHK, cos_NK, sin_NK, keep_2N):
+        x_ND = leave(blocks[0], x_ND, seen_NHK, keep_2N)
+        return x_ND, *enter(blocks[1], x_ND, cos_NK, sin_NK)
+
+    return cross
+
+
+_cross, _cross_again = _crossing(_leave, _enter), _crossing(_leave_again, _enter_again)
 
 
 @dataclass(frozen=True)
@@ -158,13 +160,12 @@ class Passage:
     def through(self, blocks: list[Block], x_ND: torch.Tensor, keeps: list[torch.Tensor | None]) -> torch.Tensor:
         """keeps: fp32 factors [2, N] of each block's branches."""
         tables = (self.cos_NK, self.sin_NK)
-        again = self.again and torch.is_grad_enabled()
-        regions = (_enter_again, _cross_again, _leave_again) if again else (_enter, _cross, _leave)
+        regions = (_enter_again, _cross_again, _leave_again) if self.again else (_enter, _cross, _leave)
         enter, cross, leave = map(compilation.by_rows, regions) if self.compiled else regions
         qkv = enter(blocks[0], x_ND, *tables)
         for place, (block, keep_2N) in enumerate(zip(blocks, keeps, strict=True)):
             keeping = contextlib.nullcontext()
-            if again and self.store is not None:
+            if self.store is not None:
                 keeping = made_again(qkv, enter, (block, x_ND, *tables), self.store)
             with keeping:
                 seen_NHK = attention(*qkv, self.segments, causal=False)
@@ -192,6 +193,7 @@ def run_blocks(
     Compiled blocks see whole buckets of tokens: what is added attends to itself alone and is cut away again.
     """
     blocks, tokens = list(blocks), len(x_ND)
+    recompute = recompute if torch.is_grad_enabled() else "none"
     compiled = compilation.enabled(x_ND.device) and compilation.compilable(blocks)
     if compiled:
         more = compilation.bucket_of(tokens) - tokens
@@ -204,11 +206,11 @@ def run_blocks(
         keep_LN = keep_LI.repeat_interleave(segments.cu_q_N1.diff(), dim=1, output_size=len(x_ND))
     keeps = [None] * len(blocks) if keep_LN is None else list(keep_LN.unflatten(0, (-1, 2)))
     store = None
-    if recompute == "offload" and torch.is_grad_enabled():
+    if recompute == "offload":
         parameters = [parameter for block in blocks for parameter in block.parameters()]
         store = HostStore(x_ND.device, [cos_NK, sin_NK, *parameters, *([] if keep_LN is None else [keep_LN])])
     passage = Passage(cos_NK, sin_NK, segments, compiled, recompute in ("selective", "offload"), store)
-    if recompute == "full" and torch.is_grad_enabled():
+    if recompute == "full":
         for block, keep_2N in zip(blocks, keeps, strict=True):
             arguments = ([block], x_ND, [keep_2N])
             x_ND = checkpoint(passage.through, *arguments, use_reentrant=False, preserve_rng_state=False)
