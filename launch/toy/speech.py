@@ -1,6 +1,7 @@
 """What toy videos sound like: a name spoken by espeak-ng where it is installed, telephone tones elsewhere.
 
-    espeak-ng   "three" in one of a few voices; those of training and of held-out clips differ
+    espeak-ng   "three" in one of a few voices; those of training and of held-out clips differ.  The program where it is
+                on the PATH, else the library of the package espeakng-loader (extra `dev`)
     tones       keys of the name's number, as a telephone dials them: two tones at once (DTMF, ITU-T Q.23)
 
 The digits have the numbers 0 to 9, the photographs those from 10 on.
@@ -9,12 +10,15 @@ Shapes: S samples at 16 kHz, float32 within -1 to 1.
 """
 
 import functools
+import importlib.util
 import shutil
 import subprocess
+import sys
 
 import av
 import numpy as np
 
+from launch.toy import espeak
 from launch.toy.videos import SOUND_RATE
 
 # Voice, words a minute, pitch of 0 to 99.
@@ -41,15 +45,25 @@ _QUIET = 0.01  # of a word's loudest sample: what is cut off before and behind i
 
 @functools.cache
 def speaks() -> bool:
-    """Whether this machine has espeak-ng."""
-    return shutil.which("espeak-ng") is not None
+    """Whether this machine has espeak-ng, as a program or as a package."""
+    return shutil.which("espeak-ng") is not None or importlib.util.find_spec("espeakng_loader") is not None
+
+
+def command_for(name: str, voice: str, speed: int, pitch: int) -> list[str]:
+    """The command that writes a name, spoken, to stdout as a WAV file."""
+    if shutil.which("espeak-ng"):
+        return ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", name]
+    import espeakng_loader  # an extra
+
+    files = [espeak.__file__, espeakng_loader.get_library_path(), espeakng_loader.get_data_path()]
+    voice = voice.replace("en-gb", "en")  # the library finds British English, the default of "en", by this name alone
+    return [sys.executable, "-IS", *files, voice, str(speed), str(pitch), name]
 
 
 @functools.cache
 def spoken(name: str, voice: str, speed: int, pitch: int) -> np.ndarray:
     """A name in a voice, loudest at 1. Raises ValueError if espeak-ng fails."""
-    command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", name]
-    said = subprocess.run(command, capture_output=True)
+    said = subprocess.run(command_for(name, voice, speed, pitch), capture_output=True)
     head, _, wave = said.stdout.partition(b"data")
     samples_S = np.frombuffer(wave[4 : len(wave) // 2 * 2], "<i2").astype(np.float32)
     if said.returncode or not samples_S.any():

@@ -130,8 +130,11 @@ def test_without_espeak_tones_stand_for_names(monkeypatch, split):
         assert keys_heard(decode_audio(io.BytesIO(made.media[0][1]))) == str(number)
 
 
-@pytest.mark.skipif(not speech.speaks(), reason="espeak-ng is not installed")
-def test_espeak_says_names_in_many_voices():
+@pytest.mark.parametrize("installed", ["as it is", "as a package alone"])
+def test_espeak_says_names_in_many_voices(installed, monkeypatch, tmp_path):
+    if installed == "as a package alone":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    speech.spoken.cache_clear()
     waves = [speech.spoken("three", *voice) for voice in speech.TRAIN_VOICES + speech.HELDOUT_VOICES]
     assert all(0.1 < len(wave) / RATE < 1 and 0.5 < abs(wave).max() < 1.5 for wave in waves)
     assert len({wave.tobytes() for wave in waves}) == len(waves)
