@@ -1,0 +1,83 @@
+"""The golden values, and how far other values are from them.
+
+On the machine that recorded, every number is equal to the bit.  Elsewhere BLAS and vectorised functions sum and round
+in another order.  The tolerances are about four times the largest relative differences that were measured on one
+AVX-512 processor with ATEN_CPU_CAPABILITY=default or avx2, MKL_CBWR=COMPATIBLE, AVX2 or AVX512, and both together:
+5.6e-7 of a loss and 2.5e-6 of a gradient norm.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from train import checkpoint
+
+HERE = Path(__file__).parent
+LOSSES, DIGESTS = HERE / "losses.json", HERE / "digests.json"
+EXACT = ("step", "applied", "images", "trained_tokens", "visual_tokens", "samples")
+TOLERANCE = {"loss": 2e-6, "grad_norm": 1e-5, "lr": 1e-12}  # relative, by the beginning of a key; all other keys: none
+
+
+def golden() -> tuple[dict, dict[str, list[dict]]]:
+    """(fingerprint of the machine that recorded, numbers per step of every run)."""
+    stored = json.loads(LOSSES.read_text())
+    return stored["recorded_by"], stored["runs"]
+
+
+def write(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def golden_part(line: dict) -> dict:
+    """The numbers of a line of metrics.jsonl that do not depend on time."""
+    return {key: value for key, value in line.items() if key in EXACT or key.startswith(tuple(TOLERANCE))}
+
+
+def differences(found: list[dict], expected: list[dict], exact: bool) -> list[str]:
+    """One sentence per number of a run that is not as expected: to the bit if `exact`, else within TOLERANCE."""
+    left, right, out = dict(_flat(found)), dict(_flat(expected)), []
+    for key in dict.fromkeys((*right, *left)):
+        tolerance = next((value for prefix, value in TOLERANCE.items() if key.startswith(prefix)), 0.0)
+        off = _relative(left.get(key), right.get(key))
+        if off > (0.0 if exact else tolerance):
+            out.append(f"{key}: {left.get(key)}, expected {right.get(key)}, off by {off:.1e}")
+    return out
+
+
+def worst(found: list[dict], expected: list[dict], prefix: str) -> float:
+    """The largest relative difference of a number whose key begins with `prefix`."""
+    left, right = dict(_flat(found)), dict(_flat(expected))
+    return max(_relative(left.get(key), right.get(key)) for key in left.keys() | right.keys() if key.startswith(prefix))
+
+
+def _flat(lines: list[dict]) -> Iterator[tuple[str, float | bool]]:
+    """("loss_by_domain.clip at step 2", value) and so on."""
+    for line in lines:
+        for key, value in line.items():
+            for name, number in value.items() if isinstance(value, dict) else [(None, value)]:
+                yield f"{key}{'.' * bool(name)}{name or ''} at step {line['step']}", number
+
+
+def _relative(found: float | None, expected: float | None) -> float:
+    if found == expected:
+        return 0.0
+    if found is None or expected is None:  # a number without a partner, or one that is not finite
+        return float("inf")
+    return abs(found - expected) / max(abs(expected), 1e-30)
+
+
+def digests(path: Path) -> dict[str, str]:
+    """The first half of the SHA-256 of every tensor of a checkpoint as fp32, by "name kind"."""
+    reader = checkpoint.Reader(path)
+    return {
+        f"{name} {kind}": _digest(reader.whole(name, kind))
+        for name, facts in sorted(reader.tensors.items())
+        for kind in sorted(facts["kinds"])
+    }
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().astype("<f4").tobytes()).hexdigest()[:32]
