@@ -27,15 +27,17 @@ SCORE = $(BIN)/python launch/evaluate.py runs/$@ --data '$(SHARDS)/vision/heldou
 PROMPTS := --template 'a photo of the digit {}' --template 'a handwritten {}' --template 'the digit {} in ink'
 
 # Files of tests run two at a time; then, alone, those that stop, kill and time processes.
-SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/distributed tests/test_house.py tests/test_benchmark_gpu.py \
+SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/reference tests/golden tests/distributed \
+	tests/mutants tests/test_house.py tests/test_benchmark_gpu.py tests/test_benchmarks.py \
 	$(patsubst %,tests/launch/test_%.py,bad_input checkpoint_command curate docs evaluate_encoder evaluate_settings \
 	inspect_data make_teacher profile recipes)
 
-.PHONY: toy learn vit_mim vit_contrastive vit_omni test soak lint clean
+.PHONY: toy learn vit_mim vit_contrastive vit_omni test soak mutants lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps timm  # wants torchvision, which has no build for CPUs
 	touch $@
 
 $(SHARDS)/tokenizer.json: | $(VENV)/installed
@@ -85,9 +87,16 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(SIDE_BY_SIDE); side=$$?; \
 		$(BIN)/python -m pytest tests $(addprefix --ignore=,$(SIDE_BY_SIDE)) && exit $$side
 
-# Kills ranks at random moments, hundreds of times, and compares with a run without faults; up to an hour.
+# Kills ranks at random moments, hundreds of times, and compares with a run without faults; up to an hour.  Then the
+# commands of the README, and a tenth of the mutations, drawn by the date.
 soak: $(VENV)/installed
 	$(BIN)/python -m tests.faults.soak
+	$(BIN)/python -m tests.launch.readme
+	$(BIN)/python -m tests.mutants --tenth today
+
+# Applies one deliberate mistake at a time and runs the tests that are meant to notice it; up to 40 minutes.
+mutants: $(VENV)/installed
+	$(BIN)/python -m tests.mutants
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check --fix . && $(BIN)/python -m ruff format .

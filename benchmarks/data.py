@@ -1,13 +1,11 @@
 """How fast samples reach a training process, ours and three peers' loaders in one run on the same shards.
 
-    python benchmarks/data.py                about four minutes; needs the extra `bench` for megatron-energon
+    python benchmarks/data.py            about four minutes on two cores; needs the extra `bench` for megatron-energon
 
 Every loader has two workers and does the same work for a sample: read it, decode its JPEG, resize to multiples of 28,
 cut patches, tokenise the text, and hand packed arrays to the main process.  Ours also packs rows, checks every member's
 checksum and can stop and resume at any step.  Each loader runs in a fresh process, in turns, several times; the table
 shows the median of samples a second, CPU milliseconds of all its processes for a sample, and the ratio to ours.
-
-Then what benchmarks/planning.py prints.
 """
 
 import argparse
@@ -19,26 +17,40 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
-from benchmarks import planning
-from benchmarks.planning import alone
+from benchmarks import results
+from benchmarks.processes import alone
 
 WORKERS = 2
 BATCH = 16  # samples a batch of the peers
-SAMPLES, SHARD_SAMPLES = 1536, 128
+SHARD_SAMPLES = 128
 MIN_PATCHES, MAX_PATCHES, MAX_PIXELS = 4, 16384, 1 << 27
 ROLES = ("assistant",)
-WARM_S, MEASURE_S, ROUNDS = 3.0, 8.0, 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """samples: of the corpus.  sides: of its images, in pixels.  warm_s, measure_s: of each loader.  rounds: of all."""
+
+    samples: int
+    sides: tuple[int, int]
+    warm_s: float
+    measure_s: float
+    rounds: int
+
+
+SIZES = {"docs": Size(1536, (200, 1000), warm_s=3.0, measure_s=8.0, rounds=3), "toy": Size(256, (28, 56), 0.0, 0.01, 1)}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The corpus: crops of photographs, as webdataset shards, as an indexed folder, and prepared for energon
 
 
-def make(folder: Path) -> None:
-    """JPEG crops of scikit-image's photographs, 200 to 1,000 pixels a side, with captions of 20 to 120 words."""
+def make(folder: Path, size: Size) -> None:
+    """JPEG crops of scikit-image's photographs with captions of 20 to 120 words."""
     import importlib.util
 
     import numpy as np
@@ -60,11 +72,11 @@ def make(folder: Path) -> None:
     files.mkdir()
     build_byte_tokenizer(folder / "tokenizer.json")
     tokenizer = Tokenizer(folder / "tokenizer.json")
-    for shard in range(SAMPLES // SHARD_SAMPLES):
+    for shard in range(size.samples // SHARD_SAMPLES):
         path = shards / f"train-{shard:04d}.tar"
         with TarWriter(str(path), encoder=False, mtime=0) as writer:
             for i in range(shard * SHARD_SAMPLES, (shard + 1) * SHARD_SAMPLES):
-                width, height = draw.integers(200, 1000, 2).tolist()
+                width, height = draw.integers(*size.sides, 2).tolist()
                 photograph = photographs[draw.integers(len(photographs))]
                 x, y = (draw.random(2) * 0.3 * np.array(photograph.size)).astype(int).tolist()
                 crop = photograph.crop((x, y, *photograph.size)).resize((width, height), Image.Resampling.BICUBIC)
@@ -258,20 +270,21 @@ LOADERS = {
 # Measuring
 
 
-def measure(name: str, folder: Path) -> dict:
-    """Samples a second and CPU milliseconds a sample of one loader, in this process and its children."""
+def measure(name: str, folder: Path, size: Size) -> dict:
+    """Samples a second and CPU seconds a sample of one loader, in this process and its children."""
     import psutil
 
     batches = LOADERS[name](folder)
     begin = time.perf_counter()
-    while time.perf_counter() - begin < WARM_S:
+    next(batches)
+    while time.perf_counter() - begin < size.warm_s:
         next(batches)
     me = psutil.Process()
     cpu, begin, samples = cpu_seconds(me), time.perf_counter(), 0
-    while time.perf_counter() - begin < MEASURE_S:
+    while time.perf_counter() - begin < size.measure_s:
         samples += next(batches)["samples"]
     seconds = time.perf_counter() - begin
-    return {"rate": samples / seconds, "cpu_ms": 1e3 * (cpu_seconds(me) - cpu) / samples}
+    return {"samples_per_s": samples / seconds, "cpu_s_per_sample": (cpu_seconds(me) - cpu) / samples}
 
 
 def cpu_seconds(process) -> float:
@@ -280,40 +293,55 @@ def cpu_seconds(process) -> float:
     return sum(t.user + t.system for t in times)
 
 
-def compare(folder: Path) -> None:
-    """The table of loaders: median of some rounds, in turns."""
-    names, results = list(LOADERS), {}
+def compare(folder: Path, size_name: str) -> list[dict]:
+    """Figures of every loader, round after round; a loader that is not installed has a reason instead."""
+    names, missing = list(LOADERS), []
     try:
         prepare_energon(folder)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"megatron-energon left out ({error}); install it with pip install 'tandem[bench]'")
+    except (OSError, subprocess.CalledProcessError):
         names.remove("megatron-energon")
-    for _ in range(ROUNDS):
+        missing.append({"name": "megatron-energon", "reason": "not installed: pip install 'tandem[bench]'"})
+    found = {name: [] for name in names}
+    for _ in range(SIZES[size_name].rounds):
         for name in names:
-            results.setdefault(name, []).append(alone(__file__, "--loader", name, "--folder", str(folder)))
-    print(f"{'loader, ' + str(WORKERS) + ' workers':<26}{'samples/s':>10}{'CPU ms/sample':>15}{'tandem over it':>16}")
-    rate = {name: statistics.median(r["rate"] for r in results[name]) for name in names}
-    for name in names:
-        cpu_ms = statistics.median(r["cpu_ms"] for r in results[name])
-        print(f"{name:<26}{rate[name]:>10.1f}{cpu_ms:>15.2f}{rate['tandem'] / rate[name]:>15.2f}x")
+            words = ["--loader", name, "--folder", str(folder), "--size", size_name]
+            found[name].append(alone("benchmarks/data.py", *words))
+    keys = ("samples_per_s", "cpu_s_per_sample")
+    return [{"name": name, **{key: [one[key] for one in found[name]] for key in keys}} for name in names] + missing
 
 
-def main() -> None:
+def table(result: dict) -> str:
+    """A row per loader."""
+    settings, rows = result["settings"], result["measured"]["loaders"]
+    ours = statistics.median(rows[0]["samples_per_s"])
+    title, (smallest, largest) = f"loader, {WORKERS} workers", settings["sides"]
+    lines = [
+        f"{settings['samples']:,} JPEGs of {smallest} to {largest} pixels a side with captions",
+        f"{title:<26}{'samples/s':>10}{'CPU ms/sample':>15}{'tandem over it':>16}",
+    ]
+    for row in rows:
+        if reason := row.get("reason"):
+            lines.append(f"{row['name']:<26}  {reason}")
+            continue
+        rate, cpu_ms = statistics.median(row["samples_per_s"]), 1e3 * statistics.median(row["cpu_s_per_sample"])
+        lines.append(f"{row['name']:<26}{rate:>10.1f}{cpu_ms:>15.2f}{ours / rate:>15.2f}x")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--folder", type=Path, help="where the corpus lies or is to be made; a temporary folder if left out"
-    )
-    parser.add_argument("--loader", choices=LOADERS, help="measure this loader alone and print its figures as json")
-    arguments = parser.parse_args()
-    if arguments.loader:
-        return print(json.dumps(measure(arguments.loader, arguments.folder)))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        if not (folder / "shards").is_dir():
-            make(folder)
-        compare(folder)
-        print()
-        planning.report(folder)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the corpus, for a process that reads
+    parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)  # that it reads with
+    options = results.parse(parser, argv)
+    size = SIZES[options.size]
+    if options.loader:
+        print(json.dumps(measure(options.loader, options.folder, size)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), size)
+        loaders = compare(Path(folder), options.size)
+    peers = ["webdataset", "megatron-energon"]
+    results.report("data", options, asdict(size), {"loaders": loaders}, table, peers)
 
 
 if __name__ == "__main__":

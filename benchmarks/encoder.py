@@ -1,16 +1,14 @@
 """Our packed encoder beside the padded SigLIP2 tower of Hugging Face, same size, same images, forward and backward.
 
-    python benchmarks/encoder.py                    under two minutes on two cores with nothing else to do
-    taskset -c 0 python benchmarks/encoder.py       on one core, where other work on the machine does not count
+    taskset -c 0 python benchmarks/encoder.py       two minutes; on one core, where other work does not count
+    python benchmarks/encoder.py                    on all cores, on a machine with nothing else to do
     python benchmarks/encoder.py --full             532M parameters in bf16 on one CUDA device
 
 Images of 196 to 6,400 patches, log-uniform.  Ours packs them end to end in chunks of bounded patches; the peer pads a
 batch to its longest image (its own processor pads every image to one fixed length, which costs more).  The peer runs in
-several settings and every ratio is printed; the last line takes its best batch size with images in the order in which
-they are drawn, as a shuffled data set gives them.  FLOPs are those of real patches for both; the floor is these FLOPs
-at the device's peak.
-
-Then the two readings of masked image modelling: the trunk over visible patches alone beside the trunk over all.
+several settings and every ratio is printed.  The last lines take its fastest row among batches of images in the order
+in which they are drawn, as a shuffled data set gives them, and its fastest row of all.  FLOPs are those of real patches
+for both; the floor is these FLOPs at the device's peak.
 
 Legend: N patches, P values a patch, D width, H heads, K head width, I images, B images of a batch, L its longest.
 """
@@ -22,45 +20,59 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+from benchmarks import results
+from benchmarks.gpu_reference import dense_features
 from data.image import grid_hw, patch_positions
-from train.flops import device_peak_tflops, encoder_flops, mim_flops
+from train.flops import device_peak_tflops, encoder_flops
 from train.models.initial import initialize
-from train.models.masked import MaskedImages, MimConfig, MimTower
-from train.models.masking import mask_images
 from train.models.vit import PATCH, PATCH_VALUES, PackedImages, SeedViT, ViTConfig
 
-SMALLEST, LARGEST, ASPECT = 196, 6400, 0.6
+ASPECT = 0.6
 REFERENCE_IMAGES = 3
-MASK_RATIO = 0.75
+PADDING_ORDERS = 1000  # over which padding is averaged
 FP32_LIMIT, BF16_LIMIT = 1e-4, 5e-2  # relative to the norm of the reference
 
 
 @dataclass(frozen=True)
 class Size:
-    """What one run compares."""
+    """images: of the mix.  span: least and most patches of one.  chunk_patches: of ours.  batches: images of a batch of
+    the peer.  rounds: of every row.  more_rounds: of ours and of the peer's rows that the last lines name.
+    """
 
     vit: ViTConfig
-    decoder: tuple[int, int, int]  # width, depth, heads of the mask decoder
     images: int
+    span: tuple[int, int]
     chunk_patches: int
-    batches: tuple[int, ...]  # the peer's
+    batches: tuple[int, ...]
     dtype: torch.dtype
-    rounds: int  # of every setting
-    more_rounds: int  # of the two that count
+    rounds: int
+    more_rounds: int
+
+    def settings(self) -> dict:
+        vit = {"depth": self.vit.depth, "width": self.vit.width, "heads": self.vit.heads}
+        own = ("images", "span", "chunk_patches", "batches", "rounds", "more_rounds")
+        return {**vit, **{name: getattr(self, name) for name in own}, "dtype": str(self.dtype).removeprefix("torch.")}
 
 
-SMALL = Size(ViTConfig(width=192, depth=2, heads=3), (64, 1, 1), 16, 8192, (2, 4), torch.float32, 1, 2)
-FULL = Size(ViTConfig(), (512, 4, 8), 64, 32768, (2, 4, 8), torch.bfloat16, 5, 5)
+SPAN = (196, 6400)
+SIZES = {
+    "docs": Size(
+        ViTConfig(width=192, depth=2, heads=3), 16, SPAN, 8192, (2, 4), torch.float32, rounds=1, more_rounds=2
+    ),
+    "toy": Size(
+        ViTConfig(width=32, depth=1, heads=1), 4, (16, 64), 128, (2, 4), torch.float32, rounds=1, more_rounds=1
+    ),
+    "full": Size(ViTConfig(), 64, SPAN, 32768, (2, 4, 8), torch.bfloat16, rounds=5, more_rounds=5),
+}
 
 
 @dataclass(frozen=True)
@@ -76,14 +88,15 @@ class Images:
         return self.grid_I2.prod(1)
 
 
-def draw_images(count: int, width: int, draw: np.random.Generator) -> Images:
-    """Areas log-uniform, one from each of `count` equal parts of the range; aspects log-uniform; in random order."""
+def draw_images(size: Size) -> Images:
+    """Areas log-uniform, one from each of as many equal parts of the range; aspects log-uniform; in random order."""
+    draw, count, (smallest, largest) = np.random.default_rng(0), size.images, size.span
     share_I = (draw.permutation(count) + draw.random(count)) / count
-    area_I = SMALLEST * (LARGEST / SMALLEST) ** share_I * PATCH**2
+    area_I = smallest * (largest / smallest) ** share_I * PATCH**2
     aspect_I = np.exp(draw.uniform(-ASPECT, ASPECT, count))
-    grid_I2 = grid_hw(np.sqrt(area_I * aspect_I), np.sqrt(area_I / aspect_I), SMALLEST, LARGEST)
+    grid_I2 = grid_hw(np.sqrt(area_I * aspect_I), np.sqrt(area_I / aspect_I), smallest, largest)
     patches_I = [draw.integers(0, 256, (n, PATCH_VALUES), np.uint8) for n in grid_I2.prod(1)]
-    gradient_I = [torch.from_numpy(draw.standard_normal((len(x), width), np.float32)) for x in patches_I]
+    gradient_I = [torch.from_numpy(draw.standard_normal((len(x), size.vit.width), np.float32)) for x in patches_I]
     return Images(grid_I2, patches_I, gradient_I)
 
 
@@ -174,35 +187,7 @@ def padded_pass(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Numerics: a dense reference, one image at a time, every score in memory
-
-
-def dense_features(vit: SeedViT, pixels_NP: torch.Tensor, positions_N2: torch.Tensor) -> torch.Tensor:
-    """What SeedViT says of one image, written plainly: rotation as complex numbers, softmax over all scores."""
-    config, (weight, bias) = vit.config, (vit.patch_embedding.weight, vit.patch_embedding.bias)
-    quarter = config.width // config.heads // 4
-    frequency = config.rope_base ** (-torch.arange(quarter, device=pixels_NP.device) / quarter)
-    angle_NJ = (positions_N2[:, :, None] * frequency).flatten(1)
-    turn_N1J = torch.polar(torch.ones_like(angle_NJ), angle_NJ)[:, None]
-
-    def turned(x_NHK):
-        first, second = x_NHK.unflatten(-1, (2, -1)).unbind(-2)
-        turned_NHJ = torch.complex(first, second) * turn_N1J
-        return torch.cat((turned_NHJ.real, turned_NHJ.imag), dim=-1)
-
-    def linear(layer, x_NC):
-        return F.linear(x_NC, layer.weight, layer.bias)
-
-    x_ND = F.linear(pixels_NP, weight, bias)
-    for block in vit.blocks:
-        qkv_NY = linear(block.qkv, block.attention_norm(x_ND))
-        q_NHK, k_NHK, v_NHK = qkv_NY.unflatten(-1, (3, config.heads, -1)).unbind(1)
-        scores_HNN = torch.einsum("nhk,mhk->hnm", turned(q_NHK), turned(k_NHK)) * (4 * quarter) ** -0.5
-        mixed_NHK = torch.einsum("hnm,mhk->nhk", scores_HNN.softmax(-1), v_NHK)
-        x_ND = x_ND + linear(block.projection, mixed_NHK.flatten(1))
-        h_NF = F.gelu(linear(block.mlp_up, block.mlp_norm(x_ND)), approximate="tanh")
-        x_ND = x_ND + linear(block.mlp_down, h_NF)
-    return vit.final_norm(x_ND)
+# Numerics: against a dense reference, one image at a time, every score in memory
 
 
 def check_numerics(vit: SeedViT, images: Images, device: torch.device) -> tuple[float, float]:
@@ -239,12 +224,11 @@ class Row:
     name: str
     run: Callable[[], None]
     computed: int  # patches computed, padding included
-    drawn_order: bool = False
-    times: list[float] | None = None
+    drawn_batches: bool = False  # batches of several images in drawn order
+    times: list[float] = field(default_factory=list)
 
-    @property
-    def ms(self) -> float:
-        return statistics.median(self.times)
+    def measured(self) -> dict:
+        return {"name": self.name, "computed": self.computed, "drawn_batches": self.drawn_batches, "ms": self.times}
 
 
 def time_in_turns(rows: list[Row], rounds: int, device: torch.device) -> None:
@@ -261,127 +245,122 @@ def time_in_turns(rows: list[Row], rounds: int, device: torch.device) -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if repeat >= warm:
-                row.times = [*(row.times or ()), 1e3 * (clock() - begin)]
+                row.times.append(1e3 * (clock() - begin))
 
 
-def ratio(peer: Row, ours: Row) -> float:
-    """Median over the rounds that both ran in; the two passes of a round saw the same machine."""
-    return statistics.median(theirs / mine for theirs, mine in zip(peer.times, ours.times, strict=False))
-
-
-def towers(size: Size, device: torch.device) -> None:
-    images = draw_images(size.images, size.vit.width, np.random.default_rng(0))
-    lengths_I, total = images.lengths_I, int(images.lengths_I.sum())
-    vit = SeedViT(size.vit)
-    initialize(vit, seed=0)
-    vit, peer = vit.to(device, size.dtype), build_peer(size, device)
-    work, peak = 3 * encoder_flops(size.vit, lengths_I), device_peak_tflops(device) * 1e12
-
-    span = f"{lengths_I.min():,} to {lengths_I.max():,} patches"
-    print(f"{size.images} images of {span}, {total:,} in all, {size.dtype} on {place(device)}")
-    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (vit, peer))
-    table = peer.config.num_patches * size.vit.width
-    print(
-        f"  {size.vit.depth} x {size.vit.width}, {size.vit.heads} heads: ours {ours:,} parameters, the peer {theirs:,}"
-    )
-    print(f"  (the peer has a table of {table:,} for positions, where ours rotates)")
-    limit = FP32_LIMIT if size.dtype is torch.float32 else BF16_LIMIT
-    of_features, of_gradients = check_numerics(vit, images, device)
-    print(
-        f"  packed against a dense fp32 reference: features {of_features:.0e}, gradients {of_gradients:.0e} (relative)"
-    )
-    if not (of_features < limit and of_gradients < limit):
-        sys.exit(f"the packed encoder is off by more than {limit:.0e}")
-
-    rows = [Row(f"ours, chunks of {size.chunk_patches:,}", packed_pass(vit, images, size, device), total)]
-    drawn, by_length = np.arange(size.images), np.argsort(lengths_I)
+def rows_of(size: Size, vit: SeedViT, peer: torch.nn.Module, images: Images, device: torch.device) -> list[Row]:
+    """Ours first, then the peer in batches as drawn, in batches sorted by length, and image by image."""
+    lengths_I, drawn, by_length = images.lengths_I, np.arange(size.images), np.argsort(images.lengths_I)
+    rows = [
+        Row(f"ours, chunks of {size.chunk_patches:,}", packed_pass(vit, images, size, device), int(lengths_I.sum()))
+    ]
     settings = [(drawn, batch, f"padded, {batch} a batch") for batch in size.batches]
     settings += [(by_length, batch, f"padded, {batch} a batch, all images sorted by length") for batch in (2, 4)]
     settings += [(drawn, 1, "one image at a time, unpadded")]
     for order, batch, name in settings:
         batches = np.split(order, range(batch, size.images, batch))
-        computed = sum(int(lengths_I[part].max()) * len(part) for part in batches)
         run = padded_pass(peer, images, batches, size, device)
-        rows.append(Row(name, run, computed, drawn_order=order is drawn and batch > 1))
+        rows.append(Row(name, run, computed_patches(lengths_I, batches), order is drawn and batch > 1))
+    return rows
+
+
+def computed_patches(lengths_I: np.ndarray, batches: list[np.ndarray]) -> int:
+    """Patches of all batches, each padded to its longest image."""
+    return sum(int(lengths_I[part].max()) * len(part) for part in batches)
+
+
+def mean_padding(lengths_I: np.ndarray, batch: int) -> float:
+    """Padded patches over real ones in batches of random order, on average over orders."""
+    draw, count = np.random.default_rng(1), len(lengths_I)
+    split = [np.split(draw.permutation(count), range(batch, count, batch)) for _ in range(PADDING_ORDERS)]
+    return float(np.mean([computed_patches(lengths_I, batches) for batches in split]) / lengths_I.sum() - 1)
+
+
+def measure(size: Size, device: torch.device) -> dict:
+    """Numerics first, then the times of all rows.  Exits where the packed encoder is off by more than rounding."""
+    images = draw_images(size)
+    vit = SeedViT(size.vit)
+    initialize(vit, seed=0)
+    vit, peer = vit.to(device, size.dtype), build_peer(size, device)
+    limit = FP32_LIMIT if size.dtype is torch.float32 else BF16_LIMIT
+    errors = dict(zip(("features", "gradients"), check_numerics(vit, images, device), strict=True))
+    if not all(error < limit for error in errors.values()):
+        sys.exit(f"error: the packed encoder is off by {errors}, more than {limit:.0e}")
+    rows = rows_of(size, vit, peer, images, device)
     time_in_turns(rows, size.rounds, device)
-    best = min((row for row in rows if row.drawn_order), key=lambda row: row.ms)
-    time_in_turns([rows[0], best], size.more_rounds, device)
-    print_rows(rows, size.images, total, work, peak)
-    print(f"  {ratio(best, rows[0]):.2f}x as many images a second as the peer in drawn order at its best ({best.name})")
+    median = lambda row: statistics.median(row.times)  # noqa: E731
+    batched = min((row for row in rows if row.drawn_batches), key=median)
+    best = min(rows[1:], key=median)
+    time_in_turns([rows[0], batched, *([] if best is batched else [best])], size.more_rounds, device)
+    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (vit, peer))
+    return {
+        "patches": images.lengths_I.tolist(),
+        "flop": 3 * encoder_flops(size.vit, images.lengths_I),
+        "peak_flop_per_s": device_peak_tflops(device) * 1e12,
+        "parameters": {"ours": ours, "peer": theirs, "peer_positions": peer.config.num_patches * size.vit.width},
+        "errors": errors,
+        "mean_padding": [{"batch": batch, "share": mean_padding(images.lengths_I, batch)} for batch in (2, 4, 8)],
+        "rows": [row.measured() for row in rows],
+    }
 
 
-def place(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} cores"
+def table(result: dict) -> str:
+    """A row per setting; `ratio` is its time over ours."""
+    measured, settings = result["measured"], result["settings"]
+    patches, work, peak = measured["patches"], measured["flop"], measured["peak_flop_per_s"]
+    total, count, errors = sum(patches), measured["parameters"], measured["errors"]
+    ours, *peers = measured["rows"]
 
+    def ratio(row: dict) -> float:
+        return statistics.median(row["ms"]) / statistics.median(ours["ms"])
 
-def print_rows(rows: list[Row], images: int, patches: int, work: int, peak: float) -> None:
-    """The table; the last column is how many times as long as ours a setting takes."""
-    ours = rows[0]
-    print(f"  floor {1e3 * work / peak:,.0f} ms: {work / 1e9:,.0f} GFLOP of real patches at {peak / 1e9:,.0f} GFLOP/s")
-    print(f"  {'':46}{'ms':>8}{'images/s':>10}{'patches/s':>11}{'GFLOP/s':>10}{'of peak':>9}{'padding':>9}{'ratio':>7}")
-    for row in rows:
-        seconds = row.ms / 1e3
-        print(
-            f"  {row.name:46}{row.ms:>8,.0f}{images / seconds:>10.2f}{patches / seconds:>11,.0f}"
-            f"{work / seconds / 1e9:>10,.0f}{work / seconds / peak:>9.1%}{row.computed / patches - 1:>9.0%}"
-            f"{ratio(row, ours):>7.2f}"
+    place = result["machine"]["gpu"] or f"cores: {result['machine']['cores']}"
+    padding = ", ".join(f"{each['batch']} a batch {each['share']:.0%}" for each in measured["mean_padding"])
+    lines = [
+        f"{len(patches)} images of {min(patches):,} to {max(patches):,} patches, {total:,} in all, "
+        f"{settings['dtype']}, {place}",
+        f"  {settings['depth']} x {settings['width']}, {settings['heads']} heads: ours {count['ours']:,} parameters, "
+        f"the peer {count['peer']:,}",
+        f"  (the peer has a table of {count['peer_positions']:,} for positions, where ours rotates)",
+        f"  packed against a dense fp32 reference: features {errors['features']:.0e}, gradients "
+        f"{errors['gradients']:.0e} (relative)",
+        f"  padding in random order, on average: {padding}",
+        f"  floor {1e3 * work / peak:,.0f} ms: {work / 1e9:,.0f} GFLOP of real patches at {peak / 1e9:,.0f} GFLOP/s",
+        f"  {'':46}{'ms':>8}{'images/s':>10}{'patches/s':>11}{'GFLOP/s':>10}{'of peak':>9}{'padding':>9}{'ratio':>7}",
+    ]
+    for row in measured["rows"]:
+        seconds = statistics.median(row["ms"]) / 1e3
+        lines.append(
+            f"  {row['name']:46}{1e3 * seconds:>8,.0f}{len(patches) / seconds:>10.2f}{total / seconds:>11,.0f}"
+            f"{work / seconds / 1e9:>10,.0f}{work / seconds / peak:>9.1%}{row['computed'] / total - 1:>9.0%}"
+            f"{ratio(row):>7.2f}"
         )
+    batched, best = min((row for row in peers if row["drawn_batches"]), key=ratio), min(peers, key=ratio)
+    more = "x as many images a second as the peer's fastest"
+    lines += [
+        f"  {ratio(batched):.2f}{more} batches in drawn order ({batched['name']})",
+        f"  {ratio(best):.2f}{more} row of all ({best['name']})",
+    ]
+    return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two readings of masked image modelling
-
-
-def masked_pass(tower: MimTower, images: Images, mask_I: list[np.ndarray], size: Size, device) -> Callable[[], None]:
-    inputs = []
-    for part in chunks(images.lengths_I, size.chunk_patches):
-        mask_N = np.concatenate([mask_I[i] for i in part])
-        masked = MaskedImages.of(packed(images, part, device), mask_N)
-        inputs.append((masked, torch.randn(int(mask_N.sum()), size.vit.width, device=device, dtype=size.dtype)))
-
-    def run() -> None:
-        tower.zero_grad(set_to_none=True)
-        for masked, target_MC in inputs:
-            tower(masked, target_MC)[0].sum().backward()
-
-    return run
-
-
-def readings(size: Size, device: torch.device) -> None:
-    """Time of the reading that drops masked patches against the one that keeps their places, beside the FLOPs."""
-    images = draw_images(size.images, size.vit.width, np.random.default_rng(0))
-    lengths_I, keys_I1 = images.lengths_I, np.arange(size.images)[:, None]
-    mask_I = np.split(mask_images(lengths_I, MASK_RATIO, keys_I1), lengths_I.cumsum()[:-1])
-    visible_I = np.array([int((~mask).sum()) for mask in mask_I])
-    rows, work = [], []
-    for reading, name in (("drop", "visible patches alone, decoder {1} x {0}"), ("token", "mask tokens in the trunk")):
-        mim = MimConfig(MASK_RATIO, reading, *size.decoder)
-        tower = MimTower(size.vit, mim, size.vit.width)
-        initialize(tower, seed=0)
-        run = masked_pass(tower.to(device, size.dtype), images, mask_I, size, device)
-        rows.append(Row(name.format(*size.decoder), run, 0))
-        work.append(3 * sum(mim_flops(size.vit, mim, lengths_I, visible_I, size.vit.width)))
-    time_in_turns(rows, size.rounds + size.more_rounds, device)
-    print(f"masked image modelling, {MASK_RATIO:.0%} of each image masked, forward and backward, teacher not counted")
-    for row, flops in zip(rows, work, strict=True):
-        print(f"  {row.name:46}{row.ms:>8,.0f} ms{flops / 1e9:>10,.0f} GFLOP")
-    print(f"  dropping is {ratio(rows[1], rows[0]):.1f}x as fast, with {work[1] / work[0]:.1f}x less to compute")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="27 x 1280 in bf16; needs a CUDA device")
-    arguments = parser.parse_args()
-    if arguments.full and not torch.cuda.is_available():
-        parser.error("--full needs a CUDA device, and torch sees none")
-    device = torch.device("cuda" if arguments.full else "cpu")
+def device_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
+    """The CUDA device with --full, else the CPU, with as many threads as this process has cores."""
+    if options.full and (options.size == "toy" or not torch.cuda.is_available()):
+        parser.error("--full needs a CUDA device and is a size of its own")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    size = FULL if arguments.full else SMALL
-    towers(size, device)
-    readings(size, device)
+    return torch.device("cuda" if options.full else "cpu")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="27 x 1280 in bf16; needs a CUDA device")
+    options = results.parse(parser, argv)
+    device = device_of(options, parser)
+    size, name = SIZES["full" if options.full else options.size], "encoder-full" if options.full else "encoder"
+    gpu = torch.cuda.get_device_name(device) if options.full else None
+    results.report(name, options, size.settings(), measure(size, device), table, ["transformers"], gpu)
 
 
 if __name__ == "__main__":

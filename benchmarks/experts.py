@@ -1,11 +1,11 @@
 """Our experts beside Megatron-core's SequentialMLP on a CPU: 64 of toy width, forward and backward, same weights.
 
-    python benchmarks/experts.py                    half a minute on two cores with nothing else to do
-    taskset -c 0 python benchmarks/experts.py       on one core, where other work on the machine does not count
+    taskset -c 0 python benchmarks/experts.py       half a minute; on one core, where other work does not count
+    python benchmarks/experts.py                    on all cores, on a machine with nothing else to do
 
 Three loads: rows spread evenly by a router that has learned nothing, rows in a Zipf distribution over the experts, and
 the whole layer with router and dispatch, beside Megatron-core's.  The floor is the larger of two times: the products'
-FLOPs at the speed of a large product, and every tensor moved once at the speed of a copy.
+FLOPs at the speed of a large product, and every tensor moved once at the speed of a copy.  It counts the experts alone.
 
 Legend: T rows, E experts, D width, F expert width.
 """
@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+from benchmarks import results
 
 # isort: split
 from megatron.core.models.backends import LocalSpecProvider
@@ -38,7 +39,6 @@ from train.slices.language import World
 
 CPU = torch.device("cpu")
 LIMIT = 1e-5  # of the norm of the difference, relative: fp32 sums in another order
-LINE = 3.0  # times as fast, the least that is asked for
 TOY = LLMConfig(
     layers=1,
     width=64,
@@ -57,6 +57,20 @@ TOY = LLMConfig(
     norm_eps=1e-6,
     init_std=0.06,
 )
+
+
+@dataclass(frozen=True)
+class Size:
+    """tokens: of a row, in each part of the table.  rounds: of ours and the peer in turn.  square: side of the matrices
+    whose product is the speed of the floor.
+    """
+
+    tokens: tuple[int, ...]
+    rounds: int
+    square: int
+
+
+SIZES = {"docs": Size(tokens=(512, 1024), rounds=40, square=1024), "toy": Size((32,), rounds=1, square=64)}
 
 
 @dataclass(frozen=True)
@@ -151,55 +165,73 @@ def least_seconds(action: Callable[[], object], repeats: int = 15) -> float:
     return best
 
 
-def speeds(size: int = 1024) -> tuple[float, float]:
+def speeds(size: int) -> dict[str, float]:
     """FLOP/s of a product of square matrices, and bytes/s that a copy reads and writes."""
     x, large = torch.randn(size, size), torch.ones(16 * size**2)
     target = torch.empty_like(large)
-    return 2 * size**3 / least_seconds(lambda: x @ x), 2 * large.nbytes / least_seconds(lambda: target.copy_(large))
+    return {
+        "flop_per_s": 2 * size**3 / least_seconds(lambda: x @ x),
+        "bytes_per_s": 2 * large.nbytes / least_seconds(lambda: target.copy_(large)),
+    }
 
 
-def floor(rows: int) -> float:
-    """Least seconds of the experts' forward and backward in fp32, printed as it is put together."""
+def floor(rows: int, speed: dict[str, float]) -> dict[str, float]:
+    """Least seconds of the experts' forward and backward in fp32, with the FLOPs and bytes that it is made of."""
     width, inner = TOY.width, TOY.expert_width
     work = 3 * rows * 6 * width * inner
     weights = 3 * TOY.num_experts * 3 * width * inner  # read forward, read backward, gradient written
     moved = 4 * (weights + rows * (5 * width + 4 * inner))  # x, h, y; gradient, h, x, gradient of x
-    peak, speed = speeds()
-    least = max(work / peak, moved / speed)
-    print(
-        f"  floor {1e3 * least:.2f} ms: {work / 1e9:.3f} GFLOP at {peak / 1e9:,.0f} GFLOP/s, "
-        f"{moved / 1e6:.1f} MB at {speed / 1e9:.1f} GB/s"
-    )
-    return least
+    least = max(work / speed["flop_per_s"], moved / speed["bytes_per_s"])
+    return {"floor_s": least, "flop": work, "bytes": moved}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512, help="a toy run's row")
-    parser.add_argument("--rounds", type=int, default=40, help="of ours and the peer in turn")
-    options = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+def measure(size: Size) -> dict:
+    """Seconds of every load, ours and the peer's.  Exits where the outputs differ by more than the order of sums."""
+    speed, parts = speeds(size.square), []
     with World(CPU) as world:
-        cases = loads(world, options.tokens)
-        rows = options.tokens * TOY.top_k
-        print(
-            f"{TOY.num_experts} experts of {TOY.width} x {TOY.expert_width}, {rows:,} rows of {options.tokens:,} tokens"
-        )
-        print(f"  forward and backward in fp32 on {torch.get_num_threads()} cores")
-        least = floor(rows)
-        print(f"  {'':34}{'ours, ms':>9}{'of floor':>9}{'Megatron':>10}{'ratio':>7}{'difference':>12}")
-        for load in cases:
-            error = difference(load)
-            mine, other = seconds(load, options.rounds)
-            print(
-                f"  {load.name:34}{1e3 * mine:>9.2f}{least / mine:>9.0%}{1e3 * other:>10.2f}{other / mine:>7.2f}"
-                f"{error:>12.0e}  {load.arrangement}"
+        for tokens in size.tokens:
+            rows = []
+            for load in loads(world, tokens):
+                error = difference(load)
+                if error > LIMIT:
+                    raise SystemExit(f"error: {load.name}: differs by {error:.0e}, more than {LIMIT:.0e}")
+                mine, other = seconds(load, size.rounds)
+                part = {"name": load.name, "arrangement": load.arrangement, "difference": error}
+                rows.append(part | {"ours_s": mine, "megatron_s": other})
+            parts.append({"tokens": tokens, **floor(tokens * TOY.top_k, speed), "rows": rows})
+    return {**speed, "parts": parts}
+
+
+def table(result: dict) -> str:
+    """A row per load: milliseconds of ours and the peer, and how many times as long the peer takes."""
+    measured, settings = result["measured"], result["settings"]
+    lines = [
+        f"{settings['experts']} experts of {settings['width']} x {settings['expert_width']}, {settings['top_k']} a "
+        f"token, forward and backward in fp32, cores: {result['machine']['cores']}",
+        f"speeds: {measured['flop_per_s'] / 1e9:,.0f} GFLOP/s, {measured['bytes_per_s'] / 1e9:.1f} GB/s",
+    ]
+    for part in measured["parts"]:
+        floor_ms = 1e3 * part["floor_s"]
+        work = f"{part['flop'] / 1e9:.3f} GFLOP, {part['bytes'] / 1e6:.1f} MB"
+        title = f"{part['tokens']:,} tokens"
+        lines.append(f"{title:34}{'ours, ms':>9}{'of floor':>9}{'Megatron':>10}{'ratio':>7}{'difference':>12}")
+        for row in part["rows"]:
+            mine, other = 1e3 * row["ours_s"], 1e3 * row["megatron_s"]
+            lines.append(
+                f"  {row['name']:32}{mine:>9.2f}{floor_ms / mine:>9.0%}{other:>10.2f}{other / mine:>7.2f}"
+                f"{row['difference']:>12.0e}  {row['arrangement']}".rstrip()
             )
-            if error > LIMIT:
-                raise SystemExit(f"error: {load.name}: differs by {error:.0e}, more than {LIMIT:.0e}")
-            if load is cases[0]:
-                ratio = other / mine
-    print(f"  {ratio:.1f} times as fast as SequentialMLP, rows spread evenly (at least {LINE:.0f} asked for)")
+        lines.append(f"  {'floor':32}{floor_ms:>9.2f}  {work}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = results.parse(parser, argv)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    size = SIZES[options.size]
+    shape = {"experts": TOY.num_experts, "width": TOY.width, "expert_width": TOY.expert_width, "top_k": TOY.top_k}
+    results.report("experts", options, {**vars(size), **shape}, measure(size), table, ["megatron-core"])
 
 
 if __name__ == "__main__":

@@ -15,17 +15,19 @@
 
 Numerics first: a row that is off from a plain fp64 reference by more than rounding is not timed, and the exit code is
 1.  A row that lacks a package says which; one that runs out of memory says so; the others go on.  Rows are written to
-OUT/results.jsonl as they are measured, the table and a picture at the end.
+OUT/results.jsonl as they are measured, the table and a picture at the end.  With --results the table's numbers are also
+written as a result that benchmarks/tables.py shows; several runs of some cases each on one machine add up in it:
+
+    python benchmarks/gpu.py --case tower --results benchmarks/results/gpu.json
 """
 
 import argparse
 import contextlib
-import importlib.metadata
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,10 +35,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
-from benchmarks import gpu_measure, gpu_report
+from benchmarks import gpu_measure, gpu_report, results
 from benchmarks.gpu_measure import Place, Result, Variant
 from train.flops import device_peak_tflops
 
+PACKAGES = ("megatron-core", "transformer-engine", "flash-attn-4", "flash-attn", "transformers", "triton")
 LLM = "pip install megatron-core deepspeed; docs/performance.md says how without a network"
 
 
@@ -95,8 +98,8 @@ def memory(place: Place, stack) -> Iterator[Variant]:
 
 
 CASES = {
-    "tower": Case(420, tower),
-    "moe": Case(300, moe),
+    "tower": Case(600, tower),
+    "moe": Case(360, moe),
     "cross-entropy": Case(40, cross_entropy),
     "long-row": Case(90, long_row),
     "attention": Case(180, attention),
@@ -122,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", choices=("full", "toy"), default="full", help="toy: to see that everything runs")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no row after this time")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for results.jsonl and the picture")
+    parser.add_argument("--results", type=Path, help="file to write the table's numbers to as JSON")
     options = parser.parse_args(argv)
     chosen = options.case or list(CASES)
     if options.plan:
@@ -131,33 +135,63 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("torch sees no CUDA device; --device cpu --size toy runs everything at toy size")
     place = here(options)
     introduce(place)
-    results: list[Result] = []
+    rows: list[Result] = []
     try:
-        measure(chosen, place, options, results)
+        measure(chosen, place, options, rows)
     finally:  # a lost device also fails to end its world
-        gpu_report.print_table(results)
-        if place.full:
-            gpu_report.print_lines(results)
-        gpu_report.draw(results, options.out / "gpu.png")
-    if wrong := [r for r in results if r.wrong]:
+        result = results.gather("gpu", sys.argv[1:] if argv is None else argv, *facts(place, rows))
+        if options.results:
+            result = with_earlier_cases(options.results, result)
+            results.write(options.results, result)
+        print(f"\n{table(result)}")
+        gpu_report.draw(rows, options.out / "gpu.png")
+    if wrong := [r for r in rows if r.wrong]:
         sys.exit("\n".join(["error:", *(f"  {r.case}, {r.name}: {r.status}" for r in wrong)]))
 
 
-def measure(chosen: list[str], place: Place, options: argparse.Namespace, results: list[Result]) -> None:
-    """Appends to `results` as they come; a case that cannot go on leaves one that says why, and the next begins."""
+def facts(place: Place, rows: list[Result]) -> tuple[dict, dict, tuple[str, ...], str | None]:
+    """Settings, measured numbers, packages and GPU of a result."""
+    size = "full" if place.full else "toy"
+    settings = {"size": size, "dtype": str(place.dtype).removeprefix("torch."), "peak_tflops": place.peak_tflops}
+    return settings, {"rows": [asdict(row) for row in rows]}, PACKAGES, name_of(place)
+
+
+def with_earlier_cases(path: Path, result: dict) -> dict:
+    """The result with the cases that only the file at `path` has, if machine, packages and settings are the same."""
+    earlier = results.read(path) if path.is_file() else None
+    same = ("machine", "versions", "commit", "settings")
+    if earlier is None or any(earlier[key] != result[key] for key in same):
+        return result
+    new = {row["case"] for row in result["measured"]["rows"]}
+    kept = [row for row in earlier["measured"]["rows"] if row["case"] not in new]
+    command = " && ".join([earlier["command"], result["command"]] if kept else [result["command"]])
+    return {**result, "command": command, "measured": {"rows": kept + result["measured"]["rows"]}}
+
+
+def table(result: dict) -> str:
+    """All rows by case, and at full size the targets."""
+    rows, settings = [Result(**row) for row in result["measured"]["rows"]], result["settings"]
+    device = result["machine"]["gpu"] or "CPU"
+    head = f"{device}, {settings['dtype']}, MFU against {settings['peak_tflops']:.3g} TFLOP/s"
+    parts = [head, gpu_report.rows_table(rows)]
+    return "\n\n".join([*parts, gpu_report.targets_table(rows)] if settings["size"] == "full" else parts)
+
+
+def measure(chosen: list[str], place: Place, options: argparse.Namespace, rows: list[Result]) -> None:
+    """Appends to `rows` as they come; a case that cannot go on leaves one that says why, and the next begins."""
     deadline = time.monotonic() + options.seconds
     with contextlib.ExitStack() as stack:
         for name in chosen:
             print(f"{name}, about {CASES[name].seconds} s on an H200" if place.full else name, flush=True)
             try:
                 for result in gpu_measure.run_all(CASES[name].rows(place, stack), place, deadline, options.out):
-                    results.append(result)
+                    rows.append(result)
             except ModuleNotFoundError as error:
                 print(f"  not here: {error}; {LLM}")
             except Exception as error:
                 gpu_measure.log_error(name, options.out)
-                results.append(Result(name, "rows not measured", True, status=gpu_measure.one_line(error)))
-                print(f"  {results[-1].status}")
+                rows.append(Result(name, "rows not measured", True, status=gpu_measure.one_line(error)))
+                print(f"  {rows[-1].status}")
 
 
 def here(options: argparse.Namespace) -> Place:
@@ -171,15 +205,15 @@ def here(options: argparse.Namespace) -> Place:
     return Place(device, dtype, options.size == "full", device_peak_tflops(device))
 
 
+def name_of(place: Place) -> str | None:
+    return torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else None
+
+
 def introduce(place: Place) -> None:
-    """What is measured on, and which packages are here."""
-    name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
-    print(f"{name}, {place.dtype}, MFU against {place.peak_tflops:.3g} TFLOP/s, Python {sys.version.split()[0]}")
-    versions = [f"torch {torch.__version__}"]
-    for package in ("megatron-core", "transformer-engine", "flash-attn-4", "transformers", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-    print(", ".join(versions))
+    """Prints the device and the packages that are here."""
+    print(f"{name_of(place) or 'CPU'}, {place.dtype}, MFU against {place.peak_tflops:.3g} TFLOP/s")
+    found = results.versions(PACKAGES).items()
+    print(", ".join(f"{package} {version}" for package, version in found if version))
 
 
 def print_plan(chosen: list[str]) -> None:

@@ -110,7 +110,7 @@ def run_all(variants: Iterable[Variant], place: Place, deadline: float, out: Pat
                 _guarded(variant, result, place, out)
             lines.write(json.dumps(asdict(result)) + "\n")
             lines.flush()
-            print(f"  {variant.case:24}{variant.name:44}{_brief(result)}", flush=True)
+            print(f"  {variant.case:24}{variant.name:64}{_brief(result)}", flush=True)
             yield result
 
 

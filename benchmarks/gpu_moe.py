@@ -27,6 +27,11 @@ TOY = dataclasses.replace(
 CHECKED = dataclasses.replace(TOY, width=256, head_width=128, expert_width=128)
 CHECKED_TOKENS, CHECKED_SEQUENCE = 256, 128
 LONG = 131072
+MEGATRON = {  # kind of Megatron-core's layers: words of the row, packages
+    "te": ("Transformer Engine", TE),
+    "te-fused": ("Transformer Engine, router and gradient fusion", TE),
+    "local": ("local spec", {}),
+}
 FLIPS = 4  # times the limit: rounding sends a token in a hundred to another expert
 
 
@@ -54,11 +59,12 @@ def variants(place: Place, world: language.World) -> Iterator[Variant]:
         yield hugging_face(place, case, config, tokens, sequence, "grouped_mm")
         if case in ("moe 8k", "moe toy"):
             yield hugging_face(place, case, config, tokens, sequence, "eager")
-        yield megatron(place, world, case, config, tokens, sequence, fused=True)
+        yield megatron(place, world, case, config, tokens, sequence, "te")
+        yield megatron(place, world, case, config, tokens, sequence, "te-fused")
         if case == next(iter(cases)) and place.device.type == "cuda":
             yield ours(place, world, case, config, tokens, sequence, kernels="te")
         if case == shortest:
-            yield megatron(place, world, case, config, tokens, sequence, fused=False)
+            yield megatron(place, world, case, config, tokens, sequence, "local")
 
 
 def recompute_table(place: Place, world: language.World) -> Iterator[Variant]:
@@ -123,7 +129,7 @@ def stage_error(
     x_TD = hidden_TD.detach().double().cpu().requires_grad_()
     wanted_TD = plain_layers(weights, CHECKED, x_TD, CHECKED_SEQUENCE)
     wanted_TD.backward(gradient.detach().reshape(x_TD.shape).double().cpu())
-    gradients = naming({name: p.grad for name, p in stage.named_parameters()})
+    gradients = naming({name: getattr(p, "main_grad", p.grad) for name, p in stage.named_parameters()})
     found, wanted = [output.reshape(x_TD.shape), hidden_gradient.reshape(x_TD.shape)], [wanted_TD, x_TD.grad]
     for experts in (False, True):
         names = [name for name in weights if (".fc" in name) is experts]
@@ -205,36 +211,58 @@ def hugging_face_stage(
 
 
 def megatron(
-    place: Place, world: language.World, case: str, config: LLMConfig, tokens: int, sequence: int, fused: bool
+    place: Place, world: language.World, case: str, config: LLMConfig, tokens: int, sequence: int, kind: str
 ) -> Variant:
-    """Megatron-core's own GPT layers: on Transformer Engine with everything fused, or its local spec."""
+    """Megatron-core's own GPT layers, of a kind of `MEGATRON`.
+
+    "te-fused" adds to "te" the router's fused kernels and weight gradients that Transformer Engine's products add to
+    fp32 buffers (`gradient_accumulation_fusion`; apex's kernel is for the local spec's layers).  The buffers are not
+    zeroed between steps, as they are not between the micro-batches of a training step.
+    """
 
     def build() -> Work:
-        stage, hidden_SBD, gradient_SBD = megatron_stage(config, world, place.dtype, tokens, sequence, fused)
+        stage, hidden_SBD, gradient_SBD = megatron_stage(config, world, place.dtype, tokens, sequence, kind)
 
         def step():
             run_stage(stage, hidden_SBD).backward(gradient_SBD)
             hidden_SBD.grad = None
-            for parameter in stage.parameters():
-                parameter.grad = None
+            take_gradients(stage)
 
         return Work(step, language.slice_flops(config, tokens, sequence), tokens)
 
     def error() -> float:
-        return megatron_error(place, world, fused)
+        return megatron_error(place, world, kind)
 
-    name = "Megatron-core, Transformer Engine" if fused else "Megatron-core, local spec"
-    return Variant(case, name, build, error, TE if fused else {}, ours=False, slack=FLIPS)
+    words, needs = MEGATRON[kind]
+    return Variant(case, f"Megatron-core, {words}", build, error, needs, ours=False, slack=FLIPS)
 
 
 @functools.cache
-def megatron_error(place: Place, world: language.World, fused: bool) -> float:
+def megatron_error(place: Place, world: language.World, kind: str) -> float:
     small = (CHECKED_TOKENS, CHECKED_SEQUENCE)
-    stage, hidden_SBD, gradient_SBD = megatron_stage(CHECKED, world, place.dtype, *small, fused)
+    stage, hidden_SBD, gradient_SBD = megatron_stage(CHECKED, world, place.dtype, *small, kind)
     output_SBD = run_stage(stage, hidden_SBD)
     output_SBD.backward(gradient_SBD)
+    if kind == "te-fused":
+        take_gradients(stage)
     several = (hidden_SBD, hidden_SBD.grad, output_SBD, gradient_SBD)
     return stage_error(stage, *(x.transpose(0, 1).reshape(CHECKED_TOKENS, -1) for x in several))
+
+
+def take_gradients(stage: torch.nn.Module) -> None:
+    """What Megatron-core's data-parallel hooks do: gradients that no product has added to `main_grad` are added."""
+    for parameter in stage.parameters():
+        if hasattr(parameter, "main_grad") and parameter.grad is not None and not parameter.grad_added_to_main_grad:
+            parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+
+def need_router_kernels() -> None:
+    """Raises Missing where Transformer Engine is too old to bring the router's fused kernels."""
+    from megatron.core.extensions.transformer_engine import fused_topk_with_score_function
+
+    if fused_topk_with_score_function is None:
+        raise Missing("fused router kernels; pip install 'transformer-engine[pytorch]>=2.7'")
 
 
 def foreign_cudnn() -> str:
@@ -260,9 +288,12 @@ def run_stage(stage, hidden_SBD: torch.Tensor) -> torch.Tensor:
 
 
 def megatron_stage(
-    config: LLMConfig, world: language.World, dtype: torch.dtype, tokens: int, sequence: int, fused: bool
+    config: LLMConfig, world: language.World, dtype: torch.dtype, tokens: int, sequence: int, kind: str
 ) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
     """The layers, their input [S, B, D] and its gradient."""
+    fused, all_fused = kind != "local", kind == "te-fused"
+    if all_fused:
+        need_router_kernels()
     if fused and (others := foreign_cudnn()):
         print(f"    cuDNN not of torch is loaded, which turns fused attention off: {others}; see docs/performance.md")
     from megatron.core.models.gpt import gpt_layer_specs
@@ -299,7 +330,8 @@ def megatron_stage(
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        moe_router_fusion=all_fused,
+        gradient_accumulation_fusion=all_fused,
     )
     if fused:
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(config.num_experts, moe_grouped_gemm=True)
@@ -316,6 +348,9 @@ def megatron_stage(
         rotary_base=config.rope_base,
     ).to(world.device, dtype)
     language.draw_weights(stage, config.init_std)
+    for parameter in stage.parameters() if all_fused else ():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad_added_to_main_grad = False
     shape = (tokens // sequence, sequence, config.width)
     hidden_SBD, gradient_SBD = (
         random_like(shape, world.device, dtype, seed).transpose(0, 1).contiguous() for seed in (1, 2)

@@ -1,6 +1,7 @@
-"""References written plainly, in fp64 on the CPU: what benchmarks/gpu.py compares with before it times anything.
+"""References written plainly, to compare with before anything is timed; benchmarks/gpu.py runs them in fp64 on the CPU.
 
 Legend: T tokens, D width, H heads, G key/value heads, J heads of one group, K head width, E experts, S queries.
+For the vision tower: N patches, P values a patch, J half a head's width, F width of the MLP.
 """
 
 import re
@@ -14,6 +15,35 @@ from parallel.attention import Segments
 
 if TYPE_CHECKING:  # attention is compared without Megatron-core
     from train.models.llm import LLMConfig
+    from train.models.vit import SeedViT
+
+
+def dense_features(vit: "SeedViT", pixels_NP: torch.Tensor, positions_N2: torch.Tensor) -> torch.Tensor:
+    """Features of one image, [N, D]: rotation as complex numbers, softmax over all scores."""
+    config, (weight, bias) = vit.config, (vit.patch_embedding.weight, vit.patch_embedding.bias)
+    quarter = config.width // config.heads // 4
+    frequency = config.rope_base ** (-torch.arange(quarter, device=pixels_NP.device) / quarter)
+    angle_NJ = (positions_N2[:, :, None] * frequency).flatten(1)
+    turn_N1J = torch.polar(torch.ones_like(angle_NJ), angle_NJ)[:, None]
+
+    def turned(x_NHK):
+        first, second = x_NHK.unflatten(-1, (2, -1)).unbind(-2)
+        turned_NHJ = torch.complex(first, second) * turn_N1J
+        return torch.cat((turned_NHJ.real, turned_NHJ.imag), dim=-1)
+
+    def linear(layer, x_NC):
+        return F.linear(x_NC, layer.weight, layer.bias)
+
+    x_ND = F.linear(pixels_NP, weight, bias)
+    for block in vit.blocks:
+        qkv_NY = linear(block.qkv, block.attention_norm(x_ND))
+        q_NHK, k_NHK, v_NHK = qkv_NY.unflatten(-1, (3, config.heads, -1)).unbind(1)
+        scores_HNN = torch.einsum("nhk,mhk->hnm", turned(q_NHK), turned(k_NHK)) * (4 * quarter) ** -0.5
+        mixed_NHK = torch.einsum("hnm,mhk->nhk", scores_HNN.softmax(-1), v_NHK)
+        x_ND = x_ND + linear(block.projection, mixed_NHK.flatten(1))
+        h_NF = F.gelu(linear(block.mlp_up, block.mlp_norm(x_ND)), approximate="tanh")
+        x_ND = x_ND + linear(block.mlp_down, h_NF)
+    return vit.final_norm(x_ND)
 
 
 def softmax_attention(q_THK, k_SGK, v_SGK, segments: Segments, causal: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py says at its end: the table, the lines it is held to, and a picture."""
+"""The end of benchmarks/gpu.py: the table, the targets that it is held to, and a picture."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +94,7 @@ def by_case(results: list[Result]) -> dict[str, list[Result]]:
     return cases
 
 
+WIDTH = 62  # of a row's name
 COLUMNS = (  # heading, field, how it is written
     ("ms", "ms", ".2f"),
     ("spread", "spread", ".0%"),
@@ -109,31 +110,35 @@ COLUMNS = (  # heading, field, how it is written
 )
 
 
-def print_table(results: list[Result]) -> None:
+def rows_table(results: list[Result]) -> str:
     """Every case, with each row's time a FLOP over that of our fastest row."""
+    lines = []
     for case, rows in by_case(results).items():
-        print(f"\n{case:46}" + "".join(f"{heading:>9}" for heading, _, _ in COLUMNS) + f"{'x time':>9}")
+        lines.append(f"{case:{WIDTH + 2}}" + "".join(f"{heading:>9}" for heading, _, _ in COLUMNS) + f"{'x time':>9}")
         fastest = min((r.ms / (r.tflop or 1) for r in measured(rows, True)), default=None)
         for r in rows:
             if r.status != "ok":
-                print(f"  {r.name:44}  {r.status}")
+                lines.append(f"  {r.name:{WIDTH}}  {r.status}")
                 continue
             cells = [_cell(getattr(r, field), form) for _, field, form in COLUMNS]
             cells.append(_cell(r.ms / (r.tflop or 1) / fastest if fastest else None, ".2f"))
-            print(f"  {r.name:44}" + "".join(cells))
+            lines.append(f"  {r.name:{WIDTH}}" + "".join(cells))
+        lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def _cell(value: float | None, form: str) -> str:
     return f"{'-' if value is None else format(value, form):>9}"
 
 
-def print_lines(results: list[Result]) -> None:
-    """Which of the lines are held; a line whose rows were not run is left out."""
+def targets_table(results: list[Result]) -> str:
+    """Which of the targets are held, "not run" where their rows are missing."""
     cases = by_case(results)
     judged = [(line, line.of(cases.get(line.case, []))) for line in LINES]
-    print("\nheld to:")
-    for line, value in judged:
-        print(f"  {line.case}, {line.text}: {'not run' if value is None else line.judge(value)}")
+    lines = [
+        f"  {line.case}, {line.text}: {'not run' if value is None else line.judge(value)}" for line, value in judged
+    ]
+    return "\n".join(["held to:", *lines])
 
 
 def shown(case: str) -> list[tuple[str, str]]:

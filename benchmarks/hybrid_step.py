@@ -1,6 +1,6 @@
 """The hybrid step on this machine: planning at scale, delivery, balancing on and off, share of each phase, start-up.
 
-    python benchmarks/hybrid_step.py            # four gloo ranks, about a minute on two cores
+    python benchmarks/hybrid_step.py            four gloo ranks, about a minute on two cores; needs the toy shards
 
 Peers in the same run: the argmin form of the greedy assignment, and the step with images left where they are read.
 Floors: for planning, sorting the costs (no assignment can skip it); for the encoder, its FLOPs at the rate of a matrix
@@ -16,39 +16,57 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # before this folder, whose data.py is not the package
-RANKS = 4
-REPEATS = 7
-SEQ, ROWS, SIDE = 512, 8, 16  # tokens a row, rows a step, patches a side of each image
-LAYOUT = ["parallel.ep=2"]  # four replicas of one rank: all images of the skewed step belong to one of them
-TOY_LAYOUT = ["parallel.pp=2", "parallel.ep=2"]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
+
+from benchmarks import results
+from benchmarks.processes import ROOT, InRanks, in_ranks, one_thread, torchrun
+
+LAYOUT = "parallel.ep=2"  # a replica per rank: all images of the skewed step belong to one of them
+TOY_LAYOUT = ("parallel.pp=2", "parallel.ep=2")  # of the start-up
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Size:
+    """ranks, repeats: of the step.  seq: tokens per row.  rows: per step.  side: patches per side of every image.
+    width, depth: of the encoder.  planned_images, planned_ranks: of the assignment alone.
+    """
+
+    ranks: int = 4
+    repeats: int = 7
+    seq: int = 512
+    rows: int = 8
+    side: int = 16
+    width: int = 192
+    depth: int = 4
+    planned_images: int = 30_720
+    planned_ranks: int = 256
+
+
+SIZES = {
+    "docs": Size(),
+    "toy": Size(2, repeats=1, seq=128, rows=4, side=8, width=64, depth=1, planned_images=300, planned_ranks=8),
+}
+
+
+def main(argv: list[str] | None = None, in_ranks: InRanks = in_ranks) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", default="shards/toy", help="corpus of launch/make_shards.py, for the start-up time")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        worker()
-        return
-    planning()
-    subprocess.run(torchrun("benchmarks/hybrid_step.py", "--worker"), cwd=ROOT, check=True, env=one_thread())
-    start_up(Path(arguments.shards))
-
-
-def torchrun(*arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    return launcher + list(arguments)
-
-
-def one_thread() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    options = results.parse(parser, argv)
+    size = SIZES[options.size]
+    whole, shards = options.size == "docs", Path(options.shards)
+    if whole and not (ROOT / shards / "tokenizer.json").is_file():
+        parser.error(f"{shards} is missing; make it with python launch/make_shards.py {shards}")
+    measured = {
+        "planning": planning(size),
+        "step": in_ranks(size.ranks, "benchmarks.hybrid_step", "step_of_ranks", options.size),
+        "start_up": start_up(shards) if whole else None,
+    }
+    results.report("hybrid_step", options, asdict(size), measured, table, ["megatron-core", "deepspeed"])
 
 
 def best_ms(function, repeats: int = 5) -> float:
@@ -69,43 +87,42 @@ def argmin_assign(costs: np.ndarray, ranks: int) -> np.ndarray:
     return owner_I
 
 
-def planning(images: int = 30_720, ranks: int = 256) -> None:
+def planning(size: Size) -> dict[str, float]:
     """Greedy assignment at the report's group size on a log-uniform mix of 196 to 6,400 patches."""
     from parallel.balance import assign_images, image_costs, load_max_over_mean
 
-    draw = np.random.default_rng(0)
-    patches = np.exp(draw.uniform(np.log(196), np.log(6400), images)).astype(np.int64)
+    draw, ranks = np.random.default_rng(0), size.planned_ranks
+    patches = np.exp(draw.uniform(np.log(196), np.log(6400), size.planned_images)).astype(np.int64)
     costs = image_costs(patches, width=1280, layers=27)
-    ours = best_ms(lambda: assign_images(costs, ranks))
-    peer = best_ms(lambda: argmin_assign(costs, ranks), repeats=1)
-    floor = best_ms(lambda: np.argsort(-costs, kind="stable"))
-    load = load_max_over_mean(costs, assign_images(costs, ranks), ranks)
-    print(f"planning {images:,} images over {ranks} ranks, one core")
-    print(f"  heap {ours:.1f} ms   argmin {peer:.0f} ms   ratio {peer / ours:.0f}x   floor (sort) {floor:.1f} ms")
-    print(f"  encoder load max/mean {load:.5f}")
+    return {
+        "heap_ms": best_ms(lambda: assign_images(costs, ranks)),
+        "argmin_ms": best_ms(lambda: argmin_assign(costs, ranks), repeats=1),
+        "floor_ms": best_ms(lambda: np.argsort(-costs, kind="stable")),
+        "load_max_over_mean": load_max_over_mean(costs, assign_images(costs, ranks), ranks),
+    }
 
 
-def worker() -> None:
-    """One rank of the step: the same skewed steps with and without balancing, in turn."""
+def step_of_ranks(size_name: str) -> dict:
+    """One rank: the same skewed steps with and without balancing, in turn."""
     import torch
     import torch.distributed as dist
 
     from parallel.hybrid_step import hybrid_step
     from parallel.phases import PhaseTimer
-    from train.build import build_engines, start_world, train_forward, train_loss
+    from train.build import build_engines, train_forward, train_loss
     from train.rows import step_input
 
-    config = settings()
+    size = SIZES[size_name]
+    config = settings(size)
     device = torch.device("cpu")
-    start_world(device)
     layout = config.check(dist.get_world_size())
     loss = functools.partial(train_loss, domains=1)
     engines = build_engines(config, layout, device, forward=train_forward, loss=loss)
     timer, times, phases, moved = PhaseTimer(device), {True: [], False: []}, {True: [], False: []}, []
     loads = {}
-    for repeat in range(REPEATS + 1):
+    for repeat in range(size.repeats + 1):
         for balance in (True, False):
-            prepared = skewed_step(config, engines.grid, balance)
+            prepared = skewed_step(size, config, engines.grid, balance)
             loads[balance] = prepared.share.routes.load_max_over_mean
             batch, before = step_input(prepared, engines.grid), engines.exchange.elements_delivered
             dist.barrier()
@@ -120,12 +137,16 @@ def worker() -> None:
                 moved.append(engines.exchange.elements_delivered - before)
     sent = torch.tensor(moved[0])
     dist.all_reduce(sent)
-    if engines.grid.rank == 0:
-        print_steps(config, times, phases, loads, int(sent), int(prepared.plan.tokens_I.sum()) * engines.width)
-    dist.destroy_process_group()
+    steps = [summary(times[on], phases[on], loads[on], balance=on) for on in (True, False)]
+    return {
+        "delivered": int(sent),
+        "expected": int(prepared.plan.tokens_I.sum()) * engines.width,
+        "encoder_floor_s": encoder_floor(size, config, prepared.plan.tokens_I.size) if engines.grid.rank == 0 else None,
+        "steps": steps,
+    }
 
 
-def settings():
+def settings(size: Size):
     """Toy settings with an encoder that weighs as much in its step as it does in a picture-heavy batch."""
     from hydra import compose, initialize_config_dir
 
@@ -134,22 +155,20 @@ def settings():
     overrides = [
         "+recipe=stage1",
         "scale=toy",
-        f"train.seq_length={SEQ}",
-        f"train.global_batch_size={ROWS}",
+        f"train.seq_length={size.seq}",
+        f"train.global_batch_size={size.rows}",
         "train.micro_batch_size=2",
-        "model.encoder.width=192",
-        "model.encoder.depth=4",
+        f"model.encoder.width={size.width}",
+        f"model.encoder.depth={size.depth}",
         "parallel.encoder.chunk_patches=4096",
-        *LAYOUT,
+        LAYOUT,
     ]
     with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
         return read_config(compose("config", overrides=overrides))
 
 
-def skewed_step(config, grid, balance: bool):
+def skewed_step(size: Size, config, grid, balance: bool):
     """A step whose images all belong to one replica's rows: the worst case for encoding where data is read."""
-    import numpy as np
-
     from data.plan import StepPlan
     from data.reader import ImageBatch
     from parallel.routes import assign_owners, build_routes
@@ -157,30 +176,30 @@ def skewed_step(config, grid, balance: bool):
     from train.feed import PreparedStep
     from train.rows import RowShare
 
-    tokens = SIDE * SIDE // 4
+    tokens = size.side * size.side // 4
     rows_RMB = [
         rows_of_replica(grid.layout, replica, config.micro_batches(grid.layout), config.train.micro_batch_size)
         for replica in range(grid.layout.dp)
     ]
     rows = rows_RMB[0].ravel()
-    per_row = SEQ // tokens - 1
+    per_row = size.seq // tokens - 1
     row_I = np.repeat(np.sort(rows), per_row).astype(np.int32)
     start_I = np.tile(np.arange(per_row) * tokens, rows.size).astype(np.int32)
-    all_rows = np.arange(ROWS, dtype=np.int32)
+    all_rows = np.arange(size.rows, dtype=np.int32)
     plan = StepPlan(
         step=0,
-        seq_length=SEQ,
+        seq_length=size.seq,
         shard_S=0 * all_rows,
         index_S=all_rows,
         row_S=all_rows,
         start_S=0 * all_rows,
-        length_S=np.full(ROWS, SEQ, np.int32),
-        domain_S=np.zeros(ROWS, np.int16),
+        length_S=np.full(size.rows, size.seq, np.int32),
+        domain_S=np.zeros(size.rows, np.int16),
         image_sample_I=row_I,
-        cut_S=np.zeros(ROWS, bool),
+        cut_S=np.zeros(size.rows, bool),
         image_media_I=0 * row_I,
         time_I=np.full(row_I.size, -1, np.int32),
-        grid_hw_I2=np.full((row_I.size, 2), SIDE, np.int32),
+        grid_hw_I2=np.full((row_I.size, 2), size.side, np.int32),
         tokens_I=np.full(row_I.size, tokens, np.int32),
         row_I=row_I,
         start_I=start_I,
@@ -199,9 +218,9 @@ def skewed_step(config, grid, balance: bool):
     )
     mine = int(visual.patches_I[owner_I == grid.rank].sum())
     draw = np.random.default_rng(grid.rank)
-    grids = np.full((mine // (SIDE * SIDE), 2), SIDE, np.int32)
+    grids = np.full((mine // (size.side * size.side), 2), size.side, np.int32)
     images = ImageBatch(draw.integers(0, 256, (mine, 588), dtype=np.uint8), grids, 0, [])
-    shape = (config.train.micro_batch_size, SEQ)
+    shape = (config.train.micro_batch_size, size.seq)
     text = RowText(
         tokens=draw.integers(0, 200, shape),
         labels=draw.integers(0, 200, shape),
@@ -211,39 +230,28 @@ def skewed_step(config, grid, balance: bool):
     share = RowShare(
         image_ids=np.concatenate(routes.chunks), rows=rows[:0], digest=0, routes=routes, rows_MB=rows_RMB[grid.place.dp]
     )
-    return PreparedStep(plan, share, images, [text] * config.micro_batches(grid.layout), ROWS * SEQ)
+    return PreparedStep(plan, share, images, [text] * config.micro_batches(grid.layout), size.rows * size.seq)
 
 
-def print_steps(config, times, phases, loads, sent, expected) -> None:
+def summary(times: list[float], phases: list[dict[str, float]], load: float, balance: bool) -> dict:
+    """Seconds of every step and medians of rank 0's phases."""
+    spent = {name: statistics.median(phase[name] for phase in phases) for name in phases[0]}
+    return {"balance": balance, "step_s": times, "load_max_over_mean": load, "phase_s": spent}
+
+
+def encoder_floor(size: Size, config, images: int) -> float:
+    """Seconds that the encoder's FLOPs take at the rate of a matrix product on the cores there are."""
     import torch
 
     from train.flops import device_peak_tflops, encoder_flops
 
-    patches = np.full(expected // config.model.llm.width * 4 // (SIDE * SIDE), SIDE * SIDE)
-    work = 3 * encoder_flops(config.model.encoder, patches)
-    cores = min(RANKS, len(os.sched_getaffinity(0)))
-    rate = device_peak_tflops(torch.device("cpu")) * 1e12
-    print(f"hybrid step, {RANKS} gloo ranks on {cores} cores, {' '.join(LAYOUT)}, all images in one replica's rows")
-    print(f"  delivered {sent:,} elements each way, visual tokens x width = {expected:,}")
-    for balance in (True, False):
-        step = statistics.median(times[balance])
-        spent = {name: statistics.median(p[name] for p in phases[balance]) for name in phases[balance][0]}
-        shares = "  ".join(f"{name} {value / sum(spent.values()):.0%}" for name, value in spent.items())
-        encoder = spent["encode"] + spent["encoder_backward"]
-        floor = work / rate / cores
-        print(
-            f"  balance {'on ' if balance else 'off'}: step {step * 1e3:.0f} ms   load max/mean {loads[balance]:.2f}   "
-            f"rank 0 encodes {encoder * 1e3:.0f} ms, floor {floor * 1e3:.0f} ms   {shares}"
-        )
-    ratio = statistics.median(off / on for on, off in zip(times[True], times[False], strict=True))
-    print(f"  balancing makes the step {ratio:.2f}x as fast")
+    work = 3 * encoder_flops(config.model.encoder, np.full(images, size.side**2))
+    cores = min(size.ranks, len(os.sched_getaffinity(0)))
+    return work / (device_peak_tflops(torch.device("cpu")) * 1e12) / cores
 
 
-def start_up(shards: Path) -> None:
-    """Seconds from calling torchrun to the end of the first step of the toy world."""
-    if not (ROOT / shards / "tokenizer.json").is_file():
-        print(f"start-up: {shards} is missing; make it with python launch/make_shards.py {shards}")
-        return
+def start_up(shards: Path) -> dict[str, float]:
+    """Seconds from calling torchrun to the end of a run of one step of the toy world, and of that step."""
     with tempfile.TemporaryDirectory() as folder:
         settings = ["+recipe=stage2", "scale=toy", *TOY_LAYOUT, f"run.dir={folder}/run", "train.steps=1"]
         settings += [
@@ -252,7 +260,7 @@ def start_up(shards: Path) -> None:
         ]
         begin = time.perf_counter()
         subprocess.run(
-            torchrun("launch/pretrain.py", *settings),
+            torchrun(4, "launch/pretrain.py", *settings),
             cwd=ROOT,
             check=True,
             env=one_thread(),
@@ -261,7 +269,39 @@ def start_up(shards: Path) -> None:
         )
         whole = time.perf_counter() - begin
         first = json.loads((Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()[0])
-        print(f"start-up, {RANKS} toy ranks: a run of one step {whole:.1f} s, the step {first['step_time_s']:.1f} s")
+        return {"run_s": whole, "step_s": first["step_time_s"]}
+
+
+def table(result: dict) -> str:
+    """Planning, the skewed step with balancing on and off, and the start-up."""
+    settings, plan, step = result["settings"], result["measured"]["planning"], result["measured"]["step"]
+    ratio = plan["argmin_ms"] / plan["heap_ms"]
+    lines = [
+        f"planning {settings['planned_images']:,} images over {settings['planned_ranks']} ranks, one core",
+        f"  heap {plan['heap_ms']:.1f} ms   argmin {plan['argmin_ms']:.0f} ms   ratio {ratio:.1f}x   "
+        f"floor (sort) {plan['floor_ms']:.1f} ms",
+        f"  encoder load max/mean {plan['load_max_over_mean']:.5f}",
+        f"hybrid step, {settings['ranks']} gloo ranks on {result['machine']['cores']} cores, {LAYOUT}, all images in "
+        "one replica's rows",
+        f"  delivered {step['delivered']:,} elements each way, visual tokens x width = {step['expected']:,}",
+    ]
+    for one in step["steps"]:
+        spent = one["phase_s"]
+        shares = "  ".join(f"{name} {value / sum(spent.values()):.0%}" for name, value in spent.items())
+        encoder = spent["encode"] + spent["encoder_backward"]
+        lines.append(
+            f"  balance {'on ' if one['balance'] else 'off'}: step {1e3 * statistics.median(one['step_s']):.0f} ms   "
+            f"load max/mean {one['load_max_over_mean']:.2f}   rank 0 encodes {1e3 * encoder:.0f} ms, "
+            f"floor {1e3 * step['encoder_floor_s']:.0f} ms"
+        )
+        lines.append(f"    {shares}")
+    on, off = (statistics.median(one["step_s"]) for one in step["steps"])
+    lines.append(f"  balancing makes the step {off / on:.2f}x as fast")
+    if start := result["measured"]["start_up"]:
+        lines.append(
+            f"start-up, 4 toy ranks: a run of one step {start['run_s']:.1f} s, the step {start['step_s']:.1f} s"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

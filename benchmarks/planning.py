@@ -1,35 +1,57 @@
 """What it takes to plan the largest steps from indexes alone: time, memory and how full the rows get.
 
-    python benchmarks/planning.py            half a minute
+    python benchmarks/planning.py            half a minute, one core
 
 A catalog of 100,000 shards stands for a billion samples.  The stream over it is opened, resumed in the middle of the
 epoch, and plans global batches of 71M tokens (about 110,000 samples), for rows of 32,768 and of 131,072 tokens.  Every
-rank plans the whole step, so the world size plays no part.
+rank plans the whole step, so the world size plays no part.  Each row length is measured in a fresh process.
 """
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
+
+from benchmarks import results
+from benchmarks.processes import alone
 
 MIN_PATCHES, MAX_PATCHES = 4, 16384
 
 
-def make_billion(folder: Path) -> None:
-    """A catalog of 100,000 shards of 10,000 samples: one real index, which stands for all of them."""
+@dataclass(frozen=True)
+class Size:
+    """shards: of the catalog.  samples: per shard.  batch_tokens: of a global batch.  seq_lengths: of rows.
+    block_samples, window_shards: of the stream's shuffle.
+    """
+
+    shards: int
+    samples: int
+    batch_tokens: int
+    seq_lengths: tuple[int, ...] = (32_768, 131_072)
+    block_samples: int = 4096
+    window_shards: int = 16
+
+
+SIZES = {
+    "docs": Size(shards=100_000, samples=10_000, batch_tokens=71_303_168),
+    "toy": Size(100, 500, batch_tokens=65_536, seq_lengths=(8192,), block_samples=64, window_shards=2),
+}
+
+
+def make_catalog(folder: Path, size: Size) -> None:
+    """A catalog of many shards: one real index, which stands for all of them."""
     import numpy as np
 
     from data.catalog import Catalog, gather_catalog, write_catalog
     from data.index import EVENT, MEDIA, SAMPLE, write_index
 
-    count, shards, draw = 10_000, 100_000, np.random.default_rng(0)
+    count, shards, draw = size.samples, size.shards, np.random.default_rng(0)
     images_N = draw.poisson(1.5, count)
     samples, media = np.zeros(count, SAMPLE), np.zeros(int(images_N.sum()), MEDIA)
     samples["text_tokens"] = np.clip(draw.lognormal(np.log(150), 1.0, count), 4, 1e6) + 2 * images_N
@@ -65,22 +87,22 @@ def make_billion(folder: Path) -> None:
         "entity_samples": np.zeros(0),
     }
     write_catalog(
-        folder / "billion.catalog",
+        folder / "planned.catalog",
         Catalog({"tokenizer_sha256": "0" * 64, "domains": ["captions"], "digest": 1}, arrays),
     )
 
 
-def plan_at_scale(folder: Path, seq_length: int) -> dict:
-    """Opens the stream over a billion samples, resumes in the middle, plans global batches; seconds and MiB."""
+def plan(folder: Path, size: Size, seq_length: int) -> dict:
+    """Opens the stream over the catalog, resumes in the middle, plans global batches; seconds and bytes."""
     import numpy as np
     import psutil
 
     from data.corpus import Corpus, SourceSettings
     from data.stream import Stream, StreamConfig
 
-    process, rows = psutil.Process(), 71_303_168 // seq_length
+    process, rows = psutil.Process(), size.batch_tokens // seq_length
     before, begin = process.memory_info().rss, time.perf_counter()
-    source = SourceSettings(name="main", shards=(str(folder / "billion.catalog"),))
+    source = SourceSettings(name="main", shards=(str(folder / "planned.catalog"),))
     corpus = Corpus.open([source], "0" * 64)
     config = StreamConfig(
         seq_length=seq_length,
@@ -90,11 +112,11 @@ def plan_at_scale(folder: Path, seq_length: int) -> dict:
         max_patches=MAX_PATCHES,
         video_budget=24576,
         video_levels=(640, 128),
-        block_samples=4096,
-        window_shards=16,
+        block_samples=size.block_samples,
+        window_shards=size.window_shards,
     )
     stream = Stream(corpus, config, lambda times: np.full(len(times), 8))
-    middle = 7 * 10**8 // config.block_samples * config.block_samples
+    middle = 7 * size.shards * size.samples // 10 // config.block_samples * config.block_samples
     stream.load_state(stream.state() | {"slot": middle})
     plans = [stream.next_step()]
     resumed = time.perf_counter() - begin
@@ -104,50 +126,49 @@ def plan_at_scale(folder: Path, seq_length: int) -> dict:
         plans.append(stream.next_step())
         times.append(time.perf_counter() - begin)
     return {
+        "seq_length": seq_length,
         "resume_s": resumed,
-        "plan_s": statistics.median(times),
-        "slowest_s": max(times),
-        "mib": (process.memory_info().rss - before) / 2**20,
+        "plan_s": times,
+        "bytes": process.memory_info().rss - before,
         "samples": plans[-1].shard_S.size,
         "fill": float(sum(plan.length_S.sum() for plan in plans) / (len(plans) * rows * seq_length)),
     }
 
 
-def report(folder: Path) -> None:
-    """The table of planning, one fresh process a row length."""
-    if not (folder / "billion.catalog").is_file():
-        make_billion(folder)
-    print("one core, a catalog of 100,000 shards and a billion samples, global batches of 71M tokens")
-    print(
+def table(result: dict) -> str:
+    """A row per row length."""
+    settings = result["settings"]
+    samples = settings["shards"] * settings["samples"]
+    lines = [
+        f"one core, a catalog of {settings['shards']:,} shards and {samples:,} samples, "
+        f"global batches of {settings['batch_tokens']:,} tokens",
         f"{'row length':>10}{'samples':>9}{'plan s':>8}{'slowest':>9}{'open, resume, plan s':>22}"
-        f"{'MiB more':>10}{'fill':>9}"
-    )
-    for seq_length in (32_768, 131_072):
-        got = alone(__file__, "--seq-length", str(seq_length), "--folder", str(folder))
-        print(
-            f"{seq_length:>10,}{got['samples']:>9,}{got['plan_s']:>8.2f}{got['slowest_s']:>9.2f}{got['resume_s']:>22.2f}"
-            f"{got['mib']:>10.0f}{got['fill']:>9.2%}"
+        f"{'MiB more':>10}{'fill':>9}",
+    ]
+    for row in result["measured"]["rows"]:
+        lines.append(
+            f"{row['seq_length']:>10,}{row['samples']:>9,}{statistics.median(row['plan_s']):>8.2f}"
+            f"{max(row['plan_s']):>9.2f}{row['resume_s']:>22.2f}{row['bytes'] / 2**20:>10.0f}{row['fill']:>9.2%}"
         )
+    return "\n".join(lines)
 
 
-def alone(*arguments: str) -> dict:
-    """What a program prints as json in its last line, run with these arguments in a process of its own."""
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where the catalog is or will be; a temporary one if left out")
-    parser.add_argument("--seq-length", type=int, help="plan rows of this length alone and print the figures as json")
-    arguments = parser.parse_args()
-    if arguments.seq_length:
-        return print(json.dumps(plan_at_scale(arguments.folder, arguments.seq_length)))
-    with tempfile.TemporaryDirectory() as temporary:
-        report(arguments.folder or Path(temporary))
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the catalog, for a process that plans
+    parser.add_argument("--seq-length", type=int, help=argparse.SUPPRESS)  # of the rows that it plans
+    options = results.parse(parser, argv)
+    size = SIZES[options.size]
+    if options.seq_length:
+        print(json.dumps(plan(options.folder, size, options.seq_length)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_catalog(Path(folder), size)
+        for length in size.seq_lengths:
+            words = ["--seq-length", str(length), "--folder", folder, "--size", options.size]
+            rows.append(alone("benchmarks/planning.py", *words))
+    results.report("planning", options, asdict(size), {"rows": rows}, table, ["numpy"])
 
 
 if __name__ == "__main__":

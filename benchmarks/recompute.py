@@ -1,6 +1,6 @@
 """What each setting of `parallel.encoder.recompute` and `train.recompute` costs in time and keeps in memory.
 
-    python benchmarks/recompute.py             # on a CPU, about two minutes
+    taskset -c 0 python benchmarks/recompute.py       two minutes; on one core, where other work does not count
 
 Forward and backward of an encoder of 6 x 256 over 2,048 patches and of 4 LLM layers of 256 with 16 experts over 2,048
 tokens, fp32: processor time, median of rounds in which all settings take turns; all gradients must be equal to the bit.
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import gc
 import logging
+import os
 import statistics
 import sys
 import time
@@ -21,6 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself otherwise
+
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -30,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 
 # isort: split
+from benchmarks import results
 from data.image import patch_positions
 from parallel import compilation
 from parallel.layout import Layout
@@ -37,42 +42,77 @@ from parallel.recompute import activation_bytes
 from train.memory import layer_bytes
 from train.models import blocks, llm_recompute
 from train.models.initial import initialize
+from train.models.llm import LLMConfig
 from train.models.vit import PATCH_VALUES, PackedImages, SeedViT, ViTConfig
 from train.slices.language import SLICE, World, build_language
 
 CPU = torch.device("cpu")
-GRIDS = ((32, 16), (24, 32), (16, 24), (24, 16))
-ENCODER = ViTConfig(width=256, depth=6, heads=4)
-LLM = dataclasses.replace(
-    SLICE, width=256, heads=8, kv_heads=2, head_width=32, num_experts=16, top_k=4, expert_width=96
-)
-TOKENS, SEQUENCE = 2048, 1024
+NOTES = {"offload": "MiB: in host memory", "replay": "of one chunk"}
 Run = Callable[[], torch.Tensor]
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """grids: patches down and across of each image.  tokens: of the LLM's rows, in sequences of `sequence`.
+    rounds: of each setting, after one that does not count.
+    """
+
+    encoder: ViTConfig
+    grids: tuple[tuple[int, int], ...]
+    llm: LLMConfig
+    tokens: int
+    sequence: int
+    rounds: int
+
+
+LLM = dataclasses.replace(
+    SLICE, width=256, heads=8, kv_heads=2, head_width=32, num_experts=16, top_k=4, expert_width=96
+)
+SIZES = {
+    "docs": Size(
+        encoder=ViTConfig(width=256, depth=6, heads=4),
+        grids=((32, 16), (24, 32), (16, 24), (24, 16)),
+        llm=LLM,
+        tokens=2048,
+        sequence=1024,
+        rounds=5,
+    ),
+    "toy": Size(
+        encoder=ViTConfig(width=32, depth=1, heads=1),
+        grids=((4, 4),),
+        llm=dataclasses.replace(LLM, layers=1, width=32, heads=2, head_width=16, expert_width=16, num_experts=4),
+        tokens=16,
+        sequence=16,
+        rounds=1,
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of each setting, after one that does not count")
-    rounds = parser.parse_args().rounds
+    options = results.parse(parser, argv)
+    size = SIZES[options.size]
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     compilation.configure("never")
-    print(f"encoder, torch {torch.__version__} on {torch.get_num_threads()} cores")
-    tower, images = encoder()
+    tower, images = encoder(size)
     runs = {name: (tower, lambda name=name: tower(images, blocks.kept_for_backward(name))) for name in blocks.RECOMPUTE}
-    table(runs, rounds, encoder_bytes)
-    print("LLM layers")
+    measured = {"encoder": measure(runs, size.rounds, encoder_bytes)}
     with World(CPU) as world:
         slices = {
-            name: build_language(LLM, world, torch.float32, TOKENS, SEQUENCE, name) for name in llm_recompute.RECOMPUTE
+            name: build_language(size.llm, world, torch.float32, size.tokens, size.sequence, name)
+            for name in llm_recompute.RECOMPUTE
         }
-        table({name: (part.chunk, part.forward) for name, part in slices.items()}, rounds, language_bytes)
+        runs = {name: (part.chunk, part.forward) for name, part in slices.items()}
+        measured["llm"] = measure(runs, size.rounds, language_bytes)
+    results.report("recompute", options, dataclasses.asdict(size), measured, table, ["megatron-core"])
 
 
-def encoder() -> tuple[SeedViT, PackedImages]:
-    tower = SeedViT(ENCODER)
+def encoder(size: Size) -> tuple[SeedViT, PackedImages]:
+    tower = SeedViT(size.encoder)
     initialize(tower, seed=0)
-    grids = np.array(GRIDS)
+    grids = np.array(size.grids)
     patches_NP = np.random.default_rng(0).integers(0, 256, (grids.prod(1).sum(), PATCH_VALUES), np.uint8)
     return tower, PackedImages.of(patches_NP, patch_positions(grids), grids.prod(1), CPU)
 
@@ -86,10 +126,10 @@ def language_bytes(name: str) -> int:
     return SLICE.layers * layer_bytes(SLICE, Layout(world=1), name, row_tokens=32768, element=2)
 
 
-def table(runs: dict[str, tuple[nn.Module, Run]], rounds: int, full_size: Callable[[str], int]) -> None:
-    """Prints a line a setting; raises AssertionError where gradients differ."""
+def measure(runs: dict[str, tuple[nn.Module, Run]], rounds: int, full_size: Callable[[str], int]) -> list[dict]:
+    """Seconds and bytes of every setting.  Raises AssertionError where gradients differ."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    kept = {name: statistics.median(left_behind(run) for _ in range(3)) for name, (_, run) in runs.items()}
+    kept = {name: [left_behind(run) for _ in range(3)] for name, (_, run) in runs.items()}
     gradients = {}
     for _ in range(rounds + 1):
         for name, (module, run) in runs.items():
@@ -103,12 +143,33 @@ def table(runs: dict[str, tuple[nn.Module, Run]], rounds: int, full_size: Callab
             seconds[name].append(time.process_time() - begin)
             gradients[name] = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
     assert all(torch.equal(gradients[name], gradients["none"]) for name in runs), "gradients differ"
-    print(f"  {'':10} {'ms':>7} {'ratio':>6} {'MiB kept':>9} {'GiB at full size':>17}")
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    for name, median in medians.items():
-        note = {"offload": "  MiB: in host memory", "replay": "  of one chunk"}.get(name, "")
-        size = f"{kept[name] / 2**20:9.1f} {full_size(name) / 2**30:17.1f}{note}"
-        print(f"  {name:10} {1e3 * median:7.0f} {median / medians['none']:6.2f} {size}")
+    return [
+        {"name": name, "s": seconds[name][1:], "bytes_kept": kept[name], "full_size_bytes": full_size(name)}
+        for name in runs
+    ]
+
+
+def table(result: dict) -> str:
+    """A row per setting of encoder and LLM."""
+    settings = result["settings"]
+    vit, llm, patches = settings["encoder"], settings["llm"], sum(down * across for down, across in settings["grids"])
+    titles = {
+        "encoder": f"encoder, {vit['depth']} x {vit['width']}, {patches:,} patches",
+        "llm": f"LLM, {llm['layers']} layers of {llm['width']}, {llm['num_experts']} experts, "
+        f"{settings['tokens']:,} tokens",
+    }
+    lines = [f"forward and backward in fp32, processor time, cores: {result['machine']['cores']}"]
+    for part, title in titles.items():
+        lines.append(f"{title:45} {'ms':>7} {'ratio':>6} {'MiB kept':>9} {'GiB at full size':>17}")
+        rows = result["measured"][part]
+        medians = {row["name"]: statistics.median(row["s"]) for row in rows}
+        for row in rows:
+            time_of, kept = medians[row["name"]], statistics.median(row["bytes_kept"]) / 2**20
+            lines.append(
+                f"  {row['name']:43} {1e3 * time_of:7.0f} {time_of / medians['none']:6.2f} {kept:9.1f} "
+                f"{row['full_size_bytes'] / 2**30:17.1f}  {NOTES.get(row['name'], '')}".rstrip()
+            )
+    return "\n".join(lines)
 
 
 def left_behind(run: Run) -> int:

@@ -1,6 +1,6 @@
 """SigLIP over ranks: extra memory and time of the loss, ours beside two peers.
 
-    python benchmarks/siglip.py            # 1, 2, 4 and 8 gloo ranks, about a minute on two cores
+    python benchmarks/siglip.py            1, 2, 4 and 8 gloo ranks, about a minute on two cores
 
 Peers, in plain autograd, in the same processes, forward and backward:
     ring    text blocks go round the ranks, every local x local block of logits is kept for the backward;
@@ -8,68 +8,73 @@ Peers, in plain autograd, in the same processes, forward and backward:
             open_clip's loss over gathered features.
 Extra memory: the highest sum of bytes of live CPU tensors while a loss and its gradients are made, above what lived
 before, from the allocations that torch's profiler sees; the rank with the most.  Time: the slowest rank, the median of
-repeats in turn.  Floor: the three products of a tile (logits and two gradients), 6 * local * global * width FLOPs a
-rank, at the rate of one matrix product of the same block on as many cores.
+repeats in turn; ratios are those of the medians.  Floor: the three products of a tile (logits and two gradients), 6 *
+local * global * width FLOPs per rank, at the rate of one matrix product of the same block on as many cores.
 """
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
-WORLDS = (1, 2, 4, 8)
-LOCAL, WIDTH = 1024, 512  # pairs of a rank, width of an embedding
-REPEATS = 5
+from benchmarks import results
+from benchmarks.processes import InRanks, in_ranks
+
 FORMS = ("ours", "ring", "gather")
-FLAT, TIME = 1.05, 1.35  # what is asked of ours
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Size:
+    """worlds: numbers of ranks.  local: pairs per rank.  width: of an embedding.  repeats: of every form."""
+
+    worlds: tuple[int, ...]
+    local: int
+    width: int
+    repeats: int
+
+
+SIZES = {"docs": Size((1, 2, 4, 8), local=1024, width=512, repeats=5), "toy": Size((1, 2), 16, 8, repeats=1)}
+
+
+def main(argv: list[str] | None = None, in_ranks: InRanks = in_ranks) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    if parser.parse_args().worker:
-        worker()
-        return
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLDS[-1]}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    environment["KINETO_LOG_LEVEL"] = "99"  # the profiler announces itself otherwise
-    subprocess.run([*launcher, __file__, "--worker"], cwd=ROOT, check=True, env=environment)
+    options = results.parse(parser, argv)
+    size = SIZES[options.size]
+    measured = in_ranks(size.worlds[-1], "benchmarks.siglip", "losses_of_ranks", options.size)
+    results.report("siglip", options, asdict(size), measured, table)
 
 
-def worker() -> None:
+def losses_of_ranks(size_name: str) -> dict:
     """One of the most ranks: takes part where the world is large enough, and waits where it is not."""
     import torch
     import torch.distributed as dist
 
+    size = SIZES[size_name]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    groups = {world: dist.new_group(range(world)) for world in WORLDS}
-    table = {}
-    for world, group in groups.items():
+    rows = []
+    for world in size.worlds:
+        group = dist.new_group(range(world))
         if dist.get_rank() < world:
-            table[world] = measure(group)
+            rows.append({"ranks": world, **measure(size, group)})
         dist.barrier()
-    if dist.get_rank() == 0:
-        report(table)
-    dist.destroy_process_group()
+    return {"worlds": rows}
 
 
-def measure(group) -> dict:
-    """Extra bytes and seconds of every form, and the seconds of the floor, in one world."""
+def measure(size: Size, group) -> dict:
+    """Extra bytes and seconds of every form, and seconds of the floor, in one world."""
     import torch
     import torch.distributed as dist
 
     forms = {"ours": ours, "ring": ring_that_keeps, "gather": gathered}
     draw = torch.Generator().manual_seed(dist.get_rank(group))
-    embeddings = [torch.nn.functional.normalize(torch.randn(LOCAL, WIDTH, generator=draw), dim=-1) for _ in range(2)]
+    drawn = [torch.randn(size.local, size.width, generator=draw) for _ in range(2)]
+    embeddings = [torch.nn.functional.normalize(tensor, dim=-1) for tensor in drawn]
     inputs = [*embeddings, torch.tensor(10.0), torch.tensor(-10.0)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
 
@@ -90,18 +95,18 @@ def measure(group) -> dict:
         torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-6)  # all three compute the same
         memory[form] = worst(peak_bytes(lambda form=form: step(form)), group)
         take_gradients()
-    for repeat in range(REPEATS):
+    for repeat in range(size.repeats):
         for form in FORMS[repeat % 3 :] + FORMS[: repeat % 3]:
             times[form].append(seconds(lambda form=form: step(form), group))
             take_gradients()
         floors.append(seconds(lambda: floor(inputs, group), group))
-    return {"memory": memory, "times": times, "floor": statistics.median(floors)}
+    return {"bytes": memory, "seconds": times, "floor_s": floors}
 
 
 def ours(image, text, scale, bias, group):
     from train.objectives.siglip import siglip_loss
 
-    return siglip_loss(image, text, scale, bias, counts=[LOCAL] * group.size(), group=group)
+    return siglip_loss(image, text, scale, bias, counts=[len(image)] * group.size(), group=group)
 
 
 def block_loss(image, text, scale, bias, matches):
@@ -121,7 +126,7 @@ def ring_that_keeps(image, text, scale, bias, group):
     for _ in range(group.size() - 1):
         text = shifted(text, group)
         total = total + block_loss(image, text, scale, bias, None)
-    return total / (LOCAL * group.size())
+    return total / (len(image) * group.size())
 
 
 def shifted(tensor, group):
@@ -156,7 +161,7 @@ def gathered(image, text, scale, bias, group):
     from torch.distributed.nn.functional import all_gather
 
     texts = torch.cat(all_gather(text, group=group))
-    return block_loss(image, texts, scale, bias, LOCAL * dist.get_rank(group)) / (LOCAL * group.size())
+    return block_loss(image, texts, scale, bias, len(image) * dist.get_rank(group)) / len(texts)
 
 
 def floor(inputs, group):
@@ -204,23 +209,24 @@ def worst(value: float, group) -> float:
     return largest.item()
 
 
-def report(table) -> None:
-    cores = len(os.sched_getaffinity(0))
-    print(f"SigLIP loss, forward and backward, {LOCAL} pairs of width {WIDTH} a rank, fp32, gloo on {cores} cores")
-    print("         extra MiB of a rank           ms, slowest rank                        ours / ring")
-    print("  ranks    ours    ring  gather       ours    ring  gather   floor")
-    ratios = {}
-    for world, row in table.items():
-        mib = "".join(f"{row['memory'][form] / 2**20:8.1f}" for form in FORMS)
-        ms = "".join(f"{1e3 * statistics.median(row['times'][form]):8.0f}" for form in FORMS)
-        pairs = zip(row["times"]["ours"], row["times"]["ring"], strict=True)
-        ratios[world] = statistics.median(mine / theirs for mine, theirs in pairs)
-        print(f"  {world:5d}{mib}   {ms}{1e3 * row['floor']:8.0f}     {ratios[world]:.2f}x")
-    first, last = table[WORLDS[0]]["memory"], table[WORLDS[-1]]["memory"]
-    growth = {form: last[form] / first[form] for form in FORMS}
-    others = ", ".join(f"{form} {growth[form]:.2f}x" for form in FORMS[1:])
-    print(f"memory from {WORLDS[0]} to {WORLDS[-1]} ranks: ours {growth['ours']:.3f}x (asked: <= {FLAT}x); {others}")
-    print(f"time against the ring that keeps its blocks: at most {max(ratios.values()):.2f}x (asked: <= {TIME}x)")
+def table(result: dict) -> str:
+    """A row per world, and how memory grows with the ranks."""
+    worlds, settings = result["measured"]["worlds"], result["settings"]
+    lines = [
+        f"SigLIP loss, forward and backward, {settings['local']} pairs of width {settings['width']} a rank, fp32, "
+        f"gloo on {result['machine']['cores']} cores",
+        "         extra MiB of a rank           ms, slowest rank                      time of ours over",
+        "  ranks    ours    ring  gather       ours    ring  gather   floor           ring  gather",
+    ]
+    for row in worlds:
+        ms = {form: 1e3 * statistics.median(row["seconds"][form]) for form in FORMS}
+        sizes = "".join(f"{row['bytes'][form] / 2**20:8.1f}" for form in FORMS)
+        times = "".join(f"{ms[form]:8.0f}" for form in FORMS) + f"{1e3 * statistics.median(row['floor_s']):8.0f}"
+        ratios = "".join(f"{ms['ours'] / ms[form]:8.2f}" for form in FORMS[1:])
+        lines.append(f"  {row['ranks']:5d}{sizes}   {times}       {ratios}")
+    growth = (f"{form} {worlds[-1]['bytes'][form] / worlds[0]['bytes'][form]:.2f}x" for form in FORMS)
+    lines.append(f"  memory from {worlds[0]['ranks']} to {worlds[-1]['ranks']} ranks: {', '.join(growth)}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
-from benchmarks import gpu, gpu_memory, gpu_moe, gpu_report
+from benchmarks import gpu, gpu_memory, gpu_moe, gpu_report, results
 from benchmarks.gpu_measure import Missing, Place, Result, Variant, Work, relative, run_all
 from tests.support import ROOT
 from train.flops import causal_pairs, encoder_flops, llm_flops
@@ -22,17 +22,20 @@ from train.models.vit import ViTConfig
 from train.slices.language import SLICE, slice_flops
 from train.slices.tower import draw_pack
 
+NEED_PACKAGES = ("Transformer Engine", "flash-attn")  # words of rows that a CPU installation lacks something for
 CPU = Place(torch.device("cpu"), torch.float32, full=False, peak_tflops=1.0)
 
 
 def test_everything_that_can_runs_and_is_right(tmp_path):
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--size", "toy", "--out", str(tmp_path)]
+    command += ["--results", str(tmp_path / "gpu.json")]
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # no compiler is needed on a CPU
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert {row["status"] for row in rows if "Transformer Engine" not in row["name"]} == {"ok"}
-    assert all("not here" in row["status"] for row in rows if "Transformer Engine" in row["name"])
+    lacking = [row for row in rows if any(words in row["name"] for words in NEED_PACKAGES)]
+    assert {row["status"] for row in rows if row not in lacking} == {"ok"}
+    assert len(lacking) == 4 and all(row["status"].startswith("not here: No module named") for row in lacking)
     assert all(row["ms"] > 0 for row in rows if row["status"] == "ok")
     checked = [row for row in rows if row["error"] is not None]
     assert len(checked) >= 16 and all(row["error"] < 1e-5 for row in checked)
@@ -41,6 +44,10 @@ def test_everything_that_can_runs_and_is_right(tmp_path):
     }  # fmt: skip
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
     assert not (tmp_path / "errors.log").exists()
+    result = results.read(tmp_path / "gpu.json")
+    assert result["measured"]["rows"] == rows
+    assert result["command"] == "python benchmarks/gpu.py --device cpu --size toy"
+    assert done.stdout.partition("first step")[2].count(gpu.table(result)) == 1
 
 
 def test_the_towers_pack_is_the_one_that_was_measured_before():
@@ -168,7 +175,7 @@ def result(case, name, tflops, ours=True, **more) -> Result:
     return Result(case, name, ours, ms=1.0, spread=0.0, tflop=tflops / 1e3, tflops=tflops, **more)
 
 
-def test_lines_are_judged_by_the_rows_of_their_case(capsys):
+def test_targets_are_judged_by_the_rows_of_their_case():
     rows = [
         result("tower 32k", "auto, compiled, recompute none", 510.0, peak_gib=39.0),
         result("tower 32k", "auto, eager, recompute none", 420.0, peak_gib=50.0),
@@ -180,8 +187,7 @@ def test_lines_are_judged_by_the_rows_of_their_case(capsys):
         result("moe 32k", "torch kernels, recompute none", 515.0),
         Result("moe 32k", "Megatron-core, Transformer Engine", False, status="out of memory"),
     ]
-    gpu_report.print_lines(rows)
-    said = capsys.readouterr().out
+    said = gpu_report.targets_table(rows)
     assert "tower 32k, TFLOP/s: held: 510, at least 500" in said
     assert "tower 32k, GiB at the peak: held: 39, at most 40" in said
     assert "tower 32k, times the Hugging Face tower: held: 2, at least 1.9" in said
@@ -190,6 +196,22 @@ def test_lines_are_judged_by_the_rows_of_their_case(capsys):
     assert "cross-entropy, GiB beyond input and gradients: held: 0.4, at most 1.5" in said
     assert "moe 32k, times Megatron-core + Transformer Engine: not run" in said
     assert "moe 8k, TFLOP/s: not run" in said
+
+
+def test_a_result_keeps_cases_of_earlier_runs_on_the_same_machine_alone(tmp_path):
+    def run(case: str, milliseconds: float, machine: str = "one") -> dict:
+        row = vars(Result(case, "row", True, ms=milliseconds))
+        facts = {"machine": machine, "versions": {}, "commit": None, "settings": {}}
+        return {**facts, "command": f"gpu.py --case {case}", "measured": {"rows": [row]}}
+
+    path, first = tmp_path / "gpu.json", run("tower", 1.0)
+    assert gpu.with_earlier_cases(path, first) == first
+    results.write(path, first)
+    both = gpu.with_earlier_cases(path, run("moe", 2.0))
+    assert [row["ms"] for row in both["measured"]["rows"]] == [1.0, 2.0]
+    assert both["command"] == "gpu.py --case tower && gpu.py --case moe"
+    for replaced in (run("tower", 3.0), run("moe", 2.0, machine="two")):
+        assert gpu.with_earlier_cases(path, replaced) == replaced
 
 
 def test_the_plan_names_every_case_and_runs_nothing(capsys):

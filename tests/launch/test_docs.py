@@ -185,6 +185,9 @@ def test_other_commands_exist(words):
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert set(words[1:]) <= set(targets)
         return
-    script = (ROOT / words[1]).read_text()
-    for option in (word for word in words[2:] if word.startswith("--")):
+    module = words[1] == "-m"
+    place = ROOT / (words[2].replace(".", "/") if module else words[1])
+    files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    script = "".join(file.read_text() for file in files)
+    for option in (word for word in words[2 + module :] if word.startswith("--")):
         assert f'"{option}"' in script, f"{words[1]} has no {option}"
