@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def list_them(arguments) -> int:
     """What checkpoints there are."""
-    rows = Table("checkpoint", "recipe", "layout", "files", "tensors", "size", "written")
+    rows = Table("checkpoint", "task", "layout", "files", "tensors", "size", "written")
     for path in _all(arguments.run):
         try:
             said = checkpoint.read_manifest(path)
@@ -69,7 +69,7 @@ def list_them(arguments) -> int:
         state = said["state"]
         layout = " ".join(f"{key}={size}" for key, size in state.layout.items() if size > 1) or "one rank"
         numbers = f"{len(sizes)}", f"{len(said['tensors'])}", f"{sum(sizes) / 1e6:,.1f} MB"
-        rows.add_row(path.name, state.recipe, layout, *numbers, said["written"])
+        rows.add_row(path.name, state.task, layout, *numbers, said["written"])
     _console().print(rows)
     return 0
 
@@ -105,7 +105,7 @@ def diff(arguments) -> int:
         for (key, mine), theirs in zip(vars(one.state).items(), vars(other.state).values(), strict=True)
         if mine != theirs
     ]
-    kept = [reader.recipe_tensors() for reader in (one, other)]
+    kept = [reader.task_tensors() for reader in (one, other)]
     for name in sorted(kept[0].keys() | kept[1].keys()):
         if not (name in kept[0] and name in kept[1] and torch.equal(kept[0][name], kept[1][name])):
             state.append(f"  {name}: other values")
@@ -154,7 +154,7 @@ def export(arguments) -> int:
         files[-1].append(name)
         size += count
     folder.mkdir(parents=True, exist_ok=True)
-    said = {"format": "pt", "recipe": reader.state.recipe, "step": f"{reader.state.step}"}
+    said = {"format": "pt", "task": reader.state.task, "step": f"{reader.state.step}"}
     weight_map, total = {}, 0
     for place, part in enumerate(files, start=1):
         file = "model.safetensors" if len(files) == 1 else f"model-{place:05d}-of-{len(files):05d}.safetensors"

@@ -3,7 +3,7 @@ right images and, as a control, with exchanged ones:
 
     python launch/evaluate.py RUN data.sources.main.shards='[shards/toy/heldout/read-0000.tar]'
 
-Of a run of the encoder alone (vit_mim, vit_contrastive, vit_omni), zero-shot classification, retrieval, and with
+Of a run of the encoder alone, zero-shot classification, retrieval, and with
 --train a linear probe; on folders of classes, or on shards, which need no index:
 
     python launch/evaluate.py RUN --data HELDOUT --train TRAIN
@@ -32,6 +32,7 @@ from launch.pretrain import RECIPES, read_config
 from train import checkpoint
 from train.config import Config
 from train.feed import AgreedError
+from train.tasks import find
 
 RESULT = "evaluation.json"
 ONE_PROCESS = ("tp", "pp", "vpp", "ep", "cp")
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         path = checkpoint.resolve(arguments.run)
         config = settings_of(path, arguments.overrides)
-        missed = (score_encoder if config.is_vision else score_language)(config, path, arguments)
+        missed = (score_language if find(config.task).has_llm else score_encoder)(config, path, arguments)
     except (ValueError, AgreedError) as error:
         sys.exit(f"error: {error}")
     if missed:
@@ -79,7 +80,7 @@ def score_encoder(config: Config, path: Path, arguments: argparse.Namespace) -> 
     from launch import evaluate_encoder
 
     if arguments.exchanged_at_most is not None:
-        raise ValueError(f"--exchanged-at-most: a run of {config.recipe} has no answers to compare")
+        raise ValueError(f"--exchanged-at-most: a run of task={config.task} has no answers to compare")
     scores = evaluate_encoder.evaluate(config, path, arguments)
     write(path, scores, *evaluate_encoder.tables(scores))
     for key, what in (("skipped", "samples cannot be used"), ("unheard", "videos without sound")):
@@ -96,7 +97,9 @@ def score_language(config: Config, path: Path, arguments: argparse.Namespace) ->
     for name in ENCODER_ONLY:
         if getattr(arguments, name) is not None:
             hint = "name shards as data.sources.main.shards='[...]'"
-            raise ValueError(f"--{name} is for runs of the encoder alone, and this is one of {config.recipe}; {hint}")
+            raise ValueError(
+                f"--{name} is for runs of the encoder alone, and this is one of task={config.task}; {hint}"
+            )
     scores = evaluate_checkpoint(config, path)
     right, exchanged = (scores[kind]["all"]["exact_match"] for kind in ("images", "exchanged images"))
     if int(os.environ.get("RANK", "0")) == 0:
@@ -136,7 +139,7 @@ def settings_of(path: Path, overrides: list[str]) -> Config:
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: the settings of the run that wrote {path} are needed")
     try:
-        settings = OmegaConf.merge(OmegaConf.structured(Config), *_defaults(), OmegaConf.load(saved))
+        settings = OmegaConf.merge(OmegaConf.structured(Config), *_defaults(), _of_today(OmegaConf.load(saved)))
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{saved} cannot be used: {str(error).splitlines()[0]}") from error
     for key in ONE_PROCESS:
@@ -157,6 +160,15 @@ def _defaults() -> Iterator[DictConfig]:
         yield OmegaConf.create({group: OmegaConf.load(RECIPES / group / f"{name}.yaml")})
 
 
+def _of_today(saved: DictConfig) -> DictConfig:
+    """A run's settings with the keys of today: before there were tasks they named a recipe."""
+    if "recipe" in saved:
+        label = saved.pop("recipe")
+        saved.task = checkpoint.task_of(label)
+        saved.run.label = label
+    return saved
+
+
 def _score_once(sources: DictConfig, overrides: list[str]) -> None:
     """Leaves only the sources whose shards are named anew, if any are, and no mixture: each sample is scored once."""
     named = {match[1] for override in overrides if (match := re.match(r"data\.sources\.(\w+)\.shards=", override))}
@@ -171,7 +183,8 @@ def _score_once(sources: DictConfig, overrides: list[str]) -> None:
 
 def evaluate_checkpoint(config: Config, path: Path) -> dict:
     """Loads the weights of a checkpoint and scores them both ways."""
-    from train.build import build_engines, local_device, open_data, start_world
+    from train.build import build_engines, local_device, start_world
+    from train.dataset import open_data
     from train.evaluation.answers import answer_forward, answer_report, evaluate
 
     layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))

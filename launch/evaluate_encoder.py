@@ -1,4 +1,4 @@
-"""The part of launch/evaluate.py that scores a run of vit_mim, vit_contrastive or vit_omni; see docs/evaluation.md."""
+"""The part of launch/evaluate.py that scores a run of the encoder alone; see docs/evaluation.md."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ from train.config import Config
 from train.evaluation import encoder
 from train.evaluation.embedding import BareEncoder, Embedded, Embedder, load_weights
 from train.evaluation.measures import RECALL_AT
-from train.towers import build_tower
+from train.tasks import find
 
 MOST_NAMED = 100  # damaged samples that the result names
 MOST_THREADS = 16
@@ -53,7 +53,7 @@ def evaluate(config: Config, path: Path, options: argparse.Namespace) -> dict:
         skipped = skipped + train.skipped
     if not scores:
         raise ValueError(f"there is nothing to measure: {', '.join(options.data)} has neither labels nor captions")
-    state = {"recipe": config.recipe, "step": reader.state.step, "weights": weights, "data": options.data}
+    state = {"task": config.task, "step": reader.state.step, "weights": weights, "data": options.data}
     told = {"skipped": some(skipped), "unheard": some(data.unheard)}
     return {"checkpoint": str(path), **state, **scores, **told}
 
@@ -65,16 +65,16 @@ def check(config: Config, options: argparse.Namespace) -> None:
         raise ValueError("an encoder is evaluated in one process: start launch/evaluate.py with python, not torchrun")
     if not options.data:
         raise ValueError("--data is missing: name a folder of classes, or shards, to evaluate an encoder on")
-    if config.recipe == "vit_mim":
+    if not find(config.task).reads_texts:
         if not options.train:
             raise ValueError(
-                "--train is missing: an encoder of vit_mim reads no texts, and is scored by a linear probe"
+                "--train is missing: an encoder of this task reads no texts, and is scored by a linear probe"
             )
         for flag in ("classes", "template", "templates", "picture"):
             if getattr(options, flag):
-                raise ValueError(f"--{flag}: an encoder of vit_mim reads no texts")
+                raise ValueError(f"--{flag}: an encoder of this task reads no texts")
         if options.features == "pooled":
-            raise ValueError("--features pooled: an encoder of vit_mim has no pooled embedding")
+            raise ValueError("--features pooled: an encoder of this task has no pooled embedding")
     if options.picture:
         if not Path(options.picture).parent.is_dir():
             raise ValueError(f"--picture {options.picture}: its folder does not exist")
@@ -86,10 +86,11 @@ def check(config: Config, options: argparse.Namespace) -> None:
 
 def build(config: Config, reader: Reader, weights: str) -> Embedder:
     """The run's tower with the weights of a checkpoint, on this process's device."""
-    if config.recipe == "vit_mim":
+    task = find(config.task)
+    if not task.reads_texts:
         tower, reads = BareEncoder(config.model.encoder), {}
     else:
-        tower = build_tower(config)
+        tower = task.tower(config)
         reads = {"tokenizer": Tokenizer(config.data.tokenizer), "most_tokens": config.model.text.max_tokens}
     load_weights(tower, reader, weights)
     return Embedder(tower.to(config.train.dtype), local_device(), config.parallel.encoder.chunk_patches, **reads)

@@ -31,8 +31,8 @@ from data.plan import StepPlan
 from data.reader import RowBatch, ShardReader
 from data.text import Tokenizer
 from launch.pretrain import RECIPES, one_sentence, read_config
-from train.build import Data, open_data
 from train.config import Config
+from train.dataset import Data, open_data
 
 TRAINED, PLAIN, SPECIAL, VISUAL = (26, 127, 55), (110, 110, 110), (130, 80, 160), (60, 120, 200)
 COLOURS = np.array([PLAIN, SPECIAL, TRAINED, VISUAL, (255, 255, 255)], np.uint8)  # by kind; the last is padding

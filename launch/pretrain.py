@@ -32,7 +32,7 @@ def read_config(settings: DictConfig) -> Config:
     try:
         return OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.to_container(settings, resolve=True)))
     except MissingMandatoryValue as error:
-        raise ValueError(str(error).splitlines()[0] + "; is a recipe chosen, as in +recipe=stage1?") from error
+        raise ValueError(f"{error.full_key} is missing; choose a recipe, as in +recipe=stage1") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 

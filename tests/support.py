@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from launch.pretrain import read_config
 from train.config import Config
+from train.tasks import find
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS_SAMPLES = 60
@@ -20,6 +21,16 @@ def settings(recipe: str, *overrides: str) -> Config:
     """The typed settings that `launch/pretrain.py +recipe=... scale=toy ...` would run with."""
     with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
         return read_config(compose("config", overrides=[f"+recipe={recipe}", "scale=toy", *overrides]))
+
+
+def new_tower(config: Config, **sizes):
+    """The tower of a task of the encoder alone, with its first weights."""
+    return find(config.task).tower(config, **sizes)
+
+
+def identity(config: Config) -> dict:
+    """What a `Saver` records of the run."""
+    return {"task": config.task, "trainable": config.train.trainable, "optimizer": config.optim.name}
 
 
 def make_corpus(folder: Path) -> Path:

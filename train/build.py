@@ -1,19 +1,13 @@
-"""Everything a run is made of, from its configuration: world, grid, data, and the two engines with equal weights on
-every layout."""
+"""What computes in a run: world, grid, and the two engines with equal weights on every layout."""
 
 import logging
 import os
 import re
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from data.corpus import Corpus, SourceSettings
-from data.reader import ShardReader
-from data.stream import Stream, StreamConfig
-from data.text import Tokenizer
 from parallel import attention, compilation, llm_shards
 from parallel.encoder_engine import EncoderEngine
 from parallel.exchange import Exchange
@@ -22,63 +16,13 @@ from parallel.hybrid_step import Engines
 from parallel.layout import Layout
 from parallel.llm_engine import Leaf, LLMEngine
 from parallel.state import AdamSettings
-from parallel.transfer import pin, unpin
 from train.batch import MicroBatch
 from train.config import Config
-from train.feed import BATCHES_HELD
 from train.models import llm_spec, vision_tower
 from train.models.initial import initialize
 from train.rendezvous import agent_store
 
 CHOICES = logging.getLogger("parallel")  # where everything below it says once what it has chosen
-
-
-@dataclass(frozen=True)
-class Data:
-    """The stream of steps and the reader of its bytes."""
-
-    stream: Stream
-    reader: ShardReader
-
-
-def open_data(config: Config) -> Data:
-    """Loads tokenizer and indexes.  Raises ValueError, in one sentence, for anything missing or that cannot fit."""
-    data = config.data
-    tokenizer = Tokenizer(data.tokenizer)
-    reader = "text" if config.is_vision else "llm"
-    known = getattr(config.model, reader).vocab_size
-    if tokenizer.vocab_size > known:
-        raise ValueError(
-            f"data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
-            f"model.{reader}.vocab_size={known}"
-        )
-    sources = [
-        SourceSettings(
-            **vars(source) | {"name": name, "shards": tuple(source.shards), "train_roles": tuple(source.train_roles)}
-        )
-        for name, source in data.sources.items()
-    ]
-    corpus = Corpus.open(sources, tokenizer.sha256)
-    settings = StreamConfig(
-        seq_length=config.train.seq_length,
-        rows_per_step=config.train.global_batch_size,
-        seed=config.train.seed,
-        min_patches=data.min_patches,
-        max_patches=data.max_patches,
-        video_budget=data.video.budget,
-        video_levels=tuple(data.video.levels),
-        block_samples=data.block_samples,
-        window_shards=data.window_shards,
-        too_long=data.too_long,
-        rows="samples" if config.is_vision else "packed",
-        audio_seconds=data.audio_seconds,
-    )
-    stream = Stream(corpus, settings, tokenizer.stamp_lengths)
-    pinning = {"on_new_buffer": pin, "on_old_buffer": unpin} if torch.cuda.is_available() else {}
-    reader = ShardReader(
-        corpus, tokenizer, data.max_pixels, data.workers, slots=data.prefetch + BATCHES_HELD, **pinning
-    )
-    return Data(stream, reader)
 
 
 def local_device() -> torch.device:

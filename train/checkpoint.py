@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # launch/checkpoint.py reads checkpoints without Megatron-cor
 
 FORMAT = "tandem checkpoint 2"
 MANIFEST = "manifest.json"
-RANDOM, RECIPE = "random/", "recipe/"  # keys of a rank's random states, and in rank 0's file of its recipe's tensors
+RANDOM, TASK = "random/", "recipe/"  # keys of a rank's random states, and in rank 0's file of its task's tensors
 NAME = re.compile(r"step-(\d{8})")
 BLOCK = 1 << 22  # bytes; what was summed is still in the cache when it is written
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
@@ -40,17 +40,18 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", t
 class TrainState:
     """Everything of a run that is not a tensor.
 
-    step: steps done.  data: position in the stream.  optimizer_steps: Adam's counts, by engine.  recipe, layout,
-    optimizer: of the run that saved.  extra: what guards and counters want to find again, as JSON.
+    step: steps done.  data: position in the stream.  optimizer_steps: Adam's counts, by engine.  task, layout,
+    optimizer, trainable: of the run that saved.  extra: what guards and counters want to find again, as JSON.
     """
 
     step: int
     data: dict
     optimizer_steps: dict[str, int]
-    recipe: str
+    task: str
     layout: dict[str, int] = field(default_factory=dict)
     extra: dict = field(default_factory=dict)
     optimizer: str = "adamw"
+    trainable: list[str] = field(default_factory=list)
 
 
 def layout_of(layout: Layout) -> dict[str, int]:
@@ -106,6 +107,18 @@ def _canonical(value: dict) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
+def task_of(recipe: str) -> str:
+    """The task of a recipe from before there were tasks."""
+    return recipe.removeprefix("vit_") if recipe.startswith("vit_") else "language"
+
+
+def _of_today(state: dict) -> dict:
+    """A manifest's state with the keys of today: before there were tasks it named its recipe."""
+    if "recipe" not in state:
+        return state
+    return {key: value for key, value in state.items() if key != "recipe"} | {"task": task_of(state["recipe"])}
+
+
 def read_manifest(path: Path) -> dict:
     """The manifest of a checkpoint.  Raises ValueError where it is missing, damaged or of another format."""
     try:
@@ -115,7 +128,7 @@ def read_manifest(path: Path) -> dict:
             raise ValueError(f"its format is {said['format']!r}, this version reads {FORMAT!r}")
         if text != manifest_text({key: value for key, value in said.items() if key != "digest"}):
             raise ValueError("its digest does not match what it says")
-        said["state"] = TrainState(**said["state"])
+        said["state"] = TrainState(**_of_today(said["state"]))
         names = list(said["files"])
         for file, facts in said["files"].items():
             if Path(file).name != file:
@@ -245,9 +258,9 @@ class Reader:
         """The random states that a rank saved."""
         return self._keyed(file_of(rank), RANDOM)
 
-    def recipe_tensors(self) -> dict[str, torch.Tensor]:
-        """What the recipe keeps besides weights, as `Saver.save` got it."""
-        return self._keyed(file_of(0), RECIPE)
+    def task_tensors(self) -> dict[str, torch.Tensor]:
+        """What the task keeps besides weights, as `Saver.save` got it."""
+        return self._keyed(file_of(0), TASK)
 
     def _keyed(self, file: str, prefix: str) -> dict[str, torch.Tensor]:
         try:
@@ -292,7 +305,7 @@ def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collec
     taken = wanted & reader.modules
     if missing := wanted - taken if modules is not None else set() if taken else wanted:
         raise ValueError(
-            f"checkpoint {reader.path} of recipe {reader.state.recipe} has no {', '.join(sorted(missing))}; it has "
+            f"checkpoint {reader.path} of task={reader.state.task} has no {', '.join(sorted(missing))}; it has "
             f"{', '.join(sorted(reader.modules))}: see checkpoint.load_modules"
         )
     parts_of = {name: taken & set(_parts_of(name, engine)) for name, engine in engines.by_name.items()}
@@ -300,8 +313,8 @@ def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collec
         moments = optimizer and engine.trainable and parts_of[name]
         if moments and reader.state.optimizer_steps.get(name) is None:
             raise ValueError(
-                f"checkpoint {reader.path} has no optimizer state of the {name}, frozen in its recipe "
-                f"{reader.state.recipe}; set checkpoint.load_optimizer=false to start with fresh moments"
+                f"checkpoint {reader.path} has no optimizer state of the {name}, which its run froze; "
+                f"set checkpoint.load_optimizer=false to start with fresh moments"
             )
     for name, engine in engines.by_name.items():
         if name == "encoder" and parts_of[name]:

@@ -3,9 +3,6 @@
 import math
 from operator import attrgetter
 
-import torch
-
-from data.audio import sound_grid
 from parallel.attention import NAMES as ATTENTION
 from parallel.compilation import MODES
 from parallel.layout import Layout
@@ -13,14 +10,10 @@ from parallel.optimizers import NAMES as OPTIMIZERS
 from train.config import Config
 from train.models.blocks import RECOMPUTE
 from train.models.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
-from train.models.llm_spec import KERNELS, choose_kernels
+from train.models.llm_spec import KERNELS
+from train.tasks import find
+from train.tasks.base import Task
 
-LANGUAGE_PARTS = ("encoder", "adapter", "llm")
-VISION_PARTS = {
-    "vit_mim": ("encoder", "mim"),
-    "vit_contrastive": ("encoder", "pool", "text", "contrastive"),
-    "vit_omni": ("encoder", "pool", "text", "omni"),
-}
 LEAST = {
     "train.steps": 1,
     "train.global_batch_size": 1,
@@ -62,18 +55,11 @@ def check(config: Config, world: int) -> Layout:
     for key, least in LEAST.items():
         if attrgetter(key)(config) < least:
             raise ValueError(f"{key}={attrgetter(key)(config)}: must be at least {least}")
-    if config.is_vision:
-        _check_vision(config, layout)
-    else:
-        config.model.llm.check(layout)
-        choose_kernels(config.parallel.kernels, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        _check_batch(config, layout)
-        if config.data.audio_seconds > 0:
-            seconds = config.data.audio_seconds
-            raise ValueError(f"data.audio_seconds={seconds}: {config.recipe} hears no sound, set it to 0")
+    task = find(config.task)
+    task.check(config, layout)
     _check_parallel(config, layout)
     _check_choices(config)
-    _check_loading(config)
+    _check_loading(config, task)
     if config.watchdog.patience_s < config.watchdog.timeout_s:
         raise ValueError(
             f"watchdog.patience_s={config.watchdog.patience_s} is shorter than watchdog.timeout_s="
@@ -99,34 +85,6 @@ def _check_parallel(config: Config, layout: Layout) -> None:
         raise ValueError(
             f"parallel.encoder.chunk_patches={encoder.chunk_patches} is smaller than one image of "
             f"data.max_patches={config.data.max_patches}"
-        )
-
-
-def _check_batch(config: Config, layout: Layout) -> None:
-    t = config.train
-    if t.global_batch_size % (layout.dp * t.micro_batch_size):
-        raise ValueError(
-            f"train.global_batch_size={t.global_batch_size} is not divisible by "
-            f"dp*train.micro_batch_size = {layout.dp}*{t.micro_batch_size}"
-        )
-    row = t.seq_length * t.micro_batch_size
-    parts = layout.tp * layout.row_chunks
-    if row % parts:
-        raise ValueError(
-            f"train.seq_length*micro_batch_size = {row} is not divisible by {parts} (parallel.tp={layout.tp} times "
-            f"{layout.row_chunks} chunks of a row for parallel.cp={layout.cp} with parallel.cp_comm_type="
-            f"{layout.cp_comm_type})"
-        )
-    count = config.micro_batches(layout)
-    if layout.vpp > 1 and count % layout.pp:
-        raise ValueError(
-            f"parallel.vpp={layout.vpp}: the {count} micro-batches of a replica (train.global_batch_size over "
-            f"dp*train.micro_batch_size) must be a multiple of parallel.pp={layout.pp}"
-        )
-    if config.data.max_patches // 4 + 2 > t.seq_length:
-        raise ValueError(
-            f"train.seq_length={t.seq_length} is shorter than one image of data.max_patches="
-            f"{config.data.max_patches} ({config.data.max_patches // 4} tokens)"
         )
 
 
@@ -166,10 +124,6 @@ def _check_choices(config: Config) -> None:
     for key, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}")
-    if config.optim.name == "lamb" and not config.is_vision and "llm" in config.train.trainable:
-        raise ValueError(
-            "optim.name=lamb: the LLM is trained by AdamW alone; set optim=adamw, or leave llm out of train.trainable"
-        )
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"optim.betas={list(config.optim.betas)}: must be two numbers from 0 to below 1")
     for key in ("lr", "min_lr", "eps", "weight_decay", "clip_norm"):
@@ -181,57 +135,22 @@ def _check_choices(config: Config) -> None:
         raise ValueError(f"optim.ema={config.optim.ema}: must be from 0 to below 1")
 
 
-def parts_of(recipe: str) -> tuple[str, ...]:
-    """The modules that a recipe's model has."""
-    return VISION_PARTS.get(recipe, LANGUAGE_PARTS)
-
-
-def _check_loading(config: Config) -> None:
+def _check_loading(config: Config, task: Task) -> None:
     """What is trained, and what is taken from another checkpoint."""
-    parts, trainable = parts_of(config.recipe), set(config.train.trainable)
-    needed = set() if config.is_vision else {"adapter"}
-    if trainable - set(parts) or needed - trainable or not trainable:
-        may = f"must name adapter and may name {', '.join(p for p in parts if p != 'adapter')}"
-        may = f"must name one or more of {', '.join(parts)}" if config.is_vision else may
+    trainable, needed = set(config.train.trainable), set(task.must_train)
+    if trainable - set(task.parts) or needed - trainable or not trainable:
+        may = f"must name one or more of {', '.join(task.parts)}"
+        if needed:
+            others = ", ".join(part for part in task.parts if part not in needed)
+            may = f"must name {', '.join(task.must_train)} and may name {others}"
         raise ValueError(f"train.trainable={list(config.train.trainable)}: {may}")
     modules = config.checkpoint.load_modules
     if modules is None:
         return
-    if not modules or set(modules) - set(parts):
-        raise ValueError(f"checkpoint.load_modules={list(modules)}: must name one or more of {', '.join(parts)}")
+    if not modules or set(modules) - set(task.parts):
+        raise ValueError(f"checkpoint.load_modules={list(modules)}: must name one or more of {', '.join(task.parts)}")
     if config.checkpoint.load_optimizer and trainable - set(modules):
         raise ValueError(
             f"checkpoint.load_optimizer=true with checkpoint.load_modules={list(modules)}: must name all of "
             f"train.trainable={list(config.train.trainable)}; set checkpoint.load_optimizer=false"
-        )
-
-
-def _check_vision(config: Config, layout: Layout) -> None:
-    """The encoder's own stages: no LLM, samples for rows."""
-    for key in ("tp", "pp", "vpp", "ep", "cp"):
-        if getattr(layout, key) > 1:
-            raise ValueError(f"parallel.{key}={getattr(layout, key)}: {config.recipe} has no LLM to split, set it to 1")
-    for key, value in (
-        ("parallel.balance_group_size", config.parallel.balance_group_size),
-        ("train.micro_batch_size", config.train.micro_batch_size),
-    ):
-        if value not in (None, 1):
-            raise ValueError(f"{key}={value}: has no meaning in {config.recipe}, leave it out")
-    if config.recipe == "vit_mim" and not config.objective.teacher:
-        raise ValueError(
-            "objective.teacher is missing: name a folder with a Hugging Face vision model, or a run or checkpoint"
-        )
-    seconds, omni = config.data.audio_seconds, config.recipe == "vit_omni"
-    if omni != (seconds > 0):
-        raise ValueError(f"data.audio_seconds={seconds}: must be {'above 0' if omni else '0'} in {config.recipe}")
-    pairs = config.objective.omni.pairs
-    if omni and not any("audio" in pair for pair in pairs):
-        raise ValueError(
-            f"objective.omni.pairs={list(pairs)}: none has audio, for frames alone there is vit_contrastive"
-        )
-    sample = 4 * config.data.video.budget + int(sound_grid(1000 * seconds, seconds).prod())
-    if config.recipe == "vit_omni" and sample > config.parallel.encoder.chunk_patches:
-        raise ValueError(
-            f"parallel.encoder.chunk_patches={config.parallel.encoder.chunk_patches} is smaller than a sample of "
-            f"data.video.budget={config.data.video.budget} and data.audio_seconds={seconds} ({sample} patches)"
         )

@@ -17,13 +17,10 @@ from train.models.omni import OmniConfig
 from train.models.text_encoder import TextConfig
 from train.models.vit import ViTConfig
 
-VISION = ("vit_mim", "vit_contrastive", "vit_omni")  # recipes of the encoder alone
-
 
 @dataclass
 class ModelConfig:
-    """text: the captions' encoder of vit_contrastive and vit_omni.  embedding: width of the space in which images and
-    captions are compared."""
+    """text: the captions' encoder.  embedding: width of the space in which images and captions are compared."""
 
     encoder: ViTConfig
     llm: LLMConfig
@@ -33,7 +30,7 @@ class ModelConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """What the encoder's own stages learn.  teacher of vit_mim: a folder with a Hugging Face vision model, or a run or
+    """What the encoder alone learns.  teacher of mim: a folder with a Hugging Face vision model, or a run or
     checkpoint of ours."""
 
     teacher: str | None
@@ -79,8 +76,8 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """global_batch_size and micro_batch_size count rows of seq_length tokens; in the vit recipes samples, of at most
-    seq_length tokens.  trainable: which modules learn, of encoder, adapter and llm, or in the vit recipes of encoder,
+    """global_batch_size and micro_batch_size count rows of seq_length tokens; without an LLM samples, of at most
+    seq_length tokens.  trainable: which modules learn, of encoder, adapter and llm, or without an LLM of encoder,
     mim, pool, text, contrastive and omni.  recompute: what is kept for the LLM's backward, see
     train/models/llm_recompute.py."""
 
@@ -234,15 +231,19 @@ class HealthConfig:
 
 @dataclass
 class RunConfig:
-    """dir: where everything of a run goes; name: null for the recipe and the time."""
+    """dir: where everything of a run goes; name: of its directory in runs/, null for label and time.  label: free text
+    that stands in front of both, null for the task."""
 
     dir: str | None
     name: str | None
+    label: str | None
 
 
 @dataclass
 class Config:
-    recipe: str
+    """task: the kind of training, a module of train/tasks."""
+
+    task: str
     model: ModelConfig
     objective: ObjectiveConfig
     parallel: ParallelConfig
@@ -256,6 +257,11 @@ class Config:
     health: HealthConfig
     run: RunConfig
     scale: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What the run is called in logs and in the name of its directory."""
+        return self.run.label or self.task
 
     def layout(self, world: int) -> Layout:
         """The rank layout in a world of `world` ranks; ValueError where it is impossible."""
@@ -275,11 +281,6 @@ class Config:
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of one step in one replica."""
         return self.train.global_batch_size // (layout.dp * self.train.micro_batch_size)
-
-    @property
-    def is_vision(self) -> bool:
-        """Whether this is a stage of the encoder alone."""
-        return self.recipe in VISION
 
     def check(self, world: int) -> Layout:
         """The layout.  Raises ValueError, one sentence naming keys and values, for any setting that cannot work."""

@@ -44,7 +44,7 @@ class Share:
 
 
 class Division(Protocol):
-    """How a recipe divides a step over the ranks, and what it makes of the text."""
+    """How a task divides a step over the ranks, and what it makes of the text."""
 
     def divide(self, plan: StepPlan) -> Share:
         """This rank's share: a pure function of the plan."""

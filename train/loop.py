@@ -17,18 +17,18 @@ from parallel.layout import Layout
 from parallel.phases import PhaseTimer
 from train import checkpoint, guards, watchdog
 from train.batch import context_sentence
-from train.build import Data, local_device, open_data, start_world
+from train.build import local_device, start_world
 from train.config import Config
+from train.dataset import Data, open_data
 from train.feed import AgreedError
 from train.health import Health
 from train.metrics import Logger, StepMetrics
 from train.saving import Saver
 from train.schedule import learning_rate
-from train.stages import Stage
-from train.stages.build import build_stage
 from train.start import Places, Position, agree_on_places, go_back, restore
 from train.stopping import end_launcher, follow_launcher, stop_wish
-from train.towers import check_folders
+from train.tasks import find
+from train.tasks.base import Trainer
 from train.watchdog import Heartbeat
 
 COLLECT_EVERY = 50  # steps between garbage collections, on all ranks at once
@@ -39,7 +39,7 @@ class Run:
     """What the loop works with."""
 
     config: Config
-    stage: Stage
+    trainer: Trainer
     data: Data
     places: Places
     saver: Saver
@@ -55,7 +55,7 @@ def run(config: Config) -> str:
     layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
     launcher = follow_launcher()
     with watchdog.watch(config.watchdog.timeout_s, config.watchdog.patience_s) as heartbeat:
-        check_folders(config)
+        find(config.task).check_folders(config)
         data = open_data(config)
         load_from = config.checkpoint.load_from
         start = checkpoint.Reader(checkpoint.resolve(load_from)) if load_from else None
@@ -84,23 +84,30 @@ def run_in_world(
     places = agree_on_places(config)
     heartbeat.place(places.run_dir, places.attempt)
     heartbeat.beat("build")
-    stage = build_stage(config, layout, device, data)
-    keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
-    saver = Saver(places.folder, stage.engines, recipe=config.recipe, optimizer=config.optim.name, **keep)
+    trainer = find(config.task).trainer(config, layout, device, data)
+    saver = Saver(
+        places.folder,
+        trainer.engines,
+        task=config.task,
+        trainable=config.train.trainable,
+        optimizer=config.optim.name,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+    )
     heartbeat.beat("restore")
-    position, told = restore(config, stage, data, start, saver, places)
-    logger = Logger(config, places, stage.engines.grid.rank, position)
+    position, told = restore(config, trainer, data, start, saver, places)
+    logger = Logger(config, places, trainer.engines.grid.rank, position)
     logger.say(
-        f"{config.recipe} at {config.scale['name']} scale on {layout.world} ranks, run directory {places.run_dir}"
+        f"{config.label} at {config.scale['name']} scale on {layout.world} ranks, run directory {places.run_dir}"
     )
     if layout.cp > 1:
         told = [context_sentence(config, layout), *told]
-    for name, engine in stage.engines.by_name.items():
+    for name, engine in trainer.engines.by_name.items():
         if engine.trainable:
             logger.say(f"{name} is updated by {engine.optimizer_name}")
     for sentence in told:
         logger.say(sentence)
-    status = train(Run(config, stage, data, places, saver, logger, heartbeat), position)
+    status = train(Run(config, trainer, data, places, saver, logger, heartbeat), position)
     data.reader.close()
     return status
 
@@ -112,13 +119,13 @@ def train(run: Run, position: Position) -> str:
     is raised once the steps so far are saved.  Steps that the guards refuse are skipped on all ranks; too many of them
     send the run back to its last checkpoint.
     """
-    config, stage, saver, logger, heartbeat = run.config, run.stage, run.saver, run.logger, run.heartbeat
-    grid = stage.engines.grid
+    config, trainer, saver, logger, heartbeat = run.config, run.trainer, run.saver, run.logger, run.heartbeat
+    grid = trainer.engines.grid
     metrics = StepMetrics(config, grid)
     timer = PhaseTimer(grid.device, begins=heartbeat.beat)
     health = Health(run.places.folder, grid.device)
     step, saved, data, record = position.step, position.step, position.data, position.record
-    staging, failure = stage.steps(config.train.steps - step), None
+    staging, failure = trainer.steps(config.train.steps - step), None
     with stop_wish() as stop, _quiet_collector():
         begin = time.perf_counter()
         while True:
@@ -139,7 +146,7 @@ def train(run: Run, position: Position) -> str:
             prepared.release()
             logger.unreadable(prepared.skipped)
             heartbeat.beat("metrics")
-            facts = stage.facts(prepared, output)
+            facts = trainer.facts(prepared, output)
             now, phases = time.perf_counter(), timer.take()
             logger.log(metrics.numbers(step, lr, now - begin, prepared, output, facts), phases)
             health.add(phases)
@@ -157,7 +164,7 @@ def train(run: Run, position: Position) -> str:
                     failure = error
                     break
                 step, saved, data, record = position.step, position.step, position.data, position.record
-                staging, begin = stage.steps(config.train.steps - step), time.perf_counter()
+                staging, begin = trainer.steps(config.train.steps - step), time.perf_counter()
                 continue
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 _save(run, step, data, record)
@@ -187,7 +194,7 @@ def _step(run: Run, batch, record: guards.Record, timer: PhaseTimer, stop: bool,
     def accept(loss: float, norm: float) -> bool:
         return update and guards.verdict(run.config.guard, record, loss, norm) is None
 
-    return run.stage.step(batch, timer=timer, stop=stop, accept=accept)
+    return run.trainer.step(batch, timer=timer, stop=stop, accept=accept)
 
 
 def _tell_skipped(run: Run, step: int, batch, record: guards.Record, output: StepOutput, timer: PhaseTimer) -> None:
@@ -213,7 +220,7 @@ def _roll_back(run: Run, why: str, step: int, data: dict) -> Position:
         if before >= run.config.guard.rollbacks:
             raise AgreedError(f"{why} after {before} rollbacks to step {target}; guard.rollbacks allows no more")
         run.places.rollbacks.append((target, data))
-        position = go_back(run.config, run.stage, run.data, newest, run.places.rollbacks)
+        position = go_back(run.config, run.trainer, run.data, newest, run.places.rollbacks)
         run.logger.rolled_back(why, step, position)
         cleared = guards.Record(position.record.losses, position.record.norms)
         return Position(position.step, position.data, cleared, newest)
@@ -221,7 +228,7 @@ def _roll_back(run: Run, why: str, step: int, data: dict) -> Position:
 
 def _save(run: Run, step: int, data: dict, record: guards.Record) -> None:
     with run.heartbeat.patient("save"):  # it may have to wait for the write before
-        run.saver.save(step, data, {"guard": record.state()}, run.stage.tensors())
+        run.saver.save(step, data, {"guard": record.state()}, run.trainer.tensors())
 
 
 def _set_lr(run: Run, step: int) -> float:
@@ -234,7 +241,7 @@ def _set_lr(run: Run, step: int) -> float:
         total_steps=run.config.train.steps,
         schedule=optim.schedule,
     )
-    for engine in run.stage.engines.by_name.values():
+    for engine in run.trainer.engines.by_name.values():
         engine.set_lr(lr)
     return lr
 

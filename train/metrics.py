@@ -25,9 +25,9 @@ from train.feed import PreparedStep
 from train.flops import device_peak_tflops
 from train.health import Slow
 from train.history import History
-from train.stages import StepFacts
 from train.start import Places, Position
 from train.stopping import launch_id
+from train.tasks.base import StepFacts
 
 
 class StepMetrics:
@@ -101,7 +101,7 @@ class Logger:
         )
         self._progress.start()
         self._bar = self._progress.add_task(
-            config.recipe, total=config.train.steps, completed=position.step, loss=float("nan"), speed=0.0
+            config.label, total=config.train.steps, completed=position.step, loss=float("nan"), speed=0.0
         )
 
     def log(self, numbers: dict, phases: dict[str, float]) -> None:
@@ -177,7 +177,8 @@ class Logger:
         self._file.close()
         summary = {
             "status": status,
-            "recipe": self._config.recipe,
+            "task": self._config.task,
+            "label": self._config.label,
             "steps_this_run": self._steps,
             "elapsed_s": time.time() - self._begin,
             "checkpoint": str(checkpoint) if checkpoint else None,

@@ -22,8 +22,8 @@ from parallel.grid import Grid
 from parallel.hybrid_step import StepInput
 from parallel.routes import Routes, assign_owners, build_routes
 from train.batch import RowText, branch_factors, micro_batch_of, rows_of_replica, visual_plan
-from train.build import Data
 from train.config import Config
+from train.dataset import Data
 from train.feed import Feed, PreparedStep, Share
 from train.models.vit import PackedImages
 

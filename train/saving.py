@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from parallel import random_state
 from parallel.hybrid_step import Engines
 from parallel.state import StateChunk
 from train import checkpoint
-from train.checkpoint import FORMAT, MANIFEST, RANDOM, RECIPE, TrainState, box_key, file_of, step_of, write_file
+from train.checkpoint import FORMAT, MANIFEST, RANDOM, TASK, TrainState, box_key, file_of, step_of, write_file
 from train.retention import clean, prune
 
 NICE = 10  # of the saving thread
@@ -40,12 +40,24 @@ class NotSavedError(RuntimeError):
 class Saver:
     """Writes checkpoints of `engines` under `folder`, in a thread; one at a time.
 
+    task, trainable, optimizer: of the run, found again in TrainState.
     keep: newest ones kept.  keep_every: those whose step is a multiple of it stay too; 0 for none.
     Needs the loop's discipline: all ranks call the same methods in the same order.
     """
 
-    def __init__(self, folder: Path, engines: Engines, *, recipe: str, optimizer: str, keep: int, keep_every: int):
-        self._folder, self._engines, self._recipe, self._optimizer = folder, engines, recipe, optimizer
+    def __init__(
+        self,
+        folder: Path,
+        engines: Engines,
+        *,
+        task: str,
+        trainable: Sequence[str],
+        optimizer: str,
+        keep: int,
+        keep_every: int,
+    ):
+        self._folder, self._engines = folder, engines
+        self._identity = {"task": task, "trainable": list(trainable), "optimizer": optimizer}
         self._keep, self._keep_every = keep, keep_every
         self._group, self._rank = engines.grid.saving, engines.grid.rank
         numel = sum(chunk.tensor_N.numel() for chunk in self._chunks()[0])
@@ -65,7 +77,7 @@ class Saver:
         """Starts checkpoint step-N: returns when the state is copied to host memory.
 
         position: the data's, after this step.  extra: JSON of guards and counters, found again in TrainState.extra.
-        tensors: what the recipe keeps besides weights, equal on all ranks; written by rank 0.
+        tensors: what the task keeps besides weights, equal on all ranks; written by rank 0.
         """
         self.wait()
         chunks, names = self._chunks()
@@ -73,16 +85,15 @@ class Saver:
         torch._foreach_copy_(list(views), [chunk.tensor_N for chunk in chunks], non_blocking=True)
         others = {RANDOM + name: tensor for name, tensor in random_state.capture().items()}
         if self._rank == 0:
-            others |= {RECIPE + name: tensor.cpu().clone() for name, tensor in (tensors or {}).items()}
+            others |= {TASK + name: tensor.cpu().clone() for name, tensor in (tensors or {}).items()}
         counts = {name: engine.optimizer_steps for name, engine in self._engines.by_name.items() if engine.trainable}
         state = TrainState(
             step=step,
             data=position,
             optimizer_steps=counts,
-            recipe=self._recipe,
             layout=checkpoint.layout_of(self._engines.grid.layout),
             extra=json.loads(json.dumps(extra or {})),
-            optimizer=self._optimizer,
+            **self._identity,
         )
         if self._engines.grid.device.type == "cuda":
             torch.cuda.synchronize()

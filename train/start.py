@@ -8,13 +8,13 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from train import checkpoint, history, watchdog
-from train.build import Data
-from train.checks import parts_of
 from train.config import Config
+from train.dataset import Data
 from train.guards import Record
 from train.saving import Saver, verify_together
-from train.stages import Stage
 from train.stopping import launch_id
+from train.tasks import find
+from train.tasks.base import Trainer
 
 RUNS = Path("runs")
 LOOKED_AT = 20  # newest run directories among which a restarted rank looks for its own
@@ -60,7 +60,7 @@ def agree_on_places(config: Config) -> Places:
 
 
 def _places(config: Config) -> Places:
-    new = RUNS / (config.run.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
+    new = RUNS / (config.run.name or f"{config.label}-{datetime.now():%Y%m%d-%H%M%S}")
     run_dir = Path(config.run.dir) if config.run.dir else _of_this_launch() or new
     folder = Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
     events = history.read(run_dir)
@@ -87,7 +87,7 @@ def _of_this_launch() -> Path | None:
 
 def restore(
     config: Config,
-    stage: Stage,
+    trainer: Trainer,
     data: Data,
     start: checkpoint.Reader | None,
     saver: Saver,
@@ -97,39 +97,44 @@ def restore(
     newest, damaged = saver.newest_valid()
     told = [f"DAMAGED, an older one is used: {sentence}" for sentence in damaged]
     if newest is not None:
-        return go_back(config, stage, data, newest, places.rollbacks), told
+        return go_back(config, trainer, data, newest, places.rollbacks), told
     if start is not None:
-        if wrong := verify_together(start.path, stage.engines):
+        if wrong := verify_together(start.path, trainer.engines):
             raise ValueError(f"checkpoint.load_from={config.checkpoint.load_from}: {'; '.join(wrong)}")
         wanted = config.checkpoint
         if wanted.load_optimizer:
             _check_optimizer(config, "checkpoint.load_optimizer=true", start.path, start.state)
         if wanted.load_optimizer and (new := set(config.train.trainable) - start.modules):
             raise ValueError(
-                f"checkpoint.load_optimizer=true, but checkpoint {start.path} of recipe {start.state.recipe} has no "
+                f"checkpoint.load_optimizer=true, but checkpoint {start.path} has no "
                 f"{', '.join(sorted(new))}; set checkpoint.load_optimizer=false"
             )
-        taken = checkpoint.load(start, stage.engines, optimizer=wanted.load_optimizer, modules=wanted.load_modules)
-        if wanted.load_optimizer and start.state.recipe == config.recipe:
-            stage.load_tensors(start.recipe_tensors())
-        others = [part for part in parts_of(config.recipe) if part not in taken]
+        taken = checkpoint.load(start, trainer.engines, optimizer=wanted.load_optimizer, modules=wanted.load_modules)
+        if wanted.load_optimizer and start.state.task == config.task:
+            trainer.load_tensors(start.task_tensors())
+        others = [part for part in find(config.task).parts if part not in taken]
         told.append(f"{', '.join(taken)} from {start.path}" + (f"; first weights: {', '.join(others)}" * bool(others)))
     return Position(0, data.stream.state(), Record()), told
 
 
-def go_back(config: Config, stage: Stage, data: Data, path: Path, rollbacks: list[tuple[int, dict]]) -> Position:
+def go_back(config: Config, trainer: Trainer, data: Data, path: Path, rollbacks: list[tuple[int, dict]]) -> Position:
     """Takes everything from a checkpoint of this run; the data goes on behind what rollbacks to it left out."""
     reader = checkpoint.Reader(path)
     state = reader.state
-    if state.recipe != config.recipe:
-        raise ValueError(
-            f"checkpoint.resume=true, but {path} is of recipe {state.recipe}, not {config.recipe}; "
-            "start from it with checkpoint.load_from and another run.dir"
-        )
+    trainable = state.trainable or list(config.train.trainable)  # older checkpoints do not say
+    for key, theirs, ours in (
+        ("task", state.task, config.task),
+        ("train.trainable", sorted(trainable), sorted(config.train.trainable)),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"checkpoint.resume=true, but {path} is of {key}={theirs}, not {ours}; "
+                "start from it with checkpoint.load_from and another run.dir"
+            )
     _check_optimizer(config, "checkpoint.resume=true", path, state)
-    checkpoint.load(reader, stage.engines, optimizer=True)
-    checkpoint.restore_random(reader, stage.engines)
-    stage.load_tensors(reader.recipe_tensors())
+    checkpoint.load(reader, trainer.engines, optimizer=True)
+    checkpoint.restore_random(reader, trainer.engines)
+    trainer.load_tensors(reader.task_tensors())
     skipped = [position for step, position in rollbacks if step == state.step]
     position = skipped[-1] if skipped else state.data
     data.stream.load_state(position)

@@ -10,7 +10,8 @@ from parallel.hybrid_step import hybrid_step
 from parallel.phases import PhaseTimer
 from tests.support import settings
 from train import checkpoint
-from train.build import build_engines, open_data, train_forward, train_loss
+from train.build import build_engines, train_forward, train_loss
+from train.dataset import open_data
 from train.loop import run_in_world
 from train.rows import row_feed
 from train.watchdog import Heartbeat

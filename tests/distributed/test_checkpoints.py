@@ -7,12 +7,12 @@ import torch
 
 from tests.distributed.runs import build_run, train_run, whole_state
 from tests.distributed.world import run_world
-from tests.support import corpus_overrides, read_metrics
+from tests.support import corpus_overrides, identity, read_metrics
 from tests.support import settings as toy_settings
 from train import checkpoint
-from train.build import open_data
-from train.checks import LANGUAGE_PARTS as PARTS
+from train.dataset import open_data
 from train.saving import Saver
+from train.tasks.language import LanguageTask
 
 SMALL = ["train.seq_length=256", "train.global_batch_size=8", "data.max_patches=64", "optim.lr=1e-3"]
 LAYOUTS = {
@@ -58,7 +58,7 @@ def pass_on(overrides, source, folder):
     config, engines, _, _ = build_run("stage1", overrides, steps=0)
     reader = checkpoint.Reader(source)
     checkpoint.load(reader, engines, optimizer=True)
-    saver = Saver(folder, engines, recipe=config.recipe, optimizer=config.optim.name, keep=1, keep_every=0)
+    saver = Saver(folder, engines, **identity(config), keep=1, keep_every=0)
     saver.save(reader.state.step, reader.state.data, reader.state.extra)
     return saver.wait(), saver.poll()
 
@@ -81,7 +81,7 @@ def test_tensors_stay_equal_to_the_bit_from_layout_to_layout(corpus, half_way, t
             for kind in tensor["kinds"]:
                 assert torch.equal(there.whole(name, kind), first.whole(name, kind)), (layout, name, kind)
         assert there.state.layout["world"] == world
-        for key in ("step", "data", "optimizer_steps", "recipe", "extra"):
+        for key in ("step", "data", "optimizer_steps", "task", "extra"):
             assert getattr(there.state, key) == getattr(first.state, key)
 
 
@@ -170,7 +170,7 @@ def load_parts(overrides, source, modules):
     before = weights()
     checkpoint.load(reader, engines, optimizer=False, modules=modules)
     after = weights()
-    loaded, untouched = set(PARTS), set(PARTS)
+    loaded, untouched = set(LanguageTask.parts), set(LanguageTask.parts)
     for name, tensor in after.items():
         module = name.partition(".")[0]
         if not torch.equal(tensor, reader.whole(name)):
@@ -186,7 +186,7 @@ def test_parts_are_loaded_alone(corpus, half_way, modules, stage):
     overrides = [*SMALL, *corpus_overrides(corpus), f"parallel.encoder.zero_stage={stage}", "train.seed=5"]
     for loaded, untouched in run_world(load_parts, 2, overrides, checkpoint.resolve(half_way), modules, timeout=180):
         assert loaded == set(modules)
-        assert untouched == set(PARTS) - set(modules)
+        assert untouched == set(LanguageTask.parts) - set(modules)
 
 
 def test_moments_that_were_never_saved_are_refused(corpus, tmp_path):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from parallel.grid import build_grid
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, settings
-from train.build import open_data
+from train.dataset import open_data
 from train.rows import row_feed
 
 STEPS = 9

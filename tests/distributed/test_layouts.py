@@ -12,7 +12,7 @@ from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
 from train.batch import visual_plan
-from train.build import open_data
+from train.dataset import open_data
 
 COMMON = [
     "train.steps=5",

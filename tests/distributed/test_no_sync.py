@@ -15,9 +15,9 @@ from tests.distributed.test_vision_stages import overrides as vision_overrides
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, settings
 from tests.syncs import ForbidSyncs
-from train.build import open_data
 from train.config import Config
-from train.stages.build import build_stage
+from train.dataset import open_data
+from train.tasks import find
 
 WARM = 2  # steps: ZeRO-3 writes down the order of modules in its first ones
 SMALL = ["train.seq_length=256", "train.global_batch_size=4", "data.max_patches=64"]
@@ -65,7 +65,9 @@ def tensors_of(value) -> Iterator[torch.Tensor]:
 
 
 def stage_of(config: Config):
-    return build_stage(config, config.check(dist.get_world_size()), torch.device("cpu"), open_data(config))
+    return find(config.task).trainer(
+        config, config.check(dist.get_world_size()), torch.device("cpu"), open_data(config)
+    )
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

@@ -15,9 +15,9 @@ from data.index import load_index
 from data.text import Tokenizer
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
-from tests.support import read_metrics
+from tests.support import read_metrics, settings
 from train import checkpoint
-from train.checks import VISION_PARTS
+from train.tasks import find
 
 TASKS = {"vit_mim": "digit", "vit_contrastive": "*o*", "vit_omni": "sound"}  # photographs, and clips as many images
 SMALL = ["train.global_batch_size=7", "train.steps=5", "optim.lr=1e-3", "optim.min_lr=1e-4", "data.max_patches=256"]
@@ -86,15 +86,15 @@ def test_any_world_does_what_one_process_does(corpus, chain, tmp_path, recipe, w
     seen = run(corpus, tmp_path / "run", recipe, world, *start(chain, recipe), *extras(recipe), *layout)
     torch.testing.assert_close(numbers(seen), numbers(read_metrics(chain / recipe)), rtol=ROUNDING, atol=0)
     ours, one = (checkpoint.Reader(checkpoint.resolve(folder)) for folder in (tmp_path / "run", chain / recipe))
-    assert set(ours.tensors) == set(one.tensors) and one.modules == set(VISION_PARTS[recipe])
+    assert set(ours.tensors) == set(one.tensors) and one.modules == set(find(settings(recipe).task).parts)
     for name, tensor in one.tensors.items():
         assert ("ema" in tensor["kinds"]) == (recipe == "vit_contrastive")
         learnt = one.whole(name, "exp_avg_sq") > 1e-14  # keys' biases move no softmax: AdamW blows up their rounding
         for kind in set(tensor["kinds"]) - {"exp_avg_sq"}:
             mine, wanted = (reader.whole(name, kind)[learnt] for reader in (ours, one))
             torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=3e-5, msg=name)
-    for name, tensor in one.recipe_tensors().items():
-        assert torch.equal(ours.recipe_tensors()[name], tensor), "counts of whole numbers are exact"
+    for name, tensor in one.task_tensors().items():
+        assert torch.equal(ours.task_tensors()[name], tensor), "counts of whole numbers are exact"
     assert all(line["samples"] == 7 and line["skipped"] == 0 for line in seen)
 
 
@@ -137,8 +137,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(corpus, chain, tmp_pa
     for name, tensor in both[0].tensors.items():
         for kind in tensor["kinds"]:
             assert torch.equal(both[0].whole(name, kind), both[1].whole(name, kind)), (name, kind)
-    for name, tensor in both[0].recipe_tensors().items():
-        assert torch.equal(both[1].recipe_tensors()[name], tensor)
+    for name, tensor in both[0].task_tensors().items():
+        assert torch.equal(both[1].task_tensors()[name], tensor)
     assert numbers(read_metrics(tmp_path / "whole")) == numbers(read_metrics(tmp_path / "part"))
     with pytest.raises(RuntimeError, match="the moments of .* are of optim.name=lamb, not adamw; set optim=lamb"):
         run(corpus, tmp_path / "part", "vit_contrastive", 1, *same, "optim=adamw", "checkpoint.resume=true")

@@ -30,7 +30,7 @@ from tests.faults import harm
 from tests.faults.ranks import WORLD, Ranks, Torchrun, steps_done, tiny, until
 from tests.support import ROOT, make_corpus, read_metrics, settings
 from train import checkpoint, history
-from train.build import open_data
+from train.dataset import open_data
 
 STEPS = 24  # of a round
 EVERY = 2

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.distributed.runs import build_run, train_run
 from tests.distributed.world import run_world
-from tests.support import corpus_overrides, read_metrics
+from tests.support import corpus_overrides, identity, read_metrics
 from tests.train.folders import flip, truncate
 from train import checkpoint, saving
 from train.metrics import Logger
@@ -127,7 +127,7 @@ HARM = {
 def resume_from_damage(overrides, folder):
     """For every file of the newest of two checkpoints and every harm: what all ranks would resume from, and why."""
     config, engines, _, _ = build_run("stage1", overrides, steps=0)
-    saver = Saver(folder, engines, recipe=config.recipe, optimizer=config.optim.name, keep=9, keep_every=0)
+    saver = Saver(folder, engines, **identity(config), keep=9, keep_every=0)
     for step in (1, 2):
         saver.save(step, {})
     newest, results = saver.wait(), {}

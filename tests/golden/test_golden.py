@@ -60,4 +60,4 @@ def test_stored_checkpoint_is_read_to_the_bit():
 def test_stored_settings_are_read():
     """config.yaml of the run that wrote the checkpoint, as an evaluation reads it."""
     found, wanted = settings_of(checkpoint.resolve(CHECKPOINT), []), settings("stage1", *SMALL)
-    assert (found.recipe, found.model, found.train, found.optim) == ("stage1", wanted.model, wanted.train, wanted.optim)
+    assert (found.label, found.model, found.train, found.optim) == ("stage1", wanted.model, wanted.train, wanted.optim)

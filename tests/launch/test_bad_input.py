@@ -19,7 +19,7 @@ from tests.curation_shards import encoded, pair
 from tests.distributed.world import run_torchrun, run_world
 from tests.support import ROOT, corpus_overrides, settings, write_tar
 from train import loop
-from train.towers import check_folders
+from train.tasks import find
 
 # ---- settings and files, refused before anything starts -----------------------------------------------------------
 
@@ -176,7 +176,7 @@ VIT_REFUSED = {  # name: (recipe, overrides, what the sentence says)
     "teacher in a pickle": ("vit_mim", ["objective.teacher={files}/pickle"], "only as a pickle (pytorch_model.bin)"),
     "mask of everything": ("vit_mim", ["objective.mim.mask_ratio=1"], "objective.mim.mask_ratio=1.0: must be between"),
     "reading": ("vit_mim", ["objective.mim.masked=none"], "objective.mim.masked=none: must be one of drop, token"),
-    "layout of an LLM": ("vit_contrastive", ["parallel.tp=2"], "parallel.tp=2: vit_contrastive has no LLM to split"),
+    "layout of an LLM": ("vit_contrastive", ["parallel.tp=2"], "parallel.tp=2: task=contrastive has no LLM to split"),
     "micro-batches": ("vit_contrastive", ["train.micro_batch_size=2"], "train.micro_batch_size=2: has no meaning in"),
     "trainable": ("vit_contrastive", ["train.trainable=[llm]"], "must name one or more of encoder, pool, text"),
     "text encoder": ("vit_contrastive", ["model.text.folder={files}/pickle"], "only as a pickle (pytorch_model.bin)"),
@@ -196,9 +196,13 @@ VIT_REFUSED = {  # name: (recipe, overrides, what the sentence says)
     "layer decay": ("vit_contrastive", ["optim.layer_decay=1.1"], "optim.layer_decay=1.1: must be above 0"),
     "average": ("vit_contrastive", ["optim.ema=1"], "optim.ema=1.0: must be from 0 to below 1"),
     "drop path": ("vit_contrastive", ["model.encoder.drop_path=1"], "model.encoder.drop_path=1.0: must be from 0"),
-    "sound for nobody": ("vit_contrastive", ["data.audio_seconds=2"], "data.audio_seconds=2.0: must be 0 in vit_c"),
+    "sound for nobody": ("vit_contrastive", ["data.audio_seconds=2"], "data.audio_seconds=2.0: must be 0 in task=c"),
     "nothing to hear": ("vit_omni", ["objective.omni.pairs=[frames:visual]"], "none has audio, for frames alone"),
-    "sound in the LLM's rows": ("stage1", ["data.audio_seconds=2"], "data.audio_seconds=2.0: stage1 hears no sound"),
+    "sound in the LLM's rows": (
+        "stage1",
+        ["data.audio_seconds=2"],
+        "data.audio_seconds=2.0: task=language has no use for sound",
+    ),
     "no sound": ("vit_omni", ["data.audio_seconds=0"], "data.audio_seconds=0.0: must be above 0"),
     "pairs": ("vit_omni", ["objective.omni.pairs=[frames:smell]"], "'frames:smell' names 'smell', must be of frames"),
     "tuple larger than a chunk": ("vit_omni", ["data.video.budget=511"], "chunk_patches=2048 is smaller than a sample"),
@@ -211,7 +215,7 @@ def test_the_encoders_own_stages_refuse_before_the_ranks_meet(name, files):
     with pytest.raises(ValueError) as error:
         config = settings(recipe, *(override.format(files=files) for override in overrides))
         config.check(2 if "parallel.tp=2" in overrides else 1)
-        check_folders(config)
+        find(config.task).check_folders(config)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -232,7 +236,7 @@ def on_the_command_line(monkeypatch, *overrides):
         (["+recipe=stage1", "train.steps=many"], "train.steps: Value 'many'"),
         (["+recipe=stage1", "scale=huge"], "scale/huge"),
         (["+recipe=stage9"], "recipe/stage9"),
-        ([], "recipe; is a recipe chosen, as in +recipe=stage1?"),
+        ([], "task is missing; choose a recipe, as in +recipe=stage1"),
         (["+recipe=stage1", "scale=toy", "parallel.tp=3"], "parallel.tp*cp*pp = 3*1*1 = 3"),
     ],
 )

@@ -47,7 +47,7 @@ def test_list_shows_all_and_says_which_cannot_be_read(run_dir, capsys):
     truncate(run_dir / "checkpoints/step-00000020/manifest.json", 50)
     status, said = call(capsys, "list", run_dir)
     assert status == 0
-    assert all(word in said for word in ("step-00000010", "step-00000030", "stage1", "world=2", "tp=2"))
+    assert all(word in said for word in ("step-00000010", "step-00000030", "language", "world=2", "tp=2"))
     assert "manifest.json cannot" in " ".join(said.split())
 
 
@@ -85,7 +85,7 @@ def test_export_writes_whole_weights_and_nothing_else(run_dir, tmp_path, capsys)
     assert weights.keys() == {"encoder.w", "llm.w"}
     assert torch.equal(weights["encoder.w"], ENCODER) and torch.equal(weights["llm.w"], LLM + 30)
     with safe_open(tmp_path / "all/model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "recipe": "stage1", "step": "30"}
+        assert file.metadata() == {"format": "pt", "task": "language", "step": "30"}
     assert call(capsys, "export", run_dir, tmp_path / "some", "--modules", "llm", "--dtype", "bf16")[0] == 0
     weights = load_file(tmp_path / "some/model.safetensors")
     assert weights.keys() == {"llm.w"} and torch.equal(weights["llm.w"], (LLM + 30).bfloat16())

@@ -16,7 +16,7 @@ from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
 from train import rows
-from train.build import open_data
+from train.dataset import open_data
 from train.feed import AgreedError
 
 STEPS = 3

@@ -9,9 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch import evaluate, plot
-from tests.support import settings
+from tests.support import new_tower, settings
 from tests.train.folders import STATE, write
-from train.towers import build_tower
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +20,14 @@ def runs(corpus, tmp_path_factory):
     for recipe in ("vit_mim", "vit_contrastive", "vit_omni"):
         teacher = ["objective.teacher=teacher"] if recipe == "vit_mim" else []
         config = settings(recipe, f"data.tokenizer={corpus}/tokenizer.json", *teacher)
-        tower = build_tower(config)
+        tower = new_tower(config)
         kinds = {"param": 0, "ema": 0.01} if recipe == "vit_contrastive" else {"param": 0}
         pieces = [
             (name, kind, value.detach() + shift, tuple(slice(0, size) for size in value.shape))
             for name, value in tower.named_parameters()
             for kind, shift in kinds.items()
         ]
-        write(folder / recipe / "checkpoints", [pieces], state=dataclasses.replace(STATE, recipe=recipe))
+        write(folder / recipe / "checkpoints", [pieces], state=dataclasses.replace(STATE, task=config.task))
         (folder / recipe / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     return folder
 
@@ -55,7 +54,7 @@ def test_a_probe_alone_for_masked_image_modelling(runs, places, capsys):
     scores = scores_of(runs / "vit_mim", *data, "--at-least", "0.01")
     assert set(scores) & {"zero_shot", "retrieval", "probe"} == {"probe"}
     assert scores["probe"]["classes"] == 10 and scores["probe"]["features"] == "patches"
-    assert (scores["recipe"], scores["step"], scores["weights"]) == ("vit_mim", STATE.step, "param")
+    assert (scores["task"], scores["step"], scores["weights"]) == ("mim", STATE.step, "param")
     assert "linear probe" in capsys.readouterr().out
     assert refused(runs / "vit_mim", *data, "--at-least", "1.01").startswith("error: accuracy of the linear probe ")
 
@@ -120,12 +119,12 @@ def test_a_probe_is_not_fitted_on_what_it_is_scored_on(runs, places, tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "words", "said"),
     [
-        ("vit_mim", ["--data", "{heldout}"], "--train is missing: an encoder of vit_mim reads no texts"),
+        ("vit_mim", ["--data", "{heldout}"], "--train is missing: an encoder of this task reads no texts"),
         ("vit_mim", ["--train", "{train}"], "--data is missing: name a folder of classes, or shards"),
         (
             "vit_mim",
             ["--data", "{heldout}", "--train", "{train}", "--classes", "c"],
-            "--classes: an encoder of vit_mim",
+            "--classes: an encoder of this task",
         ),
         ("vit_mim", ["--data", "{heldout}", "--train", "{train}", "--features", "pooled"], "has no pooled embedding"),
         ("vit_omni", ["--data", "{heldout}", "--weights", "ema"], "has no ema of its weights"),
@@ -151,4 +150,6 @@ def test_options_of_encoders_are_refused_for_language_models(runs, corpus, tmp_p
     config = settings("stage1", f"data.tokenizer={corpus}/tokenizer.json")
     (tmp_path / "run/config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     said = refused(tmp_path / "run", "--data", "a.tar")
-    assert "--data is for runs of the encoder alone, and this is one of stage1; name shards as data.sources" in said
+    assert (
+        "--data is for runs of the encoder alone, and this is one of task=language; name shards as data.sources" in said
+    )

@@ -26,7 +26,7 @@ def test_a_row_is_drawn_and_the_mixture_told(corpus, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["+recipe=stage2", "scale=toy", "train.stepz=3"], "train.stepz"),
-        (["scale=toy"], "is a recipe chosen"),
+        (["scale=toy"], "choose a recipe"),
         (["+recipe=stage2", "scale=toy", "--row", "99"], "--row 99 one of the 8 rows"),
         (["+recipe=stage2", "scale=toy", "data.sources.main.shards=[none.tar]"], "none.tar"),
     ],

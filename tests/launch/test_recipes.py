@@ -63,7 +63,7 @@ def test_recipe_composes_resolves_and_passes_its_checks(recipe, scale):
     config = read_config(settings)
     assert isinstance(config, Config)
     layout = config.check(world)
-    assert (config.recipe, config.scale["name"]) == (recipe, scale)
+    assert (config.label, config.scale["name"]) == (recipe, scale)
     rows = config.micro_batches(layout) * layout.dp * config.train.micro_batch_size
     assert recipe in VISION_STAGES or rows == config.train.global_batch_size  # samples need not divide by ranks
 
@@ -196,5 +196,5 @@ def test_unknown_choices_are_refused_with_those_there_are(overrides, words):
 
 
 def test_a_forgotten_recipe_is_asked_for():
-    with pytest.raises(ValueError, match="recipe; is a recipe chosen, as in"):
+    with pytest.raises(ValueError, match="task is missing; choose a recipe, as in"):
         read_config(composed("scale=toy"))

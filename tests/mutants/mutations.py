@@ -29,8 +29,8 @@ SURVIVORS = (
     ),
     Mutation(
         "clip_norm_is_0",
-        "train/stages/language.py",
-        "LanguageStage.step",
+        "train/tasks/language.py",
+        "LanguageTrainer.step",
         "clip_norm=self._config.optim.clip_norm",
         "clip_norm=0.0",
         (CLIPPED,),
@@ -189,8 +189,8 @@ SURVIVORS = (
     ),
     Mutation(
         "same_mask_in_every_step",
-        "train/stages/learners.py",
-        "MimLearner.hold",
+        "train/tasks/mim.py",
+        "MimObjective.collate",
         "view.keys_I4)",
         "view.keys_I4 * [1, 0, 1, 1])",
         (CHOICES,),
@@ -652,8 +652,8 @@ PARALLEL = (
 TRAIN = (
     Mutation(
         "clip_norm_is_0_for_encoder",
-        "train/stages/vision.py",
-        "VisionStage.step",
+        "train/tasks/encoder_only.py",
+        "EncoderTrainer.step",
         "clip_norm=config.optim.clip_norm",
         "clip_norm=0.0",
         (CLIPPED,),
@@ -869,8 +869,8 @@ TRAIN = (
     ),
     Mutation(
         "omni_negatives_are_the_samples_own",
-        "train/stages/learners.py",
-        "OmniLearner.hold",
+        "train/tasks/omni.py",
+        "OmniObjective.collate",
         "view.places_B + view.rows",
         "view.places_B",
         (VISION,),

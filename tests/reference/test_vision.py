@@ -16,11 +16,11 @@ from data.plan import AUDIO
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.reference.vision import Followed, Teacher, follow
-from tests.support import read_metrics, settings
+from tests.support import identity, read_metrics, settings
 from train import checkpoint
-from train.build import open_data
+from train.dataset import open_data
 from train.saving import Saver
-from train.stages.build import build_stage
+from train.tasks import find
 
 STEPS, SAMPLES = 5, 5
 SHARDS = {"vit_mim": "photo", "vit_contrastive": "*o*", "vit_omni": "sound"}  # *o*: photographs, clips as many images
@@ -110,12 +110,12 @@ def begin(recipe: str, overrides: list[str], folder: str) -> tuple[dict, list[di
     """In a world of one: writes a checkpoint of moved weights; returns them and the batches of all steps."""
     config = settings(recipe, *overrides)
     data = open_data(config)
-    stage = build_stage(config, config.check(1), torch.device("cpu"), data)
+    stage = find(config.task).trainer(config, config.check(1), torch.device("cpu"), data)
     engine, generator = stage.engines.encoder, torch.Generator().manual_seed(7)
     found = {c.name: c.tensor_N.view(c.shape) for c in engine.state() if c.kind == "param"}
     weights = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in sorted(found.items())}
     engine.load(lambda name, *_: weights[name], optimizer=False)
-    saver = Saver(Path(folder), stage.engines, recipe=recipe, optimizer=config.optim.name, keep=1, keep_every=0)
+    saver = Saver(Path(folder), stage.engines, **identity(config), keep=1, keep_every=0)
     saver.save(0, data.stream.state())
     assert saver.wait(), saver.poll()
     captions = {"vit_mim": 0, "vit_contrastive": 1, "vit_omni": 2}[recipe]
@@ -241,7 +241,7 @@ def test_word_counts_match_the_reference(comparisons, layout):
     """Captions seen and captions that hold each word, whichever rank has them."""
     comparison = comparisons["vit_contrastive"]
     kept, seen = (
-        checkpoint.Reader(checkpoint.resolve(comparison.runs[layout])).recipe_tensors(),
+        checkpoint.Reader(checkpoint.resolve(comparison.runs[layout])).task_tensors(),
         comparison.followed.seen,
     )
     assert kept["samples"].item() == seen.captions == STEPS * SAMPLES

@@ -9,7 +9,7 @@ from train.checkpoint import TrainState, box_key, file_of, write_file
 from train.saving import publish
 
 STATE = TrainState(
-    step=3, data={"epoch": 1, "row": 7}, optimizer_steps={"llm": 3}, recipe="stage1", layout={"world": 2, "tp": 2}
+    step=3, data={"epoch": 1, "row": 7}, optimizer_steps={"llm": 3}, task="language", layout={"world": 2, "tp": 2}
 )
 WHOLE = torch.arange(24.0).view(4, 6)
 HALVES = [[("w", "param", WHOLE, (slice(0, 2), slice(0, 6)))], [("w", "param", WHOLE, (slice(2, 4), slice(0, 6)))]]

@@ -22,10 +22,10 @@ from tests.distributed.runs import train_run, whole_state
 from tests.distributed.world import run_world
 from tests.reference import optim as plain
 from tests.support import corpus_overrides, settings
-from train.build import open_data
 from train.config import Config
+from train.dataset import open_data
 from train.loop import Run, _set_lr
-from train.stages.build import build_stage
+from train.tasks import find
 
 CPU = torch.device("cpu")
 TASKS = MappingProxyType({"vit_mim": "photo", "vit_contrastive": "photo", "vit_omni": "sound"})
@@ -59,7 +59,7 @@ def open_stage(recipe: str, corpus: str, *overrides: str):
     layout = config.check(dist.get_world_size())
     destroy_grid()
     data = open_data(config)
-    return config, build_stage(config, layout, CPU, data), data
+    return config, find(config.task).trainer(config, layout, CPU, data), data
 
 
 def make_teacher(corpus: Path, folder: Path) -> Path:
@@ -77,7 +77,7 @@ def follow(corpus: str, runs: list[tuple[str, list[str], int]]) -> list[Followed
 def _follow(corpus: str, recipe: str, overrides: list[str], steps: int) -> Followed:
     config, stage, data = open_stage(recipe, corpus, *overrides)
     others = dict.fromkeys(field.name for field in fields(Run))
-    run = Run(**{**others, "config": config, "stage": stage, "data": data})
+    run = Run(**{**others, "config": config, "trainer": stage, "data": data})
     states, outputs = {name: [copied(engine)] for name, engine in stage.engines.by_name.items()}, []
     for step, (prepared, batch) in enumerate(itertools.islice(stage.steps(steps), steps)):
         _set_lr(run, step)

@@ -27,14 +27,14 @@ from tests.distributed.runs import whole_state
 from tests.reference import encoder as plain
 from tests.reference import language as plain_llm
 from tests.reference.vision import text_embedding
-from tests.support import settings
+from tests.support import new_tower, settings
 from tests.train.followed import CPU, open_stage
 from tests.train.toys import ToyLLM, packed, random_images
 from train.batch import MicroBatch
 from train.build import build_engines, train_forward, train_loss
 from train.models.masked import MaskedImages
 from train.models.text_encoder import PackedTexts
-from train.towers import build_tower, check_folders
+from train.tasks import find
 
 GRID, TOKENS = [4, 6], 24  # of the image and of the text that go through the models
 EFFECTS: dict[str, Callable[["Lab"], None]] = {}
@@ -288,7 +288,7 @@ def init_std(lab):
 def text_effect(key: str, value, usual=None):
     def run(lab):
         config = settings("vit_contrastive", f"model.text.{key}={value}")
-        sizes, tower = config.model.text, build_tower(config)
+        sizes, tower = config.model.text, new_tower(config)
         assert getattr(sizes, key) == value
         weights = {name: tensor.detach() for name, tensor in tower.named_parameters() if name.startswith("text.")}
         wanted = {"encoder.embedding.weight": (sizes.vocab_size, sizes.width)}
@@ -325,15 +325,15 @@ for key, value, usual in (
 @effect("model.text.max_tokens")
 def max_tokens(lab):
     """Longer captions are cut."""
-    held = lab.first("vit_contrastive", "model.text.max_tokens=3")[2].held
-    assert {length for chunk in held for length in chunk[1].segments.q_lengths_N} == {3}
+    chunks = lab.first("vit_contrastive", "model.text.max_tokens=3")[2].collated
+    assert {length for chunk in chunks for length in chunk[1].segments.q_lengths_N} == {3}
 
 
 @effect("model.text.folder")
 def text_folder(lab):
     """A folder that is none is refused before anything is built."""
     try:
-        check_folders(settings("vit_contrastive", f"model.text.folder={lab.corpus}"))
+        find("contrastive").check_folders(settings("vit_contrastive", f"model.text.folder={lab.corpus}"))
     except ValueError as error:
         assert "model.text.folder" in str(error), error
     else:
@@ -343,13 +343,13 @@ def text_folder(lab):
 @effect("model.embedding")
 def embedding(lab):
     for recipe in ("vit_contrastive", "vit_omni"):
-        tower = build_tower(settings(recipe, "model.embedding=40"))
+        tower = new_tower(settings(recipe, "model.embedding=40"))
         assert tower.pool.out.weight.shape == (40, 64) and tower.text.projection.weight.shape == (40, 64)
 
 
 def mim(*overrides: str):
     config = settings("vit_mim", "model.encoder.rope_base=3.0", "model.encoder.norm_eps=0.2", *overrides)
-    tower = build_tower(config, teacher_width=10)
+    tower = new_tower(config, teacher_width=10)
     patches_NP, positions_N2 = image()
     mask_N = np.random.default_rng(0).random(len(patches_NP)) < 0.6
     with torch.no_grad():
@@ -392,7 +392,7 @@ def masked(lab):
 
 @effect("objective.mim.mask_ratio")
 def mask_ratio(lab):
-    (chunk, _), *_ = lab.first("vit_mim", "objective.mim.mask_ratio=0.4")[2].held
+    (chunk, _), *_ = lab.first("vit_mim", "objective.mim.mask_ratio=0.4")[2].collated
     masked_I = [part.sum() for part in chunk.mask_N.split(list(chunk.images.segments.q_lengths_N))]
     wanted_I = [np.floor(0.4 * patches + 0.5) for patches in chunk.images.segments.q_lengths_N]
     assert masked_I == wanted_I
@@ -402,22 +402,22 @@ def mask_ratio(lab):
 def teacher(lab):
     """Its features are predicted: as many channels as it is wide."""
     stage, _, batch = lab.first("vit_mim")
-    masked_images, target_MC = stage._learner.chunks(batch, CPU)[0].inputs
+    masked_images, target_MC = stage._objective.chunks(batch, CPU)[0].inputs
     assert target_MC.shape == (len(masked_images.masked_M), 32)
-    assert stage._learner.tower.mim.head.out_features == 32
+    assert stage._objective.tower.mim.head.out_features == 32
 
 
 @effect("objective.contrastive.scale_init", "objective.contrastive.bias_init")
 def contrastive_temperature(lab):
     overrides = ("objective.contrastive.scale_init=4.0", "objective.contrastive.bias_init=-3.0")
-    scale, bias = build_tower(settings("vit_contrastive", *overrides)).contrastive.temperature()
+    scale, bias = new_tower(settings("vit_contrastive", *overrides)).contrastive.temperature()
     close(torch.stack([scale, bias]), torch.tensor([4.0, -3.0]))
 
 
 @effect("objective.omni.scale_init", "objective.omni.bias_init")
 def omni_temperatures(lab):
     overrides = ("objective.omni.scale_init=4.0", "objective.omni.bias_init=-3.0")
-    temperatures = build_tower(settings("vit_omni", *overrides)).omni.temperatures.values()
+    temperatures = new_tower(settings("vit_omni", *overrides)).omni.temperatures.values()
     assert len(temperatures) == 3
     for temperature in temperatures:
         close(torch.stack(temperature()), torch.tensor([4.0, -3.0]))
@@ -426,7 +426,7 @@ def omni_temperatures(lab):
 @effect("objective.omni.decoder_width", "objective.omni.decoder_depth", "objective.omni.decoder_heads")
 def omni_decoder(lab):
     overrides = [f"objective.omni.decoder_{name}" for name in ("width=48", "depth=2", "heads=3")]
-    decoder = build_tower(settings("vit_omni", *overrides)).omni.reader.decoder
+    decoder = new_tower(settings("vit_omni", *overrides)).omni.reader.decoder
     assert decoder.tokens.weight.shape == (384, 48) and len(decoder.blocks) == 2
     assert decoder.head_width == 16 and all(block.qkv.heads == 3 for block in decoder.blocks)
 
@@ -435,7 +435,7 @@ def omni_decoder(lab):
 def all_norms(lab):
     """Epsilon of every LayerNorm: the text encoder's own, or the encoder's."""
     for recipe in ("vit_mim", "vit_contrastive", "vit_omni"):
-        tower = build_tower(settings(recipe, "model.encoder.norm_eps=0.2", "model.text.norm_eps=0.3"))
+        tower = new_tower(settings(recipe, "model.encoder.norm_eps=0.2", "model.text.norm_eps=0.3"))
         for name, module in tower.named_modules():
             if isinstance(module, nn.LayerNorm):
                 assert module.eps == (0.3 if name.startswith("text.") else 0.2), name

@@ -8,8 +8,8 @@ from parallel.layout import Coordinates, Layout
 from parallel.routes import assign_owners, build_routes, place_of
 from tests.support import corpus_overrides, settings
 from train.batch import RowText, context_sentence, micro_batch_of, rows_of_replica, visual_plan
-from train.build import open_data
 from train.config import Config
+from train.dataset import open_data
 
 SMALL = ["train.seq_length=256", "train.global_batch_size=8", "data.max_patches=64", "data.video.budget=32"]
 CPU = torch.device("cpu")

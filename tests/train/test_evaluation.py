@@ -3,7 +3,7 @@
 import numpy as np
 
 from tests.support import corpus_overrides, settings
-from train.build import open_data
+from train.dataset import open_data
 from train.evaluation.answers import Score, exchange_images
 
 

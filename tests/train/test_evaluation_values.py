@@ -41,11 +41,10 @@ from launch.toy.videos import encode_clip
 from parallel.grid import destroy_grid
 from tests.reference import vision
 from tests.reference.encoder import vit
-from tests.support import settings, write_tar
+from tests.support import new_tower, settings, write_tar
 from tests.train.folders import STATE, write
 from train.config import Config
 from train.evaluation.probe import held_back
-from train.towers import build_tower
 
 
 def save_run(folder: Path, config: Config, weights: dict[str, dict[str, torch.Tensor]]) -> Path:
@@ -55,7 +54,7 @@ def save_run(folder: Path, config: Config, weights: dict[str, dict[str, torch.Te
         for name, kinds in weights.items()
         for kind, tensor in kinds.items()
     ]
-    write(folder / "checkpoints", [pieces], state=dataclasses.replace(STATE, recipe=config.recipe))
+    write(folder / "checkpoints", [pieces], state=dataclasses.replace(STATE, task=config.task))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     return folder
 
@@ -332,7 +331,7 @@ class Peer:
 def random_peer(config: Config, tokenizer: Tokenizer) -> Peer:
     """Initial weights plus noise, so that biases and norms matter too; rounded to fp32."""
     generator, weights = torch.Generator().manual_seed(1), {}
-    for name, parameter in build_tower(config).named_parameters():
+    for name, parameter in new_tower(config).named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         scale = parameter.shape[1] ** -0.5 if parameter.dim() > 1 else 1.0
         weights[name] = (parameter.detach().double() + 0.3 * scale * noise).float().double()
@@ -596,7 +595,7 @@ def test_linear_probe(cases, name, features):
 def test_what_was_scored(cases, name, weights):
     """Facts about the run and the data, and the measures that this recipe and these samples allow."""
     case = cases[name]
-    wanted = {"recipe": f"vit_{name}", "step": STATE.step, "weights": weights, "data": case.places[0]}
+    wanted = {"task": name, "step": STATE.step, "weights": weights, "data": case.places[0]}
     wanted |= {key: {"count": 0, "samples": []} for key in ("skipped", "unheard")}
     assert {key: case.scores[key] for key in wanted} == wanted
     measured = {"mim": ["probe"], "omni": ["zero_shot", "retrieval"]}.get(name, ["zero_shot", "retrieval", "probe"])

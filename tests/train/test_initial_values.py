@@ -12,11 +12,10 @@ from torch import nn
 
 from parallel import llm_shards
 from parallel.llm_shards import shards_of
-from tests.support import settings
+from tests.support import new_tower, settings
 from train.models.initial import initialize
 from train.models.llm_spec import build_chunk, transformer_config
 from train.models.vision_tower import VisionTower
-from train.towers import build_tower
 
 PLAIN = (  # parts of the LLM that are drawn with init_std
     "embedding.word_embeddings.weight",
@@ -97,8 +96,8 @@ LEARNED_VECTORS = ("query", "mask.token", "log_scale_moved", "bias_moved")
 def towers():
     """(what is built, tower), of every recipe."""
     for recipe in ("vit_mim", "vit_contrastive", "vit_omni"):
-        yield recipe, build_tower(settings(recipe, *SIZES), teacher_width=56)
-    yield "vit_mim, token", build_tower(settings("vit_mim", *SIZES, "objective.mim.masked=token"), teacher_width=56)
+        yield recipe, new_tower(settings(recipe, *SIZES), **({"teacher_width": 56} if recipe == "vit_mim" else {}))
+    yield "vit_mim, token", new_tower(settings("vit_mim", *SIZES, "objective.mim.masked=token"), teacher_width=56)
     config = settings("stage1", *SIZES, "model.llm.width=88")
     tower = VisionTower(config.model.encoder, config.model.llm.width)
     initialize(tower, config.train.seed)

@@ -21,8 +21,8 @@ from train.checkpoint import Reader, resolve
 from train.config import Config
 from train.guards import Record
 from train.metrics import Logger, StepMetrics
-from train.stages import StepFacts
 from train.start import Places, Position
+from train.tasks.base import StepFacts
 
 STEPS, WORLD, PEAK = 3, 2, 1e12  # FLOP/s of a rank, as `train_run` sets it
 ROWS, SEQ = 6, 256
@@ -175,7 +175,7 @@ def test_norms_of_parts_make_up_the_norm(language, contrastive):
 def test_the_summary_ends_as_the_metrics_do(language):
     lines, summary, run_dir = language
     assert summary["last"] == lines[-1]
-    assert (summary["status"], summary["recipe"], summary["steps_this_run"]) == ("finished", "stage1", STEPS)
+    assert (summary["status"], summary["label"], summary["steps_this_run"]) == ("finished", "stage1", STEPS)
     assert summary["checkpoint"] == str(resolve(run_dir))
     assert summary["elapsed_s"] > sum(line["step_time_s"] for line in lines)
     assert 0 < summary["effective_time"] < 1 and summary["unreadable"] == []

@@ -80,7 +80,7 @@ def chunks_of(recipe: str, batch) -> list[tuple]:
     """(packed images, mask or None) of the chunks that are not blank."""
     if recipe == "stage1":
         return [(chunk, None) for chunk in batch.chunks if chunk.keep_LI is not None]
-    held = [chunk[0] for chunk in batch.held if chunk is not None]
+    held = [chunk[0] for chunk in batch.collated if chunk is not None]
     return [(chunk.images, chunk.mask_N) if recipe == "vit_mim" else (chunk, None) for chunk in held]
 
 

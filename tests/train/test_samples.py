@@ -11,7 +11,7 @@ from data.plan import images_of
 from data.text import Tokenizer
 from tests.data.conftest import encoded_image, encoded_video, sound_of
 from tests.support import settings, write_tar
-from train.build import open_data
+from train.dataset import open_data
 from train.samples import Captions, Samples
 
 IMAGE = [{"role": "user", "text": "<image>"}]

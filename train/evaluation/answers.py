@@ -18,8 +18,9 @@ from data.plan import StepPlan, row_samples
 from parallel.hybrid_step import Engines, forward_only
 from parallel.transfer import to_device
 from train.batch import MicroBatch
-from train.build import Data, train_forward
+from train.build import train_forward
 from train.config import Config
+from train.dataset import Data
 from train.rows import replace_pixels, row_feed
 
 

@@ -41,7 +41,7 @@ class Embedded:
 
 
 def load_weights(tower: nn.Module, reader: Reader, kind: str) -> None:
-    """Puts the weights ("param") of a checkpoint, or their running mean ("ema"), into a tower of its recipe.
+    """Puts the weights ("param") of a checkpoint, or their running mean ("ema"), into a tower of its task.
 
     Raises ValueError where the checkpoint has none.
     """

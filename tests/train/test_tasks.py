@@ -1,0 +1,61 @@
+"""The registry of tasks: a module is a task, its name is its key, and the name of a recipe has no meaning."""
+
+import shutil
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from launch.pretrain import read_config
+from tests.support import ROOT, settings
+from train import tasks
+from train.checkpoint import task_of
+from train.tasks.language import LanguageTask
+
+OF_RECIPES = {
+    "stage0": "language",
+    "stage1": "language",
+    "stage2": "language",
+    "vit_mim": "mim",
+    "vit_contrastive": "contrastive",
+    "vit_omni": "omni",
+}
+
+
+def test_every_task_is_found_by_its_name():
+    assert tasks.names() == ["contrastive", "language", "mim", "omni"]
+    assert all(tasks.find(name).parts[0] == "encoder" for name in tasks.names())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("languge", "must be one of contrastive, language, mim, omni; did you mean language?"),
+        ("base", "must be one of contrastive"),  # a module of the package, and no task
+        ("os", "must be one of contrastive"),
+        (None, "must be one of contrastive"),
+    ],
+)
+def test_anything_else_is_refused(name, words):
+    with pytest.raises(ValueError, match=f"task={name}: ") as refused:
+        tasks.find(name)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("recipe", OF_RECIPES)
+def test_recipes_and_checkpoints_from_before_tasks_have_theirs(recipe):
+    assert settings(recipe).task == task_of(recipe) == OF_RECIPES[recipe]
+
+
+def test_a_renamed_recipe_trains_the_same(tmp_path):
+    """Whatever the copy of a recipe is called."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copy(ROOT / "recipes/recipe/vit_contrastive.yaml", tmp_path / "recipes/recipe/mine.yaml")
+    with initialize_config_dir(str(tmp_path / "recipes"), version_base="1.3"):
+        mine = read_config(compose("config", overrides=["+recipe=mine", "scale=toy"]))
+    assert mine == settings("vit_contrastive")
+
+
+def test_a_task_without_a_part_that_it_needs_is_refused():
+    with pytest.raises(ValueError, match=r"train.trainable=\['encoder', 'pool'\]: must name adapter"):
+        settings("stage1", "train.trainable=[encoder,pool]").check(1)
+    assert LanguageTask.must_train == ("adapter",)

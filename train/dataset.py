@@ -1,0 +1,62 @@
+"""The stream of steps that a configuration describes, and the reader of its bytes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from data.corpus import Corpus, SourceSettings
+from data.reader import ShardReader
+from data.stream import Stream, StreamConfig
+from data.text import Tokenizer
+from parallel.transfer import pin, unpin
+from train.config import Config
+from train.feed import BATCHES_HELD
+from train.tasks import find
+
+
+@dataclass(frozen=True)
+class Data:
+    """The stream of steps and the reader of its bytes."""
+
+    stream: Stream
+    reader: ShardReader
+
+
+def open_data(config: Config) -> Data:
+    """Loads tokenizer and indexes.  Raises ValueError, in one sentence, for anything missing or that cannot fit."""
+    data = config.data
+    tokenizer = Tokenizer(data.tokenizer)
+    task = find(config.task)
+    known = getattr(config.model, task.vocabulary).vocab_size
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
+            f"model.{task.vocabulary}.vocab_size={known}"
+        )
+    sources = [
+        SourceSettings(
+            **vars(source) | {"name": name, "shards": tuple(source.shards), "train_roles": tuple(source.train_roles)}
+        )
+        for name, source in data.sources.items()
+    ]
+    corpus = Corpus.open(sources, tokenizer.sha256)
+    settings = StreamConfig(
+        seq_length=config.train.seq_length,
+        rows_per_step=config.train.global_batch_size,
+        seed=config.train.seed,
+        min_patches=data.min_patches,
+        max_patches=data.max_patches,
+        video_budget=data.video.budget,
+        video_levels=tuple(data.video.levels),
+        block_samples=data.block_samples,
+        window_shards=data.window_shards,
+        too_long=data.too_long,
+        rows="packed" if task.has_llm else "samples",
+        audio_seconds=data.audio_seconds,
+    )
+    stream = Stream(corpus, settings, tokenizer.stamp_lengths)
+    pinning = {"on_new_buffer": pin, "on_old_buffer": unpin} if torch.cuda.is_available() else {}
+    reader = ShardReader(
+        corpus, tokenizer, data.max_pixels, data.workers, slots=data.prefetch + BATCHES_HELD, **pinning
+    )
+    return Data(stream, reader)

@@ -1,0 +1,76 @@
+"""Frames, sound and both captions of videos, aligned (the report's vit_omni)."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.audio import sound_grid
+from data.plan import AUDIO
+from data.text import Tokenizer
+from parallel.encoder_step import Chunk
+from parallel.layout import Layout
+from train.config import Config
+from train.models.omni import OmniChunk, OmniTower
+from train.objectives.omni import omni_loss
+from train.tasks.encoder_only import EncoderTask, Losses, SampleBatch, Stateless, View, pair_flops, whole_world
+
+
+class OmniObjective(Stateless):
+    """Frames, sound and both captions of videos, aligned."""
+
+    captions = 2
+
+    def __init__(self, config: Config):
+        self._config, self._omni = config, config.objective.omni
+        self.negatives = self._omni.matching_weight > 0
+        self.tower = TASK.tower(config)
+
+    def collate(self, view: View) -> OmniChunk:
+        frames_B = np.bincount(view.sample_I[view.time_I != AUDIO], minlength=view.samples.size)
+        mine = view.captions.pairs(view.places_B)
+        others = view.captions.pairs(view.places_B + view.rows) if self.negatives else None
+        if others is not None:  # a successor that could not be read says nothing: the sample's own is no negative
+            others = [its if all(map(len, its)) else own for its, own in zip(others, mine, strict=True)]
+        return OmniChunk.of(view.images, frames_B, mine, others)
+
+    def chunks(self, batch: SampleBatch, device: torch.device) -> list[Chunk]:
+        return [
+            Chunk((OmniChunk.blank(device) if chunk is None else chunk,), chunk is not None) for chunk in batch.collated
+        ]
+
+    def loss(self, batch: SampleBatch, *leaves: torch.Tensor) -> Losses:
+        counts, tokens = batch.counts_W, batch.trained_tokens
+        return omni_loss(leaves, self._omni, counts=counts, tokens=tokens, group=whole_world())
+
+    def flops(self, patches_I: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
+        return pair_flops(self._config, patches_I, tokens_S)
+
+
+class OmniTask(EncoderTask):
+    parts = ("encoder", "pool", "text", "omni")
+    hears = True
+
+    def check(self, config: Config, layout: Layout) -> None:
+        super().check(config, layout)
+        pairs, seconds = config.objective.omni.pairs, config.data.audio_seconds
+        if not any("audio" in pair for pair in pairs):
+            raise ValueError(
+                f"objective.omni.pairs={list(pairs)}: none has audio, for frames alone there is task=contrastive"
+            )
+        sample = 4 * config.data.video.budget + int(sound_grid(1000 * seconds, seconds).prod())
+        if sample > config.parallel.encoder.chunk_patches:
+            raise ValueError(
+                f"parallel.encoder.chunk_patches={config.parallel.encoder.chunk_patches} is smaller than a sample of "
+                f"data.video.budget={config.data.video.budget} and data.audio_seconds={seconds} ({sample} patches)"
+            )
+
+    def new_tower(self, config: Config) -> nn.Module:
+        model, recompute = config.model, config.parallel.encoder.recompute
+        sizes = {"width": model.embedding, "recompute": recompute}
+        return OmniTower(model.encoder, model.text, config.objective.omni, **sizes)
+
+    def objective(self, config: Config, device: torch.device, tokenizer: Tokenizer) -> OmniObjective:
+        return OmniObjective(config)
+
+
+TASK = OmniTask()
