@@ -148,9 +148,8 @@ def step_of_ranks(size_name: str) -> dict:
 
 def settings(size: Size):
     """Toy settings with an encoder that weighs as much in its step as it does in a picture-heavy batch."""
-    from hydra import compose, initialize_config_dir
 
-    from launch.pretrain import read_config
+    from train.settings import composed, read_config
 
     overrides = [
         "+recipe=stage1",
@@ -163,8 +162,7 @@ def settings(size: Size):
         "parallel.encoder.chunk_patches=4096",
         LAYOUT,
     ]
-    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
-        return read_config(compose("config", overrides=overrides))
+    return read_config(composed(overrides))
 
 
 def skewed_step(size: Size, config, grid, balance: bool):

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from yaml import YAMLError
 
-from launch.pretrain import RECIPES, read_config
 from train import checkpoint
 from train.config import Config
 from train.feed import AgreedError
+from train.settings import RECIPES, read_config
 from train.tasks import find
 
 RESULT = "evaluation.json"
@@ -194,7 +194,7 @@ def evaluate_checkpoint(config: Config, path: Path) -> dict:
     data, reader, device = open_data(config), checkpoint.Reader(path), local_device()
     start_world(device)
     engines = build_engines(config, layout, device, forward=answer_forward, loss=answer_report)
-    checkpoint.load(reader, engines, optimizer=False)
+    checkpoint.load(reader, engines, optimizer=False, modules=find(config.task).parts)  # none is left random
     scores = {
         "images": evaluate(config, engines, data, exchanged=False),
         "exchanged images": evaluate(config, engines, data, exchanged=True),

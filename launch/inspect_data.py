@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
@@ -30,9 +29,9 @@ from data.image import to_pixels
 from data.plan import StepPlan
 from data.reader import RowBatch, ShardReader
 from data.text import Tokenizer
-from launch.pretrain import RECIPES, one_sentence, read_config
 from train.config import Config
 from train.dataset import Data, open_data
+from train.settings import composed, one_sentence, read_config
 
 TRAINED, PLAIN, SPECIAL, VISUAL = (26, 127, 55), (110, 110, 110), (130, 80, 160), (60, 120, 200)
 COLOURS = np.array([PLAIN, SPECIAL, TRAINED, VISUAL, (255, 255, 255)], np.uint8)  # by kind; the last is padding
@@ -88,8 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 def settings_of(overrides: list[str]) -> Config:
     """Typed and checked settings, as one process would run with them. Raises ValueError."""
     try:
-        with initialize_config_dir(str(RECIPES), version_base="1.3"):
-            config = read_config(compose("config", overrides=overrides))
+        config = read_config(composed(overrides))
     except HydraException as error:
         raise ValueError(one_sentence(error)) from error
     config.check(1)

@@ -104,14 +104,10 @@ def moe(options: argparse.Namespace, out: Path) -> None:
 
 
 def run(options: argparse.Namespace, out: Path) -> None:
-    from hydra import compose, initialize_config_dir
-
-    from launch.pretrain import read_config
     from train.loop import run as train
+    from train.settings import composed, read_config
 
-    recipes = Path(__file__).resolve().parents[1] / "recipes"
-    with initialize_config_dir(str(recipes), version_base="1.3"):
-        config = read_config(compose("config", overrides=options.rest))
+    config = read_config(composed(options.rest))
     with profile(activities=activities()) as profiler:
         train(config)
     profiler.export_chrome_trace(str(out / TRACE))

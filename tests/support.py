@@ -7,10 +7,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
-from launch.pretrain import read_config
 from train.config import Config
+from train.settings import composed, read_config
 from train.tasks import find
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +17,7 @@ CORPUS_SAMPLES = 60
 
 def settings(recipe: str, *overrides: str) -> Config:
     """The typed settings that `launch/pretrain.py +recipe=... scale=toy ...` would run with."""
-    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
-        return read_config(compose("config", overrides=[f"+recipe={recipe}", "scale=toy", *overrides]))
+    return read_config(composed([f"+recipe={recipe}", "scale=toy", *overrides]))
 
 
 def new_tower(config: Config, **sizes):

@@ -8,17 +8,16 @@ import shutil
 import sys
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
 from launch import index_shards
 from launch.evaluate import main as evaluate
-from launch.pretrain import read_config
 from tests.curation_shards import encoded, pair
 from tests.distributed.world import run_torchrun, run_world
 from tests.support import ROOT, corpus_overrides, settings, write_tar
 from train import loop
+from train.settings import composed, read_config
 from train.tasks import find
 
 # ---- settings and files, refused before anything starts -----------------------------------------------------------
@@ -140,8 +139,7 @@ def files(corpus, tmp_path_factory):
 
 def refusals(cases):
     """What `run` on this rank says to each list of overrides; it never gets as far as a collective."""
-    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
-        base = compose("config", overrides=["+recipe=stage1", "scale=toy"])
+    base = composed(["+recipe=stage1", "scale=toy"])
     OmegaConf.set_struct(base, False)
     said = []
     for overrides in cases:

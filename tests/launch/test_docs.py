@@ -1,22 +1,19 @@
 """What README.md and docs/ say is so: keys and their values, names of the code, files, and command lines."""
 
-import dataclasses
 import functools
 import importlib
 import re
 import shlex
 from pathlib import Path
-from typing import get_args, get_origin
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
-from launch.pretrain import read_config
 from tests.support import ROOT
-from train.config import Config
+from train.settings import composed as compose
+from train.settings import keys, read_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = ("stage0", "stage1", "stage2")
@@ -37,25 +34,13 @@ SUFFIXES = (".py", ".md", ".yaml", ".sbatch", ".sh", ".json", ".jsonl", ".png", 
 CODE_NAME = re.compile(r"(data|parallel|train)(\.\w+)+")
 
 
-def keys_of(node: type, prefix: str = "") -> list[str]:
-    """Dotted names of all settings."""
-    keys = []
-    for field in dataclasses.fields(node):
-        name, kind = prefix + field.name, field.type
-        if get_origin(kind) is dict and dataclasses.is_dataclass(get_args(kind)[1]):
-            name, kind = f"{name}.*", get_args(kind)[1]
-        keys += keys_of(kind, f"{name}.") if dataclasses.is_dataclass(kind) else [name]
-    return keys
-
-
-KEYS = keys_of(Config)
+KEYS = keys()
 
 
 @functools.cache
 def composed(*overrides: str):
     """Settings, not to be changed."""
-    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    return compose(overrides)
 
 
 def in_backticks(page: Path) -> list[str]:
@@ -173,9 +158,12 @@ def test_training_commands_compose(words):
     """Settings of every training command are accepted in a world of the size that the command gives."""
     script = next(place for place, word in enumerate(words) if word.startswith("launch/") and "pretrain." in word)
     assert (ROOT / words[script]).is_file()
-    config = read_config(composed(*words[script + 1 :]))
+    settings = [word for word in words[script + 1 :] if word not in ("--cfg", "job")]
+    config = read_config(composed(*settings))
     nodes = [int(word.removeprefix("--nodes=")) for word in words if word.startswith("--nodes=")]
-    world = 8 * nodes[0] if nodes else int(words[words.index("--nproc-per-node") + 1])
+    world = 8 * nodes[0] if nodes else 1
+    if "--nproc-per-node" in words:
+        world = int(words[words.index("--nproc-per-node") + 1])
     config.check(world)
 
 

@@ -4,14 +4,14 @@ import dataclasses
 from operator import attrgetter
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
-from launch.pretrain import read_config
 from tests.support import ROOT
 from train.config import Config
 from train.models.vit import ViTConfig
+from train.settings import composed as compose
+from train.settings import read_config
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
 WORLDS = {
@@ -34,8 +34,7 @@ STAGES = {  # trained tokens, tokens of a row, what learns, tokens of a batch, w
 
 
 def composed(*overrides):
-    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+    return compose(overrides)
 
 
 def overrides_of(recipe, scale):

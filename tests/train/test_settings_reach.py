@@ -10,14 +10,13 @@ import dataclasses
 import functools
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from launch.pretrain import read_config
 from tests.distributed.world import run_world
-from tests.support import ROOT, settings
+from tests.support import settings
 from tests.train import followed, settings_effects
 from tests.train.followed import joint_norm, moment_error, update_error
+from train.settings import composed, read_config
 
 RECIPES = ("vit_mim", "vit_contrastive", "vit_omni", "stage0", "stage1", "stage2")
 SECTIONS = ("optim", "model", "objective", "train", "parallel")
@@ -216,8 +215,7 @@ REFUSED = {
 
 @functools.cache
 def composed_once(recipe: str):
-    with initialize_config_dir(str(ROOT / "recipes"), version_base="1.3"):
-        return compose("config", overrides=[f"+recipe={recipe}", "scale=toy"])
+    return composed([f"+recipe={recipe}", "scale=toy"])
 
 
 @pytest.mark.parametrize(

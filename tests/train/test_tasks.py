@@ -3,12 +3,11 @@
 import shutil
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from launch.pretrain import read_config
 from tests.support import ROOT, settings
 from train import tasks
 from train.checkpoint import task_of
+from train.settings import composed, read_config
 from train.tasks.language import LanguageTask
 
 OF_RECIPES = {
@@ -50,8 +49,7 @@ def test_a_renamed_recipe_trains_the_same(tmp_path):
     """Whatever the copy of a recipe is called."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     shutil.copy(ROOT / "recipes/recipe/vit_contrastive.yaml", tmp_path / "recipes/recipe/mine.yaml")
-    with initialize_config_dir(str(tmp_path / "recipes"), version_base="1.3"):
-        mine = read_config(compose("config", overrides=["+recipe=mine", "scale=toy"]))
+    mine = read_config(composed(["+recipe=mine", "scale=toy"], tmp_path / "recipes"))
     assert mine == settings("vit_contrastive")
 
 
