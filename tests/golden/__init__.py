@@ -1,4 +1,4 @@
-"""Golden values: losses, gradient norms and learning rates of every recipe, and a checkpoint of an earlier version.
+"""Golden values: losses, norms and learning rates of every recipe, and a checkpoint of an earlier version.
 
     python -m tests.golden                       prints how far this machine's numbers are from losses.json
     python -m tests.golden --record              writes losses.json again

@@ -20,36 +20,36 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write losses.json")
     parser.add_argument("--record-checkpoint", action="store_true", help="write checkpoint/, digests.json, losses.json")
     arguments = parser.parse_args()
-    lines = save_checkpoint() if arguments.record_checkpoint else None
+    whole = save_checkpoint() if arguments.record_checkpoint else None
     fingerprint, found = {}, {}
     for ranks in runs.WORLDS:
         with tempfile.TemporaryDirectory() as folder:
             fingerprint, numbers = runs.numbers_of_world(ranks, Path(folder))
         found |= numbers
-    assert lines in (None, found["resumed"]), "the run that resumed differs from the run that was not interrupted"
+    assert whole in (None, found["resumed"]), "the run that resumed differs from the run that was not interrupted"
     if arguments.record or arguments.record_checkpoint:
         compare.write(compare.LOSSES, {"recorded_by": fingerprint, "runs": found})
     recorded_by, golden = compare.golden()
     print(f"here      {fingerprint}\nrecorded  {recorded_by}\n")
-    print(f"{'largest relative difference':30s} {'of a loss':>12s} {'of a norm':>12s}")
-    for name, lines in golden.items():
-        worst = [compare.worst(found[name], lines, prefix) for prefix in ("loss", "grad_norm")]
-        print("{:30s} {:12.1e} {:12.1e}".format(name, *worst))
+    kinds = ("loss", "grad_norm", "saved")
+    print(f"{'largest relative difference':28s}" + "".join(f"{kind:>12s}" for kind in kinds))
+    for name, numbers in golden.items():
+        worst = [compare.worst(found[name], numbers, kind) for kind in kinds]
+        print(f"{name:28s}" + "".join(f"{value:12.1e}" for value in worst))
 
 
-def save_checkpoint() -> list[dict]:
-    """Makes the stored checkpoint; returns the numbers of the steps after it, from the run that wrote it."""
+def save_checkpoint() -> compare.Numbers:
+    """Makes the stored checkpoint; returns the numbers of the run that wrote it, of the steps after the checkpoint."""
     shutil.rmtree(runs.CHECKPOINT, ignore_errors=True)
     with tempfile.TemporaryDirectory() as name:
         folder, run = Path(name), runs.SAVING
         make_corpus(folder)
-        run_world(runs.train_all, 1, [run], name)
+        [(_, made)] = run_world(runs.train_all, 1, [run], name)
         saved = Path("checkpoints") / f"step-{runs.SAVED_STEP:08d}"
         shutil.copytree(folder / run.name / saved, runs.CHECKPOINT / saved)
         shutil.copy(folder / run.name / "config.yaml", runs.CHECKPOINT)
-        lines = runs.numbers_of_run(folder / run.name)
     compare.write(compare.DIGESTS, compare.digests(checkpoint.resolve(runs.CHECKPOINT)))
-    return lines[runs.SAVED_STEP :]
+    return made[run.name] | {"steps": made[run.name]["steps"][runs.SAVED_STEP :]}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ AVX-512 processor with ATEN_CPU_CAPABILITY=default or avx2, MKL_CBWR=COMPATIBLE,
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from train import checkpoint
 HERE = Path(__file__).parent
 LOSSES, DIGESTS = HERE / "losses.json", HERE / "digests.json"
 EXACT = ("step", "applied", "images", "trained_tokens", "visual_tokens", "samples")
-TOLERANCE = {"loss": 2e-6, "grad_norm": 1e-5, "lr": 1e-12}  # relative, by the beginning of a key; all other keys: none
+TOLERANCE = {"loss": 2e-6, "grad_norm": 1e-5, "saved": 1e-5, "lr": 1e-12}  # by the beginning of a key; others: none
+
+Numbers = dict[str, list[dict] | dict[str, float]]  # of a run: "steps", one dict per step, and "saved"
 
 
-def golden() -> tuple[dict, dict[str, list[dict]]]:
-    """(fingerprint of the machine that recorded, numbers per step of every run)."""
+def golden() -> tuple[dict, dict[str, Numbers]]:
+    """(fingerprint of the machine that recorded, numbers of every run)."""
     stored = json.loads(LOSSES.read_text())
     return stored["recorded_by"], stored["runs"]
 
@@ -36,7 +39,18 @@ def golden_part(line: dict) -> dict:
     return {key: value for key, value in line.items() if key in EXACT or key.startswith(tuple(TOLERANCE))}
 
 
-def differences(found: list[dict], expected: list[dict], exact: bool) -> list[str]:
+def saved_norms(run_dir: Path) -> dict[str, float]:
+    """L2 norms of the last checkpoint by "module kind": weights, moments and averages after the last update."""
+    reader = checkpoint.Reader(checkpoint.resolve(run_dir))
+    squares: dict[str, float] = {}
+    for name, facts in sorted(reader.tensors.items()):
+        for kind in sorted(facts["kinds"]):
+            key = f"{name.partition('.')[0]} {kind}"
+            squares[key] = squares.get(key, 0.0) + reader.whole(name, kind).double().square().sum().item()
+    return {key: math.sqrt(square) for key, square in sorted(squares.items())}
+
+
+def differences(found: Numbers, expected: Numbers, exact: bool) -> list[str]:
     """One sentence per number of a run that is not as expected: to the bit if `exact`, else within TOLERANCE."""
     left, right, out = dict(_flat(found)), dict(_flat(expected)), []
     for key in dict.fromkeys((*right, *left)):
@@ -47,15 +61,16 @@ def differences(found: list[dict], expected: list[dict], exact: bool) -> list[st
     return out
 
 
-def worst(found: list[dict], expected: list[dict], prefix: str) -> float:
+def worst(found: Numbers, expected: Numbers, prefix: str) -> float:
     """The largest relative difference of a number whose key begins with `prefix`."""
     left, right = dict(_flat(found)), dict(_flat(expected))
     return max(_relative(left.get(key), right.get(key)) for key in left.keys() | right.keys() if key.startswith(prefix))
 
 
-def _flat(lines: list[dict]) -> Iterator[tuple[str, float | bool]]:
-    """("loss_by_domain.clip at step 2", value) and so on."""
-    for line in lines:
+def _flat(numbers: Numbers) -> Iterator[tuple[str, float | bool]]:
+    """("loss_by_domain.clip at step 2", value), ("saved.llm exp_avg", value) and so on."""
+    yield from ((f"saved.{key}", norm) for key, norm in numbers["saved"].items())
+    for line in numbers["steps"]:
         for key, value in line.items():
             for name, number in value.items() if isinstance(value, dict) else [(None, value)]:
                 yield f"{key}{'.' * bool(name)}{name or ''} at step {line['step']}", number

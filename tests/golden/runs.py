@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from parallel.grid import destroy_grid
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
-from tests.golden.compare import golden_part
+from tests.golden.compare import Numbers, golden_part, saved_norms
 from tests.golden.corpus import make_corpus
 from tests.support import read_metrics
 
@@ -156,28 +157,27 @@ WORLDS = tuple(sorted({run.ranks for run in RUNS}))
 SAVING = Run("saving", 1, "stage1", [*SMALL, f"checkpoint.every={SAVED_STEP}"])
 
 
-def numbers_of_world(ranks: int, folder: Path) -> tuple[dict, dict[str, list[dict]]]:
-    """The fingerprint of a world of so many ranks, and the numbers per step of its runs, made in an empty folder."""
+def numbers_of_world(ranks: int, folder: Path) -> tuple[dict, dict[str, Numbers]]:
+    """The fingerprint of a world of so many ranks, and the numbers of its runs, made in an empty folder."""
     runs = [run for run in RUNS if run.ranks == ranks]
     make_corpus(folder)
     for run in runs:
         if run.resumes:
             shutil.copytree(CHECKPOINT, folder / run.name)
-    fingerprints = run_world(train_all, ranks, runs, str(folder), timeout=180)
-    return fingerprints[0], {run.name: numbers_of_run(folder / run.name) for run in runs}
+    return run_world(train_all, ranks, runs, str(folder), timeout=180)[0]
 
 
-def numbers_of_run(run_dir: Path) -> list[dict]:
-    return [golden_part(line) for line in read_metrics(run_dir)]
-
-
-def train_all(runs: list[Run], folder: str) -> dict:
-    """Trains one run after the other in this world; returns the fingerprint of this rank's arithmetic."""
+def train_all(runs: list[Run], folder: str) -> tuple[dict, dict[str, Numbers]]:
+    """Trains one run after the other in this world; on rank 0 returns the fingerprint and the numbers of the runs."""
     os.chdir(folder)
+    made = {}
     for run in runs:
         destroy_grid()
         train_run(run.recipe, run.overrides, run.name)
-    return fingerprint()
+        if dist.get_rank() == 0:
+            steps = [golden_part(line) for line in read_metrics(Path(run.name))]
+            made[run.name] = {"steps": steps, "saved": saved_norms(Path(run.name))}
+    return fingerprint(), made
 
 
 def fingerprint() -> dict:
