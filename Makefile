@@ -30,9 +30,9 @@ PROMPTS := --template 'a photo of the digit {}' --template 'a handwritten {}' --
 SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/reference tests/golden tests/distributed \
 	tests/mutants tests/test_house.py tests/test_benchmark_gpu.py tests/test_benchmarks.py \
 	$(patsubst %,tests/launch/test_%.py,bad_input checkpoint_command curate docs evaluate_encoder evaluate_settings \
-	inspect_data make_teacher profile recipes)
+	extending inspect_data make_teacher precedence profile recipes)
 
-.PHONY: toy learn vit_mim vit_contrastive vit_omni test soak mutants lint clean
+.PHONY: toy learn vit_mim vit_contrastive vit_omni check test soak mutants lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -86,6 +86,16 @@ test: $(VENV)/installed
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(SIDE_BY_SIDE); side=$$?; \
 		$(BIN)/python -m pytest tests $(addprefix --ignore=,$(SIDE_BY_SIDE)) && exit $$side
+
+# Format, floors of the house, and tests of pure functions; under a minute.
+FAST := tests/test_house.py $(patsubst %,tests/train/test_%.py,tasks schedule guards history retention masking memory) \
+	$(patsubst %,tests/parallel/test_%.py,layout balance routes state) \
+	$(patsubst %,tests/data/test_%.py,mixture packing order image) \
+	$(patsubst %,tests/launch/test_%.py,recipes precedence docs)
+check: $(VENV)/installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)
 
 # Kills ranks at random moments, hundreds of times, and compares with a run without faults; up to an hour.  Then the
 # commands of the README, and a tenth of the mutations, drawn by the date.

@@ -68,9 +68,13 @@ def run_world(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
 
 
 def run_torchrun(
-    nproc: int, args: Sequence[str], timeout: float = 300, env: Mapping[str, str] | None = None
+    nproc: int,
+    args: Sequence[str],
+    timeout: float = 300,
+    env: Mapping[str, str] | None = None,
+    cwd: str | Path = REPO,
 ) -> subprocess.CompletedProcess:
-    """Runs `torchrun --nproc-per-node nproc *args` from the repository root on a free port.
+    """Runs `torchrun --nproc-per-node nproc *args` from the repository root, or `cwd`, on a free port.
 
     `env` is added to this process's environment.  Returns the completed process, its output as text, whatever its exit
     status; raises TimeoutError with the output so far, after ending the launcher and every process below it.
@@ -79,7 +83,7 @@ def run_torchrun(
     command += [f"--nproc-per-node={nproc}", *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(env or {})}
     launcher = subprocess.Popen(
-        command, cwd=REPO, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         stdout, stderr = launcher.communicate(timeout=timeout)
