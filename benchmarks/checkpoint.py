@@ -75,7 +75,7 @@ def saves_of_ranks(size: str, folder: str) -> dict:
     engines = build_engines(
         config, layout, device, forward=train_forward, loss=functools.partial(train_loss, domains=1)
     )
-    batch = step_input(skewed_step(STEPS_OF_SIZE[size], config, engines.grid, True), engines.grid)
+    batch = step_input(skewed_step(STEPS_OF_SIZE[size], config, engines.grid, True), engines.grid, config.vision)
     timer, ways = PhaseTimer(device), ways_to_save(engines, Path(folder))
     if size == "toy":
         ways = {name: way for name, way in ways.items() if name not in START_INTERPRETERS}

@@ -108,18 +108,19 @@ class Work:
     def __call__(self, sample: dict) -> dict:
         import torch
 
-        from data.image import PATCH, decode_image, grid_hw, image_size, to_patches
+        from data.image import decode_image, image_size
+        from data.vision import VisionSpec
 
         image = sample["0.jpg"]
         height, width = image_size(io.BytesIO(image), MAX_PIXELS)
-        down, across = grid_hw(height, width, MIN_PATCHES, MAX_PATCHES).tolist()
-        size = (down * PATCH, across * PATCH)
-        patches = to_patches(decode_image(image, MAX_PIXELS, size), *size)
+        vision = VisionSpec(MIN_PATCHES, MAX_PATCHES)
+        grid = vision.views(height, width).tolist()
+        patches = vision.cut(decode_image(image, MAX_PIXELS, vision.pixels_hw(grid)))
         turns = json.loads(sample["json"])["turns"]
         encoded = self.tokenizer.encode_sample(turns, ROLES, ("image",), "sample")
         return {
             "patches": torch.from_numpy(patches.copy()),
-            "grid": torch.tensor([down, across]),
+            "grid": torch.tensor(grid),
             "tokens": torch.from_numpy(encoded.tokens_T),
             "trained": torch.from_numpy(encoded.trained_T),
         }
@@ -220,6 +221,7 @@ def open_ours(folder: Path, seq_length: int = 8192, rows: int = 2):
     from data.reader import ShardReader
     from data.stream import Stream, StreamConfig
     from data.text import Tokenizer
+    from data.vision import VisionSpec
 
     tokenizer = Tokenizer(folder / "tokenizer.json")
     source = SourceSettings(name="main", shards=(f"{folder}/shards/*.tar",), train_roles=ROLES)
@@ -228,12 +230,13 @@ def open_ours(folder: Path, seq_length: int = 8192, rows: int = 2):
         seq_length=seq_length,
         rows_per_step=rows,
         seed=0,
-        min_patches=MIN_PATCHES,
-        max_patches=MAX_PATCHES,
+        vision=VisionSpec(MIN_PATCHES, MAX_PATCHES),
         video_budget=seq_length,
         video_levels=(64,),
     )
-    return Stream(corpus, config, tokenizer.stamp_lengths), lambda: ShardReader(corpus, tokenizer, MAX_PIXELS, WORKERS)
+    return Stream(corpus, config, tokenizer.stamp_lengths), lambda: ShardReader(
+        corpus, tokenizer, VisionSpec(), MAX_PIXELS, WORKERS
+    )
 
 
 def our_batches(folder: Path):
@@ -252,7 +255,7 @@ def our_batches(folder: Path):
             images, text = reader.finish(reading)
             if images.failures or text.failures:
                 raise RuntimeError(str((images.failures + text.failures)[0]))
-            yield {"samples": plan.shard_S.size, "patches": images.patches_N588, "tokens": text.tokens}
+            yield {"samples": plan.shard_S.size, "patches": images.patches_NP, "tokens": text.tokens}
             images.release()
     finally:
         reader.close()

@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 from benchmarks import results
 from benchmarks.gpu_reference import dense_features
-from data.image import grid_hw, patch_positions
+from data.vision import VisionSpec
 from train.flops import device_peak_tflops, encoder_flops
 from train.models.initial import initialize
-from train.models.vit import PATCH, PATCH_VALUES, PackedImages, SeedViT, ViTConfig
+from train.models.vit import PackedImages, SeedViT, ViTConfig
 
 ASPECT = 0.6
 REFERENCE_IMAGES = 3
@@ -92,10 +92,10 @@ def draw_images(size: Size) -> Images:
     """Areas log-uniform, one from each of as many equal parts of the range; aspects log-uniform; in random order."""
     draw, count, (smallest, largest) = np.random.default_rng(0), size.images, size.span
     share_I = (draw.permutation(count) + draw.random(count)) / count
-    area_I = smallest * (largest / smallest) ** share_I * PATCH**2
+    area_I = smallest * (largest / smallest) ** share_I * VisionSpec.patch_size**2
     aspect_I = np.exp(draw.uniform(-ASPECT, ASPECT, count))
-    grid_I2 = grid_hw(np.sqrt(area_I * aspect_I), np.sqrt(area_I / aspect_I), smallest, largest)
-    patches_I = [draw.integers(0, 256, (n, PATCH_VALUES), np.uint8) for n in grid_I2.prod(1)]
+    grid_I2 = VisionSpec(smallest, largest).views(np.sqrt(area_I * aspect_I), np.sqrt(area_I / aspect_I))
+    patches_I = [draw.integers(0, 256, (n, VisionSpec().patch_values), np.uint8) for n in grid_I2.prod(1)]
     gradient_I = [torch.from_numpy(draw.standard_normal((len(x), size.vit.width), np.float32)) for x in patches_I]
     return Images(grid_I2, patches_I, gradient_I)
 
@@ -118,7 +118,7 @@ def chunks(lengths_I: np.ndarray, most: int) -> list[list[int]]:
 
 def packed(images: Images, part, device: torch.device) -> PackedImages:
     patches_NP = np.concatenate([images.patches_I[i] for i in part])
-    return PackedImages.of(patches_NP, patch_positions(images.grid_I2[part]), images.lengths_I[part], device)
+    return PackedImages.of(patches_NP, VisionSpec().positions(images.grid_I2[part]), images.lengths_I[part], device)
 
 
 def packed_pass(vit: SeedViT, images: Images, size: Size, device: torch.device) -> Callable[[], None]:
@@ -150,7 +150,7 @@ def build_peer(size: Size, device: torch.device) -> torch.nn.Module:
         intermediate_size=int(size.vit.width * size.vit.mlp_ratio),
         num_hidden_layers=size.vit.depth,
         num_attention_heads=size.vit.heads,
-        patch_size=PATCH,
+        patch_size=VisionSpec.patch_size,
         layer_norm_eps=size.vit.norm_eps,
         vision_use_head=False,
         attn_implementation="sdpa",  # "eager" keeps B x H x L x L scores of every layer
@@ -166,7 +166,7 @@ def padded_pass(
     for batch in batches:
         lengths_B = images.lengths_I[batch]
         mask_BL = torch.arange(int(lengths_B.max()))[None] < torch.from_numpy(lengths_B)[:, None]
-        pixels_BLP = torch.zeros(*mask_BL.shape, PATCH_VALUES)
+        pixels_BLP = torch.zeros(*mask_BL.shape, VisionSpec().patch_values)
         gradient_BLD = torch.zeros(*mask_BL.shape, size.vit.width)
         for row, image in enumerate(batch):
             pixels_BLP[row, : lengths_B[row]] = torch.from_numpy(images.patches_I[image]).float() / 127.5 - 1
@@ -197,7 +197,7 @@ def check_numerics(vit: SeedViT, images: Images, device: torch.device) -> tuple[
     features, gradient_ND = [], torch.cat([images.gradient_I[i] for i in few]).to(device)
     for i in few:
         pixels_NP = torch.from_numpy(images.patches_I[i]).to(device).float() / 127.5 - 1
-        positions_N2 = torch.from_numpy(patch_positions(images.grid_I2[i])).to(device)
+        positions_N2 = torch.from_numpy(VisionSpec().positions(images.grid_I2[i])).to(device)
         features.append(dense_features(dense, pixels_NP, positions_N2))
     wanted_ND = torch.cat(features)
     wanted_ND.backward(gradient_ND)

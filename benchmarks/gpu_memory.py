@@ -20,7 +20,7 @@ from train.models.initial import initialize
 from train.models.llm import LLMConfig
 from train.models.llm_recompute import RECOMPUTE
 from train.models.llm_spec import build_chunk, transformer_config
-from train.models.vision_tower import VisionTower
+from train.models.vision_tower import ConnectorConfig, VisionTower
 from train.slices import language, tower
 
 ADAM = AdamSettings(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -59,7 +59,7 @@ def encoder_row(place: Place, recompute: str) -> Variant:
 
     def build() -> Work:
         gpu_tower.choose(place)
-        module = VisionTower(config, llm_width, recompute)
+        module = VisionTower(config, ConnectorConfig(), llm_width, recompute)
         initialize(module, seed=0)
         engine = EncoderEngine(
             module.to(place.device),
@@ -78,6 +78,7 @@ def encoder_row(place: Place, recompute: str) -> Variant:
 
         formula = encoder_memory(
             config,
+            ConnectorConfig(),
             llm_width,
             chunk_patches=pack.patches,
             chunks=1,

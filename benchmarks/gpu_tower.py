@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.gpu_measure import Missing, Place, Variant, Work, relative
 from benchmarks.gpu_reference import dense_features
-from data.image import patch_positions
+from data.vision import VisionSpec
 from parallel import attention, attention_kernels, attention_sdpa, compilation
-from train.models.vit import PATCH, ViTConfig
+from train.models.vit import ViTConfig
 from train.slices import tower
 
 TOY = ViTConfig(width=64, depth=2, heads=2)
@@ -111,7 +111,7 @@ def tower_error(place: Place, backend: str, compiled: bool, recompute: str) -> f
     features, first = [], 0
     for grid_2, length in zip(pack.grid_I2, pack.lengths_I, strict=True):
         pixels_NP = (images.patches_NP[first : first + length].float() / 127.5 - 1).to(place.dtype).double()
-        features.append(dense_features(dense, pixels_NP, torch.from_numpy(patch_positions(grid_2))))
+        features.append(dense_features(dense, pixels_NP, torch.from_numpy(VisionSpec().positions(grid_2))))
         first += length
     wanted_ND = torch.cat(features)
     wanted_ND.backward(gradient_ND.double())
@@ -183,7 +183,7 @@ def peer_step(
         hidden_size=config.width,
         intermediate_size=int(config.width * config.mlp_ratio),
         num_heads=config.heads,
-        patch_size=PATCH,
+        patch_size=VisionSpec.patch_size,
         temporal_patch_size=1,
         spatial_merge_size=2,
         deepstack_visual_indexes=[],

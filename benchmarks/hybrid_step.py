@@ -89,11 +89,13 @@ def argmin_assign(costs: np.ndarray, ranks: int) -> np.ndarray:
 
 def planning(size: Size) -> dict[str, float]:
     """Greedy assignment at the report's group size on a log-uniform mix of 196 to 6,400 patches."""
-    from parallel.balance import assign_images, image_costs, load_max_over_mean
+    from data.vision import VisionSpec
+    from parallel.balance import assign_images, load_max_over_mean
 
     draw, ranks = np.random.default_rng(0), size.planned_ranks
     patches = np.exp(draw.uniform(np.log(196), np.log(6400), size.planned_images)).astype(np.int64)
-    costs = image_costs(patches, width=1280, layers=27)
+    spec = VisionSpec(width=1280, depth=27, mlp_width=5120)
+    costs = spec.cost(np.stack([patches, np.ones_like(patches)], -1))
     return {
         "heap_ms": best_ms(lambda: assign_images(costs, ranks)),
         "argmin_ms": best_ms(lambda: argmin_assign(costs, ranks), repeats=1),
@@ -124,7 +126,7 @@ def step_of_ranks(size_name: str) -> dict:
         for balance in (True, False):
             prepared = skewed_step(size, config, engines.grid, balance)
             loads[balance] = prepared.share.routes.load_max_over_mean
-            batch, before = step_input(prepared, engines.grid), engines.exchange.elements_delivered
+            batch, before = step_input(prepared, engines.grid, config.vision), engines.exchange.elements_delivered
             dist.barrier()
             begin = time.perf_counter()
             hybrid_step(engines, batch, report_shape=(2, 1), clip_norm=1.0, replay=False, stop=False, timer=timer)
@@ -204,7 +206,7 @@ def skewed_step(size: Size, config, grid, balance: bool):
         state_after={},
     )
     chunk_patches = config.parallel.encoder.chunk_patches
-    visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.model.encoder, chunk_patches)
+    visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.vision, chunk_patches)
     owner_I = assign_owners(visual, grid.layout, balance)
     routes = build_routes(
         visual,

@@ -99,6 +99,7 @@ def plan(folder: Path, size: Size, seq_length: int) -> dict:
 
     from data.corpus import Corpus, SourceSettings
     from data.stream import Stream, StreamConfig
+    from data.vision import VisionSpec
 
     process, rows = psutil.Process(), size.batch_tokens // seq_length
     before, begin = process.memory_info().rss, time.perf_counter()
@@ -108,8 +109,7 @@ def plan(folder: Path, size: Size, seq_length: int) -> dict:
         seq_length=seq_length,
         rows_per_step=rows,
         seed=0,
-        min_patches=MIN_PATCHES,
-        max_patches=MAX_PATCHES,
+        vision=VisionSpec(MIN_PATCHES, MAX_PATCHES),
         video_budget=24576,
         video_levels=(640, 128),
         block_samples=size.block_samples,

@@ -35,7 +35,7 @@ import parallel  # noqa: F401  (installs the CPU backend before megatron is impo
 
 # isort: split
 from benchmarks import results
-from data.image import patch_positions
+from data.vision import VisionSpec
 from parallel import compilation
 from parallel.layout import Layout
 from parallel.recompute import activation_bytes
@@ -43,7 +43,7 @@ from train.memory import layer_bytes
 from train.models import blocks, llm_recompute
 from train.models.initial import initialize
 from train.models.llm import LLMConfig
-from train.models.vit import PATCH_VALUES, PackedImages, SeedViT, ViTConfig
+from train.models.vit import PackedImages, SeedViT, ViTConfig
 from train.slices.language import SLICE, World, build_language
 
 CPU = torch.device("cpu")
@@ -113,8 +113,8 @@ def encoder(size: Size) -> tuple[SeedViT, PackedImages]:
     tower = SeedViT(size.encoder)
     initialize(tower, seed=0)
     grids = np.array(size.grids)
-    patches_NP = np.random.default_rng(0).integers(0, 256, (grids.prod(1).sum(), PATCH_VALUES), np.uint8)
-    return tower, PackedImages.of(patches_NP, patch_positions(grids), grids.prod(1), CPU)
+    patches_NP = np.random.default_rng(0).integers(0, 256, (grids.prod(1).sum(), VisionSpec().patch_values), np.uint8)
+    return tower, PackedImages.of(patches_NP, VisionSpec().positions(grids), grids.prod(1), CPU)
 
 
 def encoder_bytes(name: str) -> int:

@@ -2,9 +2,9 @@
 
     samples  ->  windows of 25 ms every 10 ms  ->  power spectrum  ->  mel filters  ->  log  ->  one gray pixel each
 
-The encoder of images reads the picture: mel filters rising from the top row down, time to the right, a patch 14
-filters by 140 ms. 112 filters are 8 patches, so that 2x2 blocks fit; how many MiCo's encoder hears is not stated in the
-report. The picture's width follows from the index alone.
+The encoder of images reads the picture: mel filters rising from the top row down, time to the right, in whole blocks
+of patches. There are 112 filters, or more where blocks of patches need it: 112 are 8 patches of the report's encoder;
+how many MiCo's encoder hears is not stated in the report. The picture's width follows from the index alone.
 
 Shapes: S samples, F windows, M mel filters, W pixels across.
 """
@@ -15,13 +15,12 @@ import av
 import kaldi_native_fbank as kaldi
 import numpy as np
 
-from data.image import BLOCK, PATCH
 from data.video import SoundError, opened
+from data.vision import VisionSpec
 
 RATE = 16_000
 WINDOW_MS, STEP_MS = 25, 10
-MELS = 8 * PATCH
-BLOCK_MS = BLOCK * STEP_MS  # pictures are whole 2x2 blocks of patches wide
+MELS = 112  # at least; whole blocks of patches
 RATES = (4_000, 768_000)  # of tracks that are heard: at 1 Hz, 16-bit samples would grow 32,000-fold
 MAX_CHANNELS = 64
 MAX_PLANES = 8  # beyond these, PyAV's arrays of planar frames reach into memory that is not theirs
@@ -30,24 +29,22 @@ SILENCE = 1e-4  # a track within this range of values is silent; one step of 16-
 FLOOR, TOP = float(np.log(np.finfo(np.float32).eps)), 10.0
 
 
-def sound_grid(duration_ms, seconds: float) -> np.ndarray:
+def sound_grid(duration_ms, seconds: float, vision: VisionSpec) -> np.ndarray:
     """Patches down and across, int32 [..., 2], of the sound of videos this long, of which at most `seconds` are heard.
 
-    What is heard is rounded up to whole blocks of 280 ms, one at least.
+    What is heard is rounded up to whole blocks of patches, one at least.
     """
     heard_ms = np.minimum(np.asarray(duration_ms, np.int64), int(np.ceil(seconds * 1000)))
-    blocks = np.maximum(-(-heard_ms // BLOCK_MS), 1)
-    return np.stack([np.full_like(blocks, MELS // PATCH), 2 * blocks], -1).astype(np.int32)
+    return vision.covering(MELS, -(-heard_ms // STEP_MS))
 
 
-def spectrogram(file: BinaryIO, across: int) -> np.ndarray:
-    """The sound of a video from its beginning, uint8 [M, W, 3] for W = 14 * across pixels, three equal channels.
+def spectrogram(file: BinaryIO, mels: int, windows: int) -> np.ndarray:
+    """The sound of a video from its beginning, uint8 [M, W, 3] of M mel filters by W windows, three equal channels.
 
     A pixel is 255 * (energy - FLOOR) / (TOP - FLOOR) of the log energy, rounded and clipped; where the track ends
     before, black. Raises SoundError if there is no track, or it is damaged, empty or silent; VideoError if the file
     cannot be opened.
     """
-    windows = across * PATCH
     samples_S = decode_audio(file, samples=RATE * ((windows - 1) * STEP_MS + WINDOW_MS) // 1000)
     if len(samples_S) < RATE * WINDOW_MS // 1000:
         raise SoundError(f"the audio track holds {len(samples_S)} samples, less than one window of {WINDOW_MS} ms")
@@ -55,8 +52,8 @@ def spectrogram(file: BinaryIO, across: int) -> np.ndarray:
         raise SoundError("the audio track holds values that are not finite")
     if np.ptp(samples_S) <= SILENCE:
         raise SoundError(f"the audio track is silent for the {len(samples_S) / RATE:.1f} seconds that are heard of it")
-    energy_FM = log_mel(samples_S)
-    pixels_MW = np.zeros((MELS, windows), np.uint8)
+    energy_FM = log_mel(samples_S, mels=mels)
+    pixels_MW = np.zeros((mels, windows), np.uint8)
     scaled_FM = (energy_FM - FLOOR) * (255 / (TOP - FLOOR))
     pixels_MW[:, : len(scaled_FM)] = np.clip(np.rint(scaled_FM), 0, 255).T
     return np.repeat(pixels_MW[..., None], 3, axis=-1)

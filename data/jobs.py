@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data.audio import spectrogram
-from data.image import PATCH, PATCH_VALUES, ImageError, decode_image, to_patches
+from data.image import ImageError, decode_image, to_patches
 from data.index import IMAGE, VIDEO
 from data.layout import lay_out
 from data.plan import AUDIO
 from data.storage import RangeFiles, Section, shown
 from data.text import SampleError, Tokenizer, parse_sample
 from data.video import SoundError, VideoError, decode_frames
+from data.vision import VisionSpec
 
 WHOLE_VIDEO_BYTES = 8 << 20  # a longer video is read in ranges, and so not checked against its checksum
 KINDS = {IMAGE: "image", VIDEO: "video"}
@@ -69,6 +70,7 @@ class Areas:
 
     patches: int
     positions: int  # rows * seq_length
+    values: int  # of a patch
 
     @property
     def size(self) -> int:
@@ -76,10 +78,10 @@ class Areas:
 
     @property
     def _tokens_at(self) -> int:
-        return -(-self.patches * PATCH_VALUES // 64) * 64
+        return -(-self.patches * self.values // 64) * 64
 
-    def patches_N588(self, memory_B: np.ndarray) -> np.ndarray:
-        return memory_B[: self.patches * PATCH_VALUES].reshape(-1, PATCH_VALUES)
+    def patches_NP(self, memory_B: np.ndarray) -> np.ndarray:
+        return memory_B[: self.patches * self.values].reshape(-1, self.values)
 
     def tokens(self, memory_B: np.ndarray) -> np.ndarray:
         return memory_B[self._tokens_at : self._tokens_at + 4 * self.positions].view(np.int32)
@@ -91,18 +93,20 @@ class Areas:
 class JobRunner:
     """Does jobs, one at a time, in whichever process it lives."""
 
-    def __init__(self, tokenizer: Tokenizer, train_roles: Sequence[Collection[str]], max_pixels: int):
+    def __init__(
+        self, tokenizer: Tokenizer, train_roles: Sequence[Collection[str]], max_pixels: int, vision: VisionSpec
+    ):
         """train_roles: of each source of the corpus."""
         self._tokenizer = tokenizer
         self._train_roles = [frozenset(roles) for roles in train_roles]
-        self._max_pixels = max_pixels
+        self._max_pixels, self._vision = max_pixels, vision
         self._files = RangeFiles()
 
     def run(self, job: Job, memory_B: np.ndarray) -> Done:
         """Do one job into the batch's memory, uint8. What cannot be read or decoded is told in the result."""
-        areas = Areas(job.words["patches"], job.words["positions"])
+        areas = Areas(job.words["patches"], job.words["positions"], self._vision.patch_values)
         if job.words["kind"] == "images":
-            return self._images(job, areas.patches_N588(memory_B))
+            return self._images(job, areas.patches_NP(memory_B))
         return self._texts(job, areas.tokens(memory_B), areas.trained(memory_B))
 
     def close(self) -> None:
@@ -111,12 +115,12 @@ class JobRunner:
     # Images, frames and sounds. Arrays: path_M, offset_M, size_M, crc_M, kind_M, first_M1 into I; out_I, grid_hw_I2,
     # time_I (ascending inside a medium, so that a sound, being AUDIO, comes before the frames).
 
-    def _images(self, job: Job, patches_N588: np.ndarray) -> Done:
+    def _images(self, job: Job, patches_NP: np.ndarray) -> Done:
         done, arrays = Done(), job.arrays
         patches_I = arrays["grid_hw_I2"].prod(1)
         for m, kind in enumerate(arrays["kind_M"].tolist()):
             here = slice(*arrays["first_M1"][m : m + 2].tolist())
-            out_I = [patches_N588[at : at + n] for at, n in zip(arrays["out_I"][here], patches_I[here], strict=True)]
+            out_I = [patches_NP[at : at + n] for at, n in zip(arrays["out_I"][here], patches_I[here], strict=True)]
             grid_I = arrays["grid_hw_I2"][here].tolist()
             try:
                 if kind == VIDEO:
@@ -135,9 +139,8 @@ class JobRunner:
         first_grid, patches = None, None
         for out, grid in zip(out_I, grid_I, strict=True):
             if grid != first_grid:
-                height, width = grid[0] * PATCH, grid[1] * PATCH
-                pixels_HW3 = decode_image(data, self._max_pixels, (height, width))
-                first_grid, patches = grid, to_patches(pixels_HW3, height, width)
+                pixels_HW3 = decode_image(data, self._max_pixels, self._vision.pixels_hw(grid))
+                first_grid, patches = grid, to_patches(pixels_HW3, grid, self._vision)
             out[:] = patches
 
     def _video(self, job: Job, m: int, out_I: list[np.ndarray], grid_I: list, time_I: np.ndarray, done: Done) -> None:
@@ -159,9 +162,9 @@ class JobRunner:
         """One sound, as often as the batch has the sample."""
         if not out_I:
             return
-        widest_HW3 = spectrogram(file, max(across for _, across in grid_I))
-        for out, (down, across) in zip(out_I, grid_I, strict=True):
-            out[:] = to_patches(widest_HW3[:, : across * PATCH], down * PATCH, across * PATCH)
+        widest_HW3 = spectrogram(file, *self._vision.pixels_hw(max(grid_I)))
+        for out, grid in zip(out_I, grid_I, strict=True):
+            out[:] = self._vision.cut(widest_HW3[:, : self._vision.pixels_hw(grid)[1]])
 
     def _frames(self, file, out_I: list[np.ndarray], grid_I: list, time_I: np.ndarray) -> None:
         if not out_I:
@@ -169,8 +172,8 @@ class JobRunner:
         file.seek(0)
         frames = decode_frames(file, time_I, self._max_pixels)
         with closing(frames):
-            for out, (down, across), pixels_HW3 in zip(out_I, grid_I, frames, strict=True):
-                out[:] = to_patches(pixels_HW3, down * PATCH, across * PATCH)
+            for out, grid, pixels_HW3 in zip(out_I, grid_I, frames, strict=True):
+                out[:] = to_patches(pixels_HW3, grid, self._vision)
 
     # Texts. Arrays: path_M, offset_M, size_M, crc_M, source_M, out_M, length_M of each sample's json member;
     # first_kind_M1 into kind; first_M1 into I; media_I, time_I, tokens_I, start_I.

@@ -6,7 +6,7 @@
 What cannot be used is passed over and named in `Labelled.skipped`.  Files are read one after another, while threads
 decode the samples a little ahead.
 
-Shapes: N patches, I images (frames of a video count one by one), 588 = 14 * 14 * 3.
+Shapes: N patches, P values of a patch, I images (frames of a video count one by one).
 """
 
 import hashlib
@@ -23,11 +23,12 @@ import numpy as np
 
 from data.audio import sound_grid, spectrogram
 from data.catalog import expand_shards
-from data.image import PATCH, ImageError, decode_image, grid_hw, image_size, to_patches
+from data.image import ImageError, decode_image, image_size, to_patches
 from data.storage import open_range, shown
 from data.tars import MAX_BYTES, Member, Sample, TarSamples, printable
 from data.text import SampleError, load_json, texts_of
-from data.video import Probe, SoundError, decode_frames, frame_grid, probe, sample_frames
+from data.video import Probe, SoundError, decode_frames, probe, sample_frames
+from data.vision import VisionSpec
 
 AHEAD = 2  # samples read ahead of each decoding thread
 KIND_OF_SUFFIX = dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image")
@@ -38,8 +39,7 @@ KIND_OF_SUFFIX |= dict.fromkeys((".mp4", ".mkv", ".webm", ".mov", ".avi"), "vide
 class Sizes:
     """How media become patches, as a run's settings say it.  audio_seconds: most sound heard of a video, 0 for none."""
 
-    min_patches: int
-    max_patches: int
+    vision: VisionSpec
     max_pixels: int
     fps: float
     video_budget: int
@@ -49,9 +49,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Patches:
-    """Patches of I images end to end, uint8 [N, 588], and their grids, int32 [I, 2]."""
+    """Patches of I images end to end, uint8 [N, P], and their grids, int32 [I, 2]."""
 
-    patches_N588: np.ndarray
+    patches_NP: np.ndarray
     grid_hw_I2: np.ndarray
 
     @staticmethod
@@ -213,10 +213,10 @@ def decode(raw: _Raw, sizes: Sizes) -> LabelledSample:
         found = probe(io.BytesIO(data), sizes.max_pixels)
         parts += _frames(data, found, sizes)
         if sizes.audio_seconds and sound is None and unheard is None:
-            grid = sound_grid(found.duration_ms, sizes.audio_seconds)
+            grid = sound_grid(found.duration_ms, sizes.audio_seconds, sizes.vision)
             try:
-                pixels_HW3 = spectrogram(io.BytesIO(data), int(grid[1]))
-                sound = Patches.of([(to_patches(pixels_HW3, *pixels_HW3.shape[:2]), grid)])
+                pixels_HW3 = spectrogram(io.BytesIO(data), *sizes.vision.pixels_hw(grid))
+                sound = Patches.of([(sizes.vision.cut(pixels_HW3), grid)])
             except SoundError as error:
                 unheard = str(error)
     return LabelledSample(raw.name, raw.label, raw.captions, Patches.of(parts), sound, unheard, _content(raw.media))
@@ -230,14 +230,13 @@ def _content(media: Sequence[tuple[str, bytes]]) -> str:
 
 def _image(data: bytes, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
     height, width = image_size(io.BytesIO(data), sizes.max_pixels)
-    grid = grid_hw(height, width, sizes.min_patches, sizes.max_patches)
-    height, width = (PATCH * grid).tolist()
-    return to_patches(decode_image(data, sizes.max_pixels, (height, width)), height, width), grid
+    grid = sizes.vision.views(height, width)
+    pixels_HW3 = decode_image(data, sizes.max_pixels, sizes.vision.pixels_hw(grid))
+    return to_patches(pixels_HW3, grid, sizes.vision), grid
 
 
 def _frames(data: bytes, found: Probe, sizes: Sizes) -> list[tuple[np.ndarray, np.ndarray]]:
     times_ms, level = sample_frames(found.duration_ms, sizes.fps, sizes.video_budget, sizes.video_levels)
-    grid = frame_grid(found.height, found.width, level, sizes.min_patches, sizes.max_patches)
-    height, width = (PATCH * grid).tolist()
+    grid = sizes.vision.views(found.height, found.width, level)
     with closing(decode_frames(io.BytesIO(data), times_ms, sizes.max_pixels)) as frames:
-        return [(to_patches(pixels_HW3, height, width), grid) for pixels_HW3 in frames]
+        return [(to_patches(pixels_HW3, grid, sizes.vision), grid) for pixels_HW3 in frames]

@@ -12,7 +12,7 @@ Shapes: T base text tokens, M media of the sample, I its planned images and fram
 
 import numpy as np
 
-from data.text import EOI, SOI, EncodedSample, SampleError, Tokenizer
+from data.text import EncodedSample, SampleError, Tokenizer
 
 
 class _Sequence:
@@ -54,7 +54,7 @@ def lay_out(
         out.put(encoded.tokens_T[text_at:text_end], encoded.trained_T[text_at:text_end])
         text_at = text_end
         first, end = bounds_M1[medium], bounds_M1[medium + 1]
-        if first == end and out.length - (kind == "image") < length:
+        if first == end and out.length - len(tokenizer.before_ids) * (kind == "image") < length:
             raise SampleError(
                 "changed", f"{name} has {'an' if kind == 'image' else 'a'} {kind} before its end that was not planned"
             )
@@ -74,7 +74,7 @@ def lay_out(
 
 def _put_video(out: _Sequence, events, tokenizer: Tokenizer, time_F, tokens_F, start_F) -> None:
     """Put the F planned frames of one video and its events; writes start_F."""
-    opening, closing = np.array([tokenizer.ids[SOI]]), np.array([tokenizer.ids[EOI]])
+    opening, closing = np.array(tokenizer.before_ids), np.array(tokenizer.after_ids)
     said = 0
     for frame, (time, count) in enumerate(zip(time_F.tolist(), tokens_F.tolist(), strict=True)):
         out.put(np.array(tokenizer.stamp(time)))

@@ -6,14 +6,14 @@ padding) and is reported, so that one damaged sample never stops or desynchronis
 
     plan, images, rows  --begin-->  jobs, balanced by cost  --workers-->  shared memory  --finish-->  arrays
 
-Shapes: N patches, I images and frames, R rows, P positions of a row, B bytes.
+Shapes: N patches, P values of a patch, I images and frames, R rows, S positions of a row, B bytes.
 """
 
 import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from data.jobs import Areas, Job, JobRunner
 from data.plan import StepPlan
 from data.slots import Lease, Slots
 from data.text import Tokenizer
+from data.vision import VisionSpec
 from data.workers import WorkerPool
 from data.worklist import Work, image_work, text_work
 
@@ -42,7 +43,7 @@ class Failure:
 class ImageBatch:
     """Patches of some images of a plan, in the order asked for; they lie in memory that `release` gives back."""
 
-    patches_N588: np.ndarray  # uint8, block-major
+    patches_NP: np.ndarray  # uint8, in the order of VisionSpec.cut
     grid_hw_I2: np.ndarray  # int32
     bytes_read: int
     failures: list[Failure]
@@ -63,8 +64,8 @@ class ImageBatch:
 class RowBatch:
     """Tokens of some rows of a plan, in the order asked for."""
 
-    tokens: np.ndarray  # int32 [R, P]; <image> at visual positions, <pad> after the last sample
-    trained: np.ndarray  # bool [R, P]; the token is a target
+    tokens: np.ndarray  # int32 [R, S]; <image> at visual positions, <pad> after the last sample
+    trained: np.ndarray  # bool [R, S]; the token is a target
     bytes_read: int
     failures: list[Failure]
 
@@ -93,6 +94,7 @@ class ShardReader:
         self,
         corpus: Corpus,
         tokenizer: Tokenizer,
+        vision: VisionSpec,
         max_pixels: int,
         workers: int,
         *,
@@ -103,7 +105,7 @@ class ShardReader:
         if workers < 0:
             raise ValueError(f"data.workers={workers}: must be 0 (decode in the training process) or more processes")
         self.corpus, self.tokenizer = corpus, tokenizer
-        self._workers = workers
+        self._workers, self._vision = workers, vision
         train_roles = [sorted(source.settings.train_roles) for source in corpus.sources]
         self._slots = Slots(slots, on_new_buffer, on_old_buffer)
         if workers:
@@ -112,10 +114,11 @@ class ShardReader:
                 "tokenizer_sha256": tokenizer.sha256,
                 "train_roles": train_roles,
                 "max_pixels": max_pixels,
+                "vision": asdict(vision),
             }
             self._pool = WorkerPool(workers, settings)
         else:
-            self._pool = _CallingThread(JobRunner(tokenizer, train_roles, max_pixels))
+            self._pool = _CallingThread(JobRunner(tokenizer, train_roles, max_pixels, vision))
         self.close = weakref.finalize(self, _close, self._pool, self._slots, os.getpid())
 
     @property
@@ -137,7 +140,8 @@ class ShardReader:
         image_ids, rows = np.asarray(image_ids, np.int64), np.asarray(rows, np.int64)
         grid_hw_I2 = plan.grid_hw_I2[image_ids].reshape(-1, 2)
         shape = (len(rows), plan.seq_length)
-        areas = Areas(int(grid_hw_I2.prod(1, dtype=np.int64).sum()), shape[0] * shape[1])
+        patches = int(grid_hw_I2.prod(1, dtype=np.int64).sum())
+        areas = Areas(patches, shape[0] * shape[1], self._vision.patch_values)
         lease = self._slots.take(areas.size)
         areas.tokens(lease.array_B)[:] = self.tokenizer.pad_id
         areas.trained(lease.array_B)[:] = False
@@ -153,9 +157,7 @@ class ShardReader:
         image_bytes, image_failures = self._collect(pending.images)
         text_bytes, text_failures = self._collect(pending.texts)
         memory_B, areas = pending.lease.array_B, pending.areas
-        images = ImageBatch(
-            areas.patches_N588(memory_B), pending.grid_hw_I2, image_bytes, image_failures, pending.lease
-        )
+        images = ImageBatch(areas.patches_NP(memory_B), pending.grid_hw_I2, image_bytes, image_failures, pending.lease)
         tokens, trained = areas.tokens(memory_B).reshape(pending.shape), areas.trained(memory_B).reshape(pending.shape)
         return images, RowBatch(tokens.copy(), trained.copy(), text_bytes, text_failures)
 

@@ -27,6 +27,7 @@ from data.order import ROWS, SourceOrder, permutation
 from data.packing import pack_block
 from data.plan import StepPlan
 from data.view import IMAGE_TOO_LONG, NO_SOUND, REASONS, Resolution, Views
+from data.vision import OLDEST, VisionSpec, changed
 
 CHUNK_SLOTS = 8192  # slots looked up together, whole blocks of them
 _KEYS = {"seq_length": "train.seq_length", "rows_per_step": "train.global_batch_size", "seed": "train.seed"}
@@ -39,8 +40,7 @@ class StreamConfig:
     seq_length: int
     rows_per_step: int  # the global batch
     seed: int
-    min_patches: int  # of one image, 14x14 pixels each
-    max_patches: int
+    vision: VisionSpec
     video_budget: int = 81920  # visual tokens of one video
     video_levels: tuple[int, ...] = (640, 512, 384, 256, 160, 128)  # tokens of a frame, falling
     block_samples: int = 1024  # lookahead of the packing
@@ -52,17 +52,15 @@ class StreamConfig:
     def __post_init__(self):
         levels = self.video_levels
         for field in fields(self):
-            if field.name in ("video_levels", "too_long", "rows", "audio_seconds"):
+            if field.name in ("vision", "video_levels", "too_long", "rows", "audio_seconds"):
                 continue
             key, value = (
                 _KEYS.get(field.name, f"data.{field.name}").replace("video_", "video."),
                 getattr(self, field.name),
             )
-            least = {"seed": 0, "max_patches": 4}.get(field.name, 1)
+            least = {"seed": 0}.get(field.name, 1)
             if not isinstance(value, int) or not least <= value < 1 << 62:
                 raise ValueError(f"{key} is {value!r}; it must be a whole number, at least {least}")
-        if self.min_patches > self.max_patches:
-            raise ValueError(f"data.min_patches is {self.min_patches}, above data.max_patches, {self.max_patches}")
         if not levels or list(levels) != sorted(set(levels), reverse=True) or levels[-1] < 1:
             raise ValueError(f"data.video.levels is {list(levels)}; it must be tokens of a frame, falling, at least 1")
         if self.video_budget < levels[-1]:
@@ -79,11 +77,11 @@ class StreamConfig:
         seconds = self.audio_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
             raise ValueError(f"data.audio_seconds is {seconds!r}; it must be a number of seconds, 0 for no sound")
-        patches = int(sound_grid(seconds * 1000, seconds).prod()) if seconds else 0
-        if patches > self.max_patches:
+        patches = int(sound_grid(seconds * 1000, seconds, self.vision).prod()) if seconds else 0
+        if patches > self.vision.max_patches:
             raise ValueError(
                 f"data.audio_seconds is {seconds}, which makes pictures of sound of {patches} patches, above "
-                f"data.max_patches, {self.max_patches}; lower one or raise the other"
+                f"data.max_patches, {self.vision.max_patches}; lower one or raise the other"
             )
 
     @property
@@ -130,6 +128,7 @@ class Stream:
             "row": 0,  # rows of the current block already spent
             "refused": {},  # in blocks before the current one, by reason
             "fingerprint": self._fingerprint,
+            "vision": config.vision.identity,
         }
         self._block: _Block | None = None
         self._chunk: tuple[int, tuple[np.ndarray, ...]] | None = None
@@ -139,9 +138,15 @@ class Stream:
         return json.loads(json.dumps(self._state))
 
     def load_state(self, state: dict) -> None:
-        """Continue from state(). Raises ValueError if the shards or the settings that decide the order differ."""
+        """Continue from state(). Raises ValueError if the shards or the settings that decide the order differ.
+
+        A state of before there was a `vision` is one of OLDEST.
+        """
+        state = {"vision": OLDEST} | state
         if set(state) != set(self._state):
             raise ValueError(f"the data state has keys {sorted(state)}; expected {sorted(self._state)}")
+        if other := changed(state["vision"], self.config.vision.identity):
+            raise ValueError(f"the data state belongs to other patches: {other}; restore them or start the data anew")
         if state["fingerprint"] != self._fingerprint:
             raise ValueError(
                 "the data state belongs to another stream: data.sources (shards, weight, repeat, max_samples, "
@@ -275,7 +280,9 @@ class Stream:
 
     def _decides_order(self) -> int:
         """63 bits of what fixes the order of rows. The batch size is not part: a state counts rows, not steps."""
-        config = {key: value for key, value in asdict(self.config).items() if key != "rows_per_step"}
+        vision = self.config.vision  # its other values are compared by themselves, to be named
+        config = {key: value for key, value in asdict(self.config).items() if key not in ("rows_per_step", "vision")}
+        config |= {"min_patches": vision.min_patches, "max_patches": vision.max_patches}
         undecisive = ("name", "shards", "train_roles")
         sources = [
             (

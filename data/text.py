@@ -23,10 +23,13 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-PAD, EOS, SOI, EOI, IMAGE, VIDEO = "<pad>", "<eos>", "[SOI]", "[EOI]", "<image>", "<video>"
+from data.vision import VisionSpec
+
+PAD, EOS, IMAGE, VIDEO = "<pad>", "<eos>", "<image>", "<video>"
+LAYOUT = VisionSpec.layout
 ROLES = {"system": "<system>", "user": "<user>", "assistant": "<assistant>"}
 BOX_TAGS = ("<bbox>", "</bbox>")
-SPECIALS = (PAD, EOS, *ROLES.values(), SOI, EOI, IMAGE, VIDEO, *BOX_TAGS)
+SPECIALS = (PAD, EOS, *ROLES.values(), *LAYOUT.before, *LAYOUT.after, IMAGE, VIDEO, *BOX_TAGS)
 KIND_OF = {IMAGE: "image", VIDEO: "video"}
 UNLABELLED = "unlabelled"  # domain of a sample whose json names none
 MAX_SECONDS = 4_294_967  # of an event: milliseconds are kept in 32 bits
@@ -89,6 +92,8 @@ class Tokenizer:
             if token_id in self.encode_text(name):
                 raise ValueError(f"tokenizer file {path} holds {name} but not as a special token: text could spell it")
         self.pad_id, self.eos_id, self.image_id = self.ids[PAD], self.ids[EOS], self.ids[IMAGE]
+        self.before_ids = [self.ids[name] for name in LAYOUT.before]  # of a view
+        self.after_ids = [self.ids[name] for name in LAYOUT.after]
         self._stamps: dict[int, list[int]] = {}  # by tenths of a second
         self._stamp_lengths = np.zeros(1024, np.uint8)  # 0 where not yet known
 
@@ -108,7 +113,7 @@ class Tokenizer:
         """Ids of the time of a frame, "[1.5 second]": tenths of a second, rounded half up."""
         tenths = (int(time_ms) + 50) // 100
         if tenths not in self._stamps:
-            self._stamps[tenths] = self.encode_text(f"[{tenths // 10}.{tenths % 10} second]")
+            self._stamps[tenths] = self.encode_text(LAYOUT.stamp(tenths))
         return list(self._stamps[tenths])
 
     def stamp_lengths(self, times_ms: np.ndarray) -> np.ndarray:
@@ -143,10 +148,10 @@ class Tokenizer:
             trained.append(False)
             for piece in _MARKS.split(text):
                 if piece in KIND_OF:
-                    if piece == IMAGE:
-                        tokens += (self.ids[SOI], self.ids[EOI])
-                        trained += (False, False)
-                    media_at.append(len(tokens) - (piece == IMAGE))
+                    before, after = (self.before_ids, self.after_ids) if piece == IMAGE else ([], [])
+                    media_at.append(len(tokens) + len(before))
+                    tokens += before + after
+                    trained += [False] * len(before + after)
                     found.append(KIND_OF[piece])
                     said = stream if piece == VIDEO else ()
                     events.append(tuple(self._event(entry, role, train_roles) for entry in said))

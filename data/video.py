@@ -17,7 +17,7 @@ from typing import BinaryIO
 import av
 import numpy as np
 
-from data.image import ImageError, grid_hw
+from data.image import ImageError
 
 MAX_FRAME_PIXELS = 1 << 26  # 8192 x 8192
 MAX_DURATION_MS = 24 * 3600 * 1000
@@ -65,14 +65,6 @@ def sample_frames(duration_ms: int, fps: float, budget: int, levels: Sequence[in
             return np.floor(np.arange(frames) * (1000 / fps) + 1e-6).astype(np.int64), int(level)
     frames = max(1, budget // levels[-1])
     return np.arange(frames, dtype=np.int64) * duration_ms // frames, int(levels[-1])
-
-
-def frame_grid(height: int, width: int, level: int, min_patches: int, max_patches: int) -> np.ndarray:
-    """Patches down and across, int32 [2], of a frame that may take `level` visual tokens; a small frame takes fewer.
-
-    Sizes may be arrays, as in image.grid_hw.
-    """
-    return grid_hw(height, width, min_patches, min(max_patches, 4 * level))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

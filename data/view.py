@@ -18,10 +18,10 @@ import numpy as np
 
 from data.audio import sound_grid
 from data.corpus import Corpus
-from data.image import grid_hw, visual_tokens
 from data.index import VIDEO, ShardIndex
 from data.plan import AUDIO, STILL
-from data.video import frame_grid, sample_frames
+from data.video import sample_frames
+from data.vision import VisionSpec
 
 TOO_LONG = "samples longer than a row"
 IMAGE_TOO_LONG = "rows shorter than one image"
@@ -44,8 +44,7 @@ class Resolution:
 
     seq_length: int
     too_long: str  # refuse | cut
-    min_patches: int  # of one image, 14x14 pixels each
-    max_patches: int
+    vision: VisionSpec
     video_budget: int
     video_levels: tuple[int, ...]
     audio_seconds: float = 0
@@ -87,14 +86,16 @@ def view_shard(
 ) -> ShardView:
     """The view of a shard. stamp_lengths maps times in milliseconds to the tokens of their stamps."""
     samples, media = np.asarray(index.samples), np.asarray(index.media)
+    vision, layout = resolution.vision, resolution.vision.layout
     images = _images(media, fps, resolution)
     frame_I, sound_I = images.time_I >= 0, images.time_I == AUDIO
-    tokens_I = np.where(sound_I, 0, visual_tokens(images.grid_hw_I2)).astype(np.int64)
-    lead_I = np.where(sound_I, 0, 1)  # tokens of the unit before its visual tokens: the stamp and [SOI]
+    tokens_I = np.where(sound_I, 0, vision.tokens(images.grid_hw_I2)).astype(np.int64)
+    # Tokens of the unit before its visual tokens: the stamp and [SOI].
+    lead_I = np.where(sound_I, 0, len(layout.before))
     lead_I[frame_I] += stamp_lengths(images.time_I[frame_I])
     # What a medium adds to the text: an image its visual tokens, a frame its whole unit and the events behind it.
     events_I = _event_tokens(media, np.asarray(index.events), images)
-    added_I = np.where(frame_I, lead_I + tokens_I + 1, tokens_I) + events_I
+    added_I = np.where(frame_I, lead_I + tokens_I + len(layout.after), tokens_I) + events_I
 
     first_media_N = samples["first_media"].astype(np.int64)
     first_N, end_N = images.first_M1[first_media_N], images.first_M1[first_media_N + samples["media"]]
@@ -104,7 +105,7 @@ def view_shard(
     offset_I = media["at"][images.media_I] + before_I + np.where(frame_I, lead_I, 0)
     offset_I[sound_I] -= events_I[np.flatnonzero(sound_I) - 1]  # right behind the last frame, before its events
 
-    units_I = (offset_I - lead_I, offset_I + tokens_I + ~sound_I)
+    units_I = (offset_I - lead_I, offset_I + tokens_I + np.where(sound_I, 0, len(layout.after)))
     kept_N, images_N, refused_N = _fit(length_N, first_N, end_N, units_I, resolution)
     if resolution.audio_seconds:
         videos_N, sounds_N = _sums(images.time_I == 0, first_N, end_N), _sums(sound_I, first_N, end_N)
@@ -128,8 +129,8 @@ def view_shard(
 
 
 def _images(media: np.ndarray, fps: float, resolution: Resolution) -> _Images:
-    least, most = resolution.min_patches, resolution.max_patches
-    grid_hw_M2 = grid_hw(media["height"], media["width"], least, most)
+    vision = resolution.vision
+    grid_hw_M2 = vision.views(media["height"], media["width"])
     frames_M, times, level_V = np.ones(len(media), np.int64), [], []
     videos = np.flatnonzero(media["kind"] == VIDEO)
     for video, duration_ms in zip(videos.tolist(), media["duration_ms"][videos].tolist(), strict=True):
@@ -141,13 +142,14 @@ def _images(media: np.ndarray, fps: float, resolution: Resolution) -> _Images:
         level_V.append(level)
     for level in set(level_V):
         here = videos[np.array(level_V) == level]
-        grid_hw_M2[here] = frame_grid(media["height"][here], media["width"][here], level, least, most)
+        grid_hw_M2[here] = vision.views(media["height"][here], media["width"][here], level)
     media_I = np.repeat(np.arange(len(media)), frames_M)
     time_I = np.full(len(media_I), STILL, np.int64)
     if times:
         time_I[media["kind"][media_I] == VIDEO] = np.concatenate(times)
     grid_hw_I2, sound_I = grid_hw_M2[media_I], time_I == AUDIO
-    grid_hw_I2[sound_I] = sound_grid(media["duration_ms"][media_I[sound_I]], resolution.audio_seconds)
+    duration_I = media["duration_ms"][media_I[sound_I]]
+    grid_hw_I2[sound_I] = sound_grid(duration_I, resolution.audio_seconds, vision)
     return _Images(np.concatenate([[0], np.cumsum(frames_M)]), media_I, time_I, grid_hw_I2)
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from data.jobs import Done, Job, JobRunner
 from data.slots import Lease
 from data.text import Tokenizer
+from data.vision import VisionSpec
 
 JOB_SECONDS = 1800  # a worker that takes longer over one job counts as dead
 IN_FLIGHT = 2  # jobs sent to a worker and not yet answered, so that it need not wait for the trainer's threads
@@ -230,7 +231,7 @@ def main(descriptor: int) -> None:
     tokenizer = Tokenizer(settings["tokenizer"])
     if tokenizer.sha256 != settings["tokenizer_sha256"]:
         raise ValueError(f"tokenizer file {settings['tokenizer']} has changed since the run began")
-    runner = JobRunner(tokenizer, settings["train_roles"], settings["max_pixels"])
+    runner = JobRunner(tokenizer, settings["train_roles"], settings["max_pixels"], VisionSpec(**settings["vision"]))
     memories: dict[int, tuple[int, np.ndarray]] = {}
     while True:
         job = Job.unpack(messages.get())

@@ -32,7 +32,7 @@ def evaluate(config: Config, path: Path, options: argparse.Namespace) -> dict:
     names = read_classes(options.classes) if options.classes else None
     templates = read_templates(options)
     embedder = build(config, reader, weights)
-    data, gallery, scored = labelled(config, options.data), Gallery(), {}
+    data, gallery, scored = labelled(config, options.data), Gallery(config.vision), {}
     means, seen = bool(options.train) and features == "patches", partial(see, gallery) if options.picture else None
     samples = noted(progress(data), scored) if options.train else progress(data)
     embedded = embedder.embed(samples, embeddings=embedder.reads_texts, means=means, seen=seen)
@@ -93,15 +93,16 @@ def build(config: Config, reader: Reader, weights: str) -> Embedder:
         tower = task.tower(config)
         reads = {"tokenizer": Tokenizer(config.data.tokenizer), "most_tokens": config.model.text.max_tokens}
     load_weights(tower, reader, weights)
-    return Embedder(tower.to(config.train.dtype), local_device(), config.parallel.encoder.chunk_patches, **reads)
+    return Embedder(
+        tower.to(config.train.dtype), config.vision, local_device(), config.parallel.encoder.chunk_patches, **reads
+    )
 
 
 def labelled(config: Config, places: list[str], sound: bool = True) -> Labelled:
     """The samples of some places as the run sees and hears them; videos at the frame rate of its first source."""
     data = config.data
     sizes = Sizes(
-        min_patches=data.min_patches,
-        max_patches=data.max_patches,
+        vision=config.vision,
         max_pixels=data.max_pixels,
         fps=next(iter(data.sources.values())).fps,
         video_budget=data.video.budget,

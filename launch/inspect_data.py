@@ -8,6 +8,7 @@ special tokens violet, visual tokens blue, padding white; boxes of <bbox> are dr
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -25,10 +26,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.image import to_pixels
 from data.plan import StepPlan
 from data.reader import RowBatch, ShardReader
 from data.text import Tokenizer
+from data.vision import VisionSpec
 from train.config import Config
 from train.dataset import Data, open_data
 from train.settings import composed, one_sentence, read_config
@@ -164,7 +165,7 @@ def draw_row(data: Data, row: int) -> Image.Image:
     plan = data.stream.next_step()
     data.stream.load_state(start)
     batch, text = read_all(data.reader, plan, np.array([row]))
-    images = pictures(plan, batch, np.flatnonzero(plan.row_I == row))
+    images = pictures(plan, batch, np.flatnonzero(plan.row_I == row), data.stream.config.vision)
     batch.release()
     kind_P = kinds_of(data.reader.tokenizer, text.tokens[0], text.trained[0])
     samples = np.flatnonzero(plan.row_S == row).tolist()
@@ -280,12 +281,13 @@ def wrap(pieces: list[tuple[str, tuple]], most: int = 24) -> list[list[tuple[str
     return lines if len(lines) <= most else [*lines[:most], [("...", PLAIN)]]
 
 
-def pictures(plan: StepPlan, batch, image_ids: np.ndarray) -> dict[int, Image.Image]:
+def pictures(plan: StepPlan, batch, image_ids: np.ndarray, vision: VisionSpec) -> dict[int, Image.Image]:
     """Thumbnails of images of a batch, by their number in the plan, put together from the patches."""
     out, first = {}, 0
-    for i, (down, across) in zip(image_ids.tolist(), batch.grid_hw_I2.tolist(), strict=True):
-        image = Image.fromarray(to_pixels(batch.patches_N588[first : first + down * across], down, across))
-        first += down * across
+    for i, grid in zip(image_ids.tolist(), batch.grid_hw_I2.tolist(), strict=True):
+        patches_NP = batch.patches_NP[first : first + math.prod(grid)]
+        image = Image.fromarray(vision.to_pixels(patches_NP, grid))
+        first += len(patches_NP)
         image.thumbnail((CARD - 2 * GAP, THUMB if plan.time_I[i] < 0 else THUMB // 2))
         out[i] = image
     return out

@@ -33,7 +33,7 @@ from launch.toy.vision import DIGITS, VisionTasks
 
 VERSION = 1  # of the teacher: another one is another teacher, whatever the arguments
 STEPS, BATCH, LEARNING_RATE, WARMUP = 800, 64, 1e-3, 40
-SIDE, PATCH, WIDTH, DEPTH, HEADS, EMBEDDING = 56, 14, 96, 3, 4, 64
+SIDE, GRID, WIDTH, DEPTH, HEADS, EMBEDDING = 56, 4, 96, 3, 4, 64
 TEXT_WIDTH, TEXT_DEPTH, TEXT_HEADS, MAX_TOKENS = 64, 2, 4, 64
 TRAIN_DRAWINGS, HELDOUT_DRAWINGS = 10_000, 1077  # a held-out scan is drawn three times
 THREADS = 1  # whatever the machine has: sums, hence weights, depend on it, and more threads gain little at this size
@@ -92,7 +92,7 @@ def build(tokenizer: Tokenizer):
         "num_attention_heads": HEADS,
         "projection_dim": EMBEDDING,
         "image_size": SIDE,
-        "patch_size": PATCH,
+        "patch_size": SIDE // GRID,
     }
     text = {
         "hidden_size": TEXT_WIDTH,

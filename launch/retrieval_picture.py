@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.image import to_pixels
 from data.labelled import LabelledSample, Patches
+from data.vision import VisionSpec
 
 QUERIES = 12
 CAPTIONS = 5
@@ -25,7 +25,8 @@ CELL, IMAGE, TITLE = (4.9, 1.35), 1.2, 0.35  # inches: a query, its image's widt
 class Gallery:
     """QUERIES of the samples that it is shown, each with another caption, any as likely as any other."""
 
-    def __init__(self):
+    def __init__(self, vision: VisionSpec):
+        self._vision = vision
         self._rng, self._captions = np.random.default_rng(0), set()
         self.places: list[int] = []
         self.pixels: list[np.ndarray] = []
@@ -37,16 +38,16 @@ class Gallery:
         self._captions.add(sample.captions[0])
         if len(self.places) < QUERIES:
             self.places.append(place)
-            self.pixels.append(middle(sample.images))
+            self.pixels.append(middle(sample.images, self._vision))
         elif (slot := int(self._rng.integers(len(self._captions)))) < QUERIES:
-            self.places[slot], self.pixels[slot] = place, middle(sample.images)
+            self.places[slot], self.pixels[slot] = place, middle(sample.images, self._vision)
 
 
-def middle(images: Patches) -> np.ndarray:
+def middle(images: Patches, vision: VisionSpec) -> np.ndarray:
     """The image in the middle, uint8 [H, W, 3], put together from its patches."""
     which = len(images.grid_hw_I2) // 2
     first, end = (int(images.grid_hw_I2[:stop].prod(axis=1).sum()) for stop in (which, which + 1))
-    return to_pixels(images.patches_N588[first:end], *images.grid_hw_I2[which].tolist())
+    return vision.to_pixels(images.patches_NP[first:end], images.grid_hw_I2[which].tolist())
 
 
 def draw(

@@ -1,19 +1,13 @@
 """Who encodes which image: longest-processing-time greedy over integer costs (Seed1.5-VL report, section 5.1.2).
 
-Cost of an image is its encoder FLOPs, linear and quadratic part both.  Sort by cost descending, hand each image to the
-rank with the smallest sum so far.  Integers and ties by index make the answer the same on every rank and machine.
+Sort by cost descending, hand each image to the rank with the smallest sum so far; the caller knows what an image
+costs.  Integers and ties by index make the answer the same on every rank and machine.
 """
 
 import heapq
 from collections.abc import Sequence
 
 import numpy as np
-
-
-def image_costs(patches_I: np.ndarray, width: int, layers: int) -> np.ndarray:
-    """Forward FLOPs of the encoder for images of `patches_I` patches: layers * (24 n d^2 + 4 n^2 d), int64 [I]."""
-    n = np.asarray(patches_I, dtype=np.int64)
-    return layers * (24 * n * width * width + 4 * n * n * width)
 
 
 def assign_images(costs: Sequence[int], ranks: int) -> np.ndarray:

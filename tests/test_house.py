@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,38 @@ def test_files_hold_one_idea():
         for path in (ROOT / floor).rglob("*.py"):
             lines = len(path.read_text().splitlines())
             assert lines <= 400, f"{path.relative_to(ROOT)} has {lines} lines"
+
+
+def geometry_constants(tree: ast.Module):
+    """Lines that hold a patch size, the values of a patch, the scale of pixels, or patches counted in fours."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value in (14, 588, 127.5):
+            yield node.lineno
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mult):
+            names = {
+                name for side in (node.left, node.right) for name in re.findall(r"[a-z]+", ast.unparse(side).lower())
+            }
+            fours = any(isinstance(side, ast.Constant) and side.value == 4 for side in (node.left, node.right))
+            if fours and names & {"patch", "patches", "grid"}:
+                yield node.lineno
+
+
+def test_only_the_vision_spec_knows_geometry():
+    found = []
+    for floor in BELOW:
+        for path in sorted((ROOT / floor).rglob("*.py")):
+            where = path.relative_to(ROOT)
+            if where != Path("data/vision.py") and not where.is_relative_to("launch/toy"):  # which draws its own pixels
+                found += [f"{where}:{line}" for line in geometry_constants(ast.parse(path.read_text()))]
+    assert not found, f"ask data.vision.VisionSpec instead: {', '.join(found)}"
+
+
+GEOMETRY = ("PATCH = 14", "draw(588)", "x / 127.5 - 1", "max_patches // 4", "4 * len(patches_NP)", "grid[0] // 4")
+
+
+@pytest.mark.parametrize("line", GEOMETRY)
+def test_geometry_outside_the_vision_spec_is_found(line):
+    assert list(geometry_constants(ast.parse(line))) == [1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests/gpu").glob("test_*.py")), ids=lambda path: path.stem)

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from data.plan import StepPlan, row_cu_seqlens, row_domains, row_labels, row_positions, row_samples
-from parallel.balance import image_costs
+from data.vision import VisionSpec
 from parallel.context import PackedRow, elements_sent, pack_row
 from parallel.layout import Coordinates, Layout
 from parallel.routes import VisualPlan, local_positions
 from parallel.transfer import host_to_device
 from train.config import Config
 from train.models.masking import drop_path_factors
-from train.models.vit import ViTConfig
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,14 @@ class MicroBatch:
 
 
 def visual_plan(
-    plan: StepPlan, layout: Layout, rows_per_micro_batch: int, encoder: ViTConfig, chunk_patches: int
+    plan: StepPlan, layout: Layout, rows_per_micro_batch: int, vision: VisionSpec, chunk_patches: int
 ) -> VisualPlan:
     """Who needs which image's tokens, and what each image costs, from the indexes alone."""
     block_I, within_I = np.divmod(plan.row_I.astype(np.int64), rows_per_micro_batch)
     patches_I = plan.patches_I
     return VisualPlan(
         unit_I=units(plan, patches_I, chunk_patches),
-        cost_I=image_costs(patches_I, encoder.width, encoder.depth),
+        cost_I=vision.cost(plan.grid_hw_I2),
         patches_I=patches_I,
         tokens_I=plan.tokens_I.astype(np.int64),
         replica_I=block_I % layout.dp,

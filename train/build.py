@@ -67,14 +67,15 @@ def build_engines(config: Config, layout: Layout, device: torch.device, *, forwa
     """
     settle_kernels(config, device)
     grid = build_grid(layout, device, config.train.seed)
-    tower = vision_tower.VisionTower(config.model.encoder, config.model.llm.width, config.parallel.encoder.recompute)
+    model = config.model
+    tower = vision_tower.VisionTower(model.encoder, model.connector, model.llm.width, config.parallel.encoder.recompute)
     initialize(tower, config.train.seed)
     return Engines(
         grid=grid,
         encoder=build_encoder_engine(config, tower, device),
         llm=_llm_engine(config, grid, forward, loss),
         exchange=Exchange(grid.balance),
-        width=config.model.llm.width,
+        width=model.llm.width,
     )
 
 

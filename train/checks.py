@@ -25,8 +25,6 @@ LEAST = {
     "optim.eps": 0,
     "optim.weight_decay": 0,
     "optim.clip_norm": 0,
-    "data.min_patches": 4,
-    "data.max_patches": 4,
     "data.max_pixels": 1,
     "data.workers": 0,
     "data.prefetch": 1,
@@ -51,7 +49,7 @@ LEAST = {
 
 def check(config: Config, world: int) -> Layout:
     """The layout.  Raises ValueError, one sentence naming keys and values, for any setting that cannot work."""
-    layout = config.layout(world)
+    layout, _ = config.layout(world), config.vision  # both checked as they are built
     for key, least in LEAST.items():
         if attrgetter(key)(config) < least:
             raise ValueError(f"{key}={attrgetter(key)(config)}: must be at least {least}")

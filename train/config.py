@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from data.vision import VisionSpec
 from parallel.layout import Layout, choose_cp_comm_type
 from train.models.contrastive import ContrastiveConfig
 from train.models.llm import LLMConfig
 from train.models.masked import MimConfig
 from train.models.omni import OmniConfig
 from train.models.text_encoder import TextConfig
+from train.models.vision_tower import ConnectorConfig
 from train.models.vit import ViTConfig
+from train.vision import vision_spec
 
 
 @dataclass
@@ -26,6 +29,7 @@ class ModelConfig:
     llm: LLMConfig
     text: TextConfig
     embedding: int
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
 
 
 @dataclass
@@ -277,6 +281,13 @@ class Config:
             balance_group_size=p.balance_group_size,
         )
         return replace(layout, cp_comm_type=choose_cp_comm_type(p.cp_comm_type, layout, self.model.llm.kv_heads))
+
+    @property
+    def vision(self) -> VisionSpec:
+        """Geometry and cost of vision under these settings.  Raises ValueError where they cannot work."""
+        model, data = self.model, self.data
+        limits = {"min_patches": data.min_patches, "max_patches": data.max_patches}
+        return vision_spec(model.encoder, model.connector, model.llm.width, **limits)
 
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of one step in one replica."""

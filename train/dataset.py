@@ -44,8 +44,7 @@ def open_data(config: Config) -> Data:
         seq_length=config.train.seq_length,
         rows_per_step=config.train.global_batch_size,
         seed=config.train.seed,
-        min_patches=data.min_patches,
-        max_patches=data.max_patches,
+        vision=config.vision,
         video_budget=data.video.budget,
         video_levels=tuple(data.video.levels),
         block_samples=data.block_samples,
@@ -57,6 +56,6 @@ def open_data(config: Config) -> Data:
     stream = Stream(corpus, settings, tokenizer.stamp_lengths)
     pinning = {"on_new_buffer": pin, "on_old_buffer": unpin} if torch.cuda.is_available() else {}
     reader = ShardReader(
-        corpus, tokenizer, data.max_pixels, data.workers, slots=data.prefetch + BATCHES_HELD, **pinning
+        corpus, tokenizer, config.vision, data.max_pixels, data.workers, slots=data.prefetch + BATCHES_HELD, **pinning
     )
     return Data(stream, reader)

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from data.vision import VisionSpec, transformer_flops
 from train.models.masked import MimConfig
 from train.models.text_encoder import TextConfig
-from train.models.vit import PATCH_VALUES, ViTConfig
+from train.models.vit import ViTConfig
+from train.vision import vision_spec
 
 if TYPE_CHECKING:  # the encoder's FLOPs are counted without Megatron-core
     from train.models.llm import LLMConfig
@@ -35,14 +37,7 @@ PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
 
 def encoder_flops(config: ViTConfig, patches_I: np.ndarray) -> int:
     """Forward FLOPs of the encoder over images of `patches_I` patches."""
-    n = np.asarray(patches_I, dtype=np.int64)
-    return 2 * int(n.sum()) * PATCH_VALUES * config.width + _blocks(config.width, config.depth, config.mlp_ratio, n)
-
-
-def _blocks(d: int, depth: int, mlp_ratio: float, lengths_N: np.ndarray) -> int:
-    """Forward FLOPs of pre-norm blocks whose tokens attend to all of their segment."""
-    n = np.asarray(lengths_N, dtype=np.int64)
-    return depth * int((n * (8 * d * d + 4 * d * int(d * mlp_ratio)) + 4 * n * n * d).sum())
+    return int(vision_spec(config).encoder_flops(patches_I).sum())
 
 
 def mim_flops(
@@ -54,10 +49,10 @@ def mim_flops(
     """
     visible, masked = int(np.sum(visible_I)), int(np.sum(patches_I) - np.sum(visible_I))
     if mim.masked == "token":  # the trunk runs over all places, the embedding over visible patches
-        embedding = 2 * visible * PATCH_VALUES * vit.width
-        trunk = _blocks(vit.width, vit.depth, vit.mlp_ratio, patches_I)
-        return embedding + trunk, 2 * masked * vit.width * teacher_width
-    decoder = _blocks(mim.decoder_width, mim.decoder_depth, vit.mlp_ratio, patches_I)
+        unseen = 2 * masked * vision_spec(vit).patch_values * vit.width
+        return encoder_flops(vit, patches_I) - unseen, 2 * masked * vit.width * teacher_width
+    mlp_width = int(mim.decoder_width * vit.mlp_ratio)
+    decoder = int(transformer_flops(patches_I, mim.decoder_width, mim.decoder_depth, mlp_width).sum())
     head = 2 * mim.decoder_width * (visible * vit.width + masked * teacher_width)
     return encoder_flops(vit, visible_I), decoder + head
 
@@ -69,14 +64,9 @@ def pool_flops(vit: ViTConfig, patches_I: np.ndarray, out_width: int) -> int:
     return 2 * d * d + n * (4 * d * d + 4 * d) + images * (18 * d * d + project)
 
 
-def text_flops(config: TextConfig, lengths_N: np.ndarray) -> int:
-    """Forward FLOPs of our text encoder over texts of these tokens, without a projection."""
-    return _blocks(config.width, config.depth, config.mlp_ratio, lengths_N)
-
-
-def adapter_flops(config: ViTConfig, llm_width: int, visual_tokens: int) -> int:
-    """Forward FLOPs of the adapter."""
-    return 2 * visual_tokens * (config.width * llm_width + llm_width * llm_width)
+def text_flops(config: TextConfig, lengths_N: np.ndarray) -> np.ndarray:
+    """Forward FLOPs of our text encoder for each text of these tokens, without a projection, int64 [N]."""
+    return transformer_flops(lengths_N, config.width, config.depth, int(config.width * config.mlp_ratio))
 
 
 def llm_flops(config: "LLMConfig", tokens: int, pairs: int) -> int:
@@ -131,14 +121,14 @@ class StepFlops:
 
 
 def step_flops(
-    vit: ViTConfig, llm: "LLMConfig", trainable, patches_I: np.ndarray, tokens: int, lengths_N: np.ndarray
+    vision: VisionSpec, llm: "LLMConfig", trainable, patches_I: np.ndarray, tokens: int, lengths_N: np.ndarray
 ) -> StepFlops:
     """FLOPs of forward and backward; the adapter always learns, so gradients always pass through the LLM."""
-    visual_tokens, pairs = int(np.sum(patches_I)) // 4, causal_pairs(lengths_N)
+    visual_tokens, pairs = vision.tokens_of(int(np.sum(patches_I))), causal_pairs(lengths_N)
     forward, attention = llm_flops(llm, tokens, pairs), llm_flops(llm, 0, pairs)
     return StepFlops(
-        encoder=encoder_flops(vit, patches_I) * (3 if "encoder" in trainable else 1),
-        adapter=adapter_flops(vit, llm.width, visual_tokens) * 3,
+        encoder=int(vision.encoder_flops(patches_I).sum()) * (3 if "encoder" in trainable else 1),
+        adapter=int(vision.connector_flops(visual_tokens)) * 3,
         llm=3 * forward if "llm" in trainable else 2 * forward + attention,
     )
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 from parallel.cross_entropy import peak_bytes
 from parallel.layout import Layout
 from parallel.recompute import IN_FLIGHT, activation_bytes
-from train.models.vit import PATCH_VALUES, ViTConfig
+from train.models.vision_tower import ConnectorConfig
+from train.models.vit import ViTConfig
+from train.vision import vision_spec
 
 if TYPE_CHECKING:  # the encoder's memory is counted without Megatron-core
     from train.models.llm import LLMConfig
@@ -52,13 +54,14 @@ def encoder_parameters(config: ViTConfig, llm_width: int) -> tuple[int, int]:
     """Parameters of (encoder, adapter)."""
     d, mlp = config.width, int(config.width * config.mlp_ratio)
     block = 4 * d * d + 2 * d * mlp + 4 * d + d + mlp + 4 * d  # products, their biases, two norms
-    encoder = config.depth * block + (PATCH_VALUES + 1) * d + 2 * d
+    encoder = config.depth * block + (vision_spec(config).patch_values + 1) * d + 2 * d
     adapter = 2 * d + (d + 1) * llm_width + (llm_width + 1) * llm_width
     return encoder, adapter
 
 
 def encoder_memory(
     config: ViTConfig,
+    connector: ConnectorConfig,
     llm_width: int,
     *,
     chunk_patches: int,
@@ -80,9 +83,10 @@ def encoder_memory(
     def of_blocks(recompute: str, layers: int, patches: int) -> int:
         return activation_bytes(recompute, patches, layers, d, config.heads, mlp, element)
 
-    rows = chunk_patches // 4
+    vision = vision_spec(config, connector)
+    rows, values = vision.tokens_of(chunk_patches), vision.patch_values
     adapter = rows * element * (2 * d + 2 * llm_width)  # pooled and normed rows, hidden twice
-    ends = chunk_patches * element * (PATCH_VALUES + d)  # pixels that are embedded, features before the final norm
+    ends = chunk_patches * element * (values + d)  # pixels that are embedded, features before the final norm
     inside = 0 if kept == "none" else of_blocks("none", 1, chunk_patches)
     tables = chunk_patches * 2 * FP32 * d // config.heads
     return Memory(
@@ -91,7 +95,7 @@ def encoder_memory(
         optimizer=parameters * OPTIMIZER // world,
         activations=of_blocks(kept, config.depth, held * chunk_patches) + held * (ends + adapter + tables),
         at_hand=inside + chunk_patches * element * (2 * mlp + 2 * d),
-        buffers=chunks * (chunk_patches * (PATCH_VALUES + POSITION) + 2 * rows * llm_width * element),
+        buffers=chunks * (chunk_patches * (values + POSITION) + 2 * rows * llm_width * element),
     )
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data.image import patch_positions
 from data.plan import StepPlan
 from data.reader import Failure, RowBatch
+from data.vision import VisionSpec
 from parallel.exchange import Journeys
 from parallel.grid import Grid
 from parallel.hybrid_step import StepInput
@@ -58,7 +58,7 @@ class Rows:
     def divide(self, plan: StepPlan) -> RowShare:
         config, grid = self._config, self._grid
         chunk_patches = config.parallel.encoder.chunk_patches
-        visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.model.encoder, chunk_patches)
+        visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.vision, chunk_patches)
         owner_I = assign_owners(visual, grid.layout, config.parallel.balance)
         routes = build_routes(visual, owner_I, grid.layout, grid.rank, len(self._rows_MB), chunk_patches)
         image_ids = np.concatenate(routes.chunks).astype(np.int64)
@@ -108,16 +108,16 @@ def row_feed(
 ) -> Feed:
     """The feed of `steps` steps of packed rows."""
     division = Rows(config, grid, data.reader.tokenizer.pad_id, substitute)
-    compose = functools.partial(step_input, grid=grid)
+    compose = functools.partial(step_input, grid=grid, vision=config.vision)
     return Feed(data.stream, data.reader, config.data, grid, division, compose, steps=steps)
 
 
-def step_input(prepared: PreparedStep, grid: Grid) -> StepInput:
+def step_input(prepared: PreparedStep, grid: Grid, vision: VisionSpec) -> StepInput:
     """A prepared step as the hybrid step takes it, on the host; `parallel.transfer.to_device` takes it further."""
     host = torch.device("cpu")
     plan, images = prepared.plan, prepared.images
     patches_I = images.patches_I
-    position_N2 = patch_positions(images.grid_hw_I2)
+    position_N2 = vision.positions(images.grid_hw_I2)
     chunks, image, patch = [], 0, 0
     for ids in prepared.share.routes.chunks:
         mine_I = patches_I[image : image + ids.size]
@@ -125,10 +125,10 @@ def step_input(prepared: PreparedStep, grid: Grid) -> StepInput:
         if count:
             here, keep_LI = slice(patch, patch + count), prepared.share.keep_LI
             keep_LI = None if keep_LI is None else keep_LI[:, image : image + ids.size]
-            packed = (images.patches_N588[here], position_N2[here], mine_I, host, keep_LI)
+            packed = (images.patches_NP[here], position_N2[here], mine_I, host, keep_LI)
             chunks.append(PackedImages.of(*packed))
         else:
-            chunks.append(PackedImages.blank(host))
+            chunks.append(PackedImages.blank(vision, host))
         image, patch = image + ids.size, patch + count
     text_M = prepared.text or [None] * len(prepared.share.rows_MB)
     micro_batches = [

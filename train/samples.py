@@ -16,9 +16,10 @@ from data.captions import captions
 from data.corpus import Corpus
 from data.plan import AUDIO, STILL, StepPlan, images_of, ranges
 from data.reader import Failure, RowBatch
-from parallel.balance import assign_images, cut_in_order, image_costs, load_max_over_mean
+from parallel.balance import assign_images, cut_in_order, load_max_over_mean
 from train.config import Config
 from train.feed import Share
+from train.flops import text_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +78,12 @@ class Samples:
         patches_I = plan.patches_I
         sample_I = plan.image_sample_I
         cost_S, size_S = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        np.add.at(cost_S, sample_I, image_costs(patches_I, config.model.encoder.width, config.model.encoder.depth))
+        np.add.at(cost_S, sample_I, config.vision.cost(plan.grid_hw_I2))
         np.add.at(size_S, sample_I, patches_I)
         if self._wanted:
             visual_S = np.bincount(sample_I, plan.tokens_I, count).astype(np.int64)
             text_S = np.minimum(plan.length_S - visual_S, self._wanted * config.model.text.max_tokens)
-            cost_S += image_costs(text_S, config.model.text.width, config.model.text.depth)
+            cost_S += text_flops(config.model.text, text_S)
             size_S += text_S
         owner_S = assign_images(cost_S, world) if config.parallel.balance else np.arange(count) % world
         chunks_W = [

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from data.vision import OLDEST
 from train import checkpoint, history, watchdog
 from train.config import Config
 from train.dataset import Data
@@ -97,7 +98,10 @@ def restore(
     newest, damaged = saver.newest_valid()
     told = [f"DAMAGED, an older one is used: {sentence}" for sentence in damaged]
     if newest is not None:
-        return go_back(config, trainer, data, newest, places.rollbacks), told
+        position = go_back(config, trainer, data, newest, places.rollbacks)
+        if "vision" not in position.data:
+            told.append(f"{newest} does not say its vision settings: those of its time are taken, {OLDEST}")
+        return position, told
     if start is not None:
         if wrong := verify_together(start.path, trainer.engines):
             raise ValueError(f"checkpoint.load_from={config.checkpoint.load_from}: {'; '.join(wrong)}")

@@ -7,6 +7,7 @@ import pytest
 
 from data.audio import FLOOR, MELS, RATE, TOP, decode_audio, log_mel, sound_grid, spectrogram
 from data.video import SoundError, VideoError, decode_frames, probe
+from data.vision import VisionSpec
 from tests.data.conftest import encoded_video, sound_of
 from tests.data.videos import Counted, make_video
 
@@ -39,17 +40,18 @@ def test_of_a_long_track_only_the_beginning_is_decoded():
 
 
 def test_the_picture_of_a_sound_has_whole_blocks_for_all_that_is_heard():
-    assert sound_grid(np.array([1, 280, 281, 1000, 10**7]), 2.0).tolist() == [[8, 2], [8, 2], [8, 4], [8, 8], [8, 16]]
-    assert sound_grid(2000, 0.3).tolist() == [8, 4] and sound_grid(2000, 0.3).dtype == np.int32
+    grids = sound_grid(np.array([1, 280, 281, 1000, 10**7]), 2.0, VisionSpec())
+    assert grids.tolist() == [[8, 2], [8, 2], [8, 4], [8, 8], [8, 16]] and grids.dtype == np.int32
+    assert sound_grid(2000, 0.3, VisionSpec()).tolist() == [8, 4]
     milliseconds = np.arange(1, 30_000, 7)
-    grid = sound_grid(milliseconds, 20)
+    grid = sound_grid(milliseconds, 20, VisionSpec())
     heard = np.minimum(milliseconds, 20_000)
     assert (grid[:, 0] == MELS / 14).all() and (grid % 2 == 0).all()
     assert ((grid[:, 1] * 140 >= heard) & (grid[:, 1] * 140 < heard + 280)).all()
 
 
 def test_a_picture_shows_low_tones_above_and_time_to_the_right():
-    picture = spectrogram(io.BytesIO(encoded_video(2, sound_S=sound_of(300, 3000), sound_codec="pcm_s16le")), 16)
+    picture = spectrogram(io.BytesIO(encoded_video(2, sound_S=sound_of(300, 3000), sound_codec="pcm_s16le")), MELS, 224)
     assert picture.shape == (112, 224, 3) and picture.dtype == np.uint8
     assert (picture == picture[..., :1]).all()
     loudest = picture[..., 0].argmax(0)
@@ -60,17 +62,17 @@ def test_a_picture_shows_low_tones_above_and_time_to_the_right():
 
 def test_pixels_are_the_energies_on_a_scale_from_the_floor():
     data = encoded_video(2, sound_S=0.1 * np.random.default_rng(0).standard_normal(40_000), sound_codec="pcm_s16le")
-    picture = spectrogram(io.BytesIO(data), 12)
+    picture = spectrogram(io.BytesIO(data), MELS, 168)
     energy = log_mel(decode_audio(io.BytesIO(data)))[: 12 * 14].T
     back = FLOOR + picture[..., 0] * (TOP - FLOOR) / 255
     assert abs(back - energy).max() <= (TOP - FLOOR) / 255 / 2 + 1e-3 and picture.min() > 0 and picture.max() < 255
-    assert np.array_equal(spectrogram(io.BytesIO(data), 4), picture[:, :56])  # a shorter one is its beginning
-    assert spectrogram(io.BytesIO(encoded_video(2, sound_S=sound_of(300))), 30).shape == (112, 420, 3)
+    assert np.array_equal(spectrogram(io.BytesIO(data), MELS, 56), picture[:, :56])  # a shorter one is its beginning
+    assert spectrogram(io.BytesIO(encoded_video(2, sound_S=sound_of(300))), MELS, 420).shape == (112, 420, 3)
 
 
 def test_a_file_may_be_asked_for_frames_after_its_sound():
     file = io.BytesIO(make_video(20, tone=440))
-    spectrogram(file, 4)
+    spectrogram(file, MELS, 56)
     file.seek(0)
     assert len(list(decode_frames(file, [0, 500]))) == 2
 
@@ -106,7 +108,7 @@ BROKEN = np.where(np.arange(32_000) == 999, np.nan, sound_of(440, 550))
 def test_what_cannot_be_heard_is_told_in_one_sentence(data, message):
     assert probe(io.BytesIO(data)).duration_ms > 0
     with pytest.raises(SoundError, match=message) as raised:
-        spectrogram(io.BytesIO(data), 14)
+        spectrogram(io.BytesIO(data), MELS, 196)
     assert "\n" not in str(raised.value)
 
 
@@ -165,7 +167,7 @@ def test_of_a_long_frame_only_the_beginning_is_resampled(monkeypatch, rate, chan
 
 def test_a_file_that_is_none_has_no_error_of_sound():
     with pytest.raises(VideoError, match="cannot be decoded") as raised:
-        spectrogram(io.BytesIO(b"no video at all"), 14)
+        spectrogram(io.BytesIO(b"no video at all"), MELS, 196)
     assert not isinstance(raised.value, SoundError)
 
 

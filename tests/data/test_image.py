@@ -10,17 +10,19 @@ import skimage.data
 from PIL import ExifTags, Image
 
 from data.image import (
-    PATCH,
     ImageError,
     decode_image,
-    grid_hw,
     image_size,
-    patch_positions,
-    resized_hw,
     to_patches,
-    to_pixels,
-    visual_tokens,
 )
+from data.vision import VisionSpec
+
+VISION = VisionSpec()
+
+
+def cut(image, height, width):
+    """The image at this size, a multiple of patches, in patches."""
+    return to_patches(image, (height // 14, width // 14), VISION)
 
 
 def saved(image, kind, **options) -> bytes:
@@ -47,17 +49,19 @@ def pixels(height, width, seed=0):
     ],
 )
 def test_resized_size(size, limits, expected):
-    assert resized_hw(*size, *limits) == expected
+    vision = VisionSpec(*limits)
+    assert vision.pixels_hw(vision.views(*size)) == expected
 
 
 def test_grids_keep_both_limits_for_any_size():
     rng = np.random.default_rng(0)
     sizes = np.exp(rng.uniform(0, 9, (4000, 2))).astype(int)
-    grid = grid_hw(sizes[:, 0], sizes[:, 1], 16, 400)
+    vision = VisionSpec(16, 400)
+    grid = vision.views(sizes[:, 0], sizes[:, 1])
     patches = grid.prod(1)
     assert (grid % 2 == 0).all() and grid.min() >= 2
     assert patches.max() <= 400 and patches.min() >= 16
-    assert grid[7].tolist() == grid_hw(*sizes[7], 16, 400).tolist()
+    assert grid[7].tolist() == vision.views(*sizes[7]).tolist()
     moderate = (sizes.max(1) / sizes.min(1) < 3) & (patches > 64)
     ratio = (grid[:, 0] / grid[:, 1]) / (sizes[:, 0] / sizes[:, 1])
     assert (abs(np.log(ratio[moderate])) < np.log(1.5)).all()
@@ -65,8 +69,8 @@ def test_grids_keep_both_limits_for_any_size():
 
 def test_patches_are_block_major_so_that_pooling_is_a_mean_over_four_rows():
     image = pixels(56, 84)
-    patches = to_patches(image, 56, 84)
-    positions = patch_positions([[4, 6]])
+    patches = cut(image, 56, 84)
+    positions = VISION.positions([[4, 6]])
     assert patches.shape == (24, 588) and patches.dtype == np.uint8
     for row, (y, x) in zip(patches, positions, strict=True):
         assert np.array_equal(row.reshape(14, 14, 3), image[14 * y : 14 * y + 14, 14 * x : 14 * x + 14])
@@ -76,18 +80,18 @@ def test_patches_are_block_major_so_that_pooling_is_a_mean_over_four_rows():
 
 def test_positions_of_many_images_are_those_of_each():
     grids = np.array([[2, 2], [4, 6], [2, 8]])
-    together = patch_positions(grids)
-    assert np.array_equal(together, np.concatenate([patch_positions([grid]) for grid in grids]))
-    assert together.dtype == np.int32 and visual_tokens(grids).tolist() == [1, 6, 4]
-    assert patch_positions(np.zeros((0, 2))).shape == (0, 2)
+    together = VISION.positions(grids)
+    assert np.array_equal(together, np.concatenate([VISION.positions([grid]) for grid in grids]))
+    assert together.dtype == np.int32 and VISION.tokens(grids).tolist() == [1, 6, 4]
+    assert VISION.positions(np.zeros((0, 2))).shape == (0, 2)
 
 
 def test_resize_is_bilinear():
     image = pixels(30, 50)
     expected = np.asarray(Image.fromarray(image).resize((56, 28), Image.Resampling.BILINEAR))
-    assert np.array_equal(to_patches(image, 28, 56), to_patches(expected, 28, 56))
+    assert np.array_equal(cut(image, 28, 56), cut(expected, 28, 56))
     with pytest.raises(ValueError, match="multiples of 28"):
-        to_patches(image, 30, 50)
+        VISION.cut(image)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
@@ -187,8 +191,8 @@ def test_jpegs_decoded_at_a_fraction_of_their_size_differ_little(target):
     """Mean absolute difference below 1 of 256 levels on photographs, and no pixel off by more than 12."""
     for image in photographs():
         data = saved(Image.fromarray(image), "JPEG", quality=90)
-        whole = to_patches(decode_image(data, 1 << 20), *target).astype(int)
-        drafted = to_patches(decode_image(data, 1 << 20, target), *target)
+        whole = cut(decode_image(data, 1 << 20), *target).astype(int)
+        drafted = cut(decode_image(data, 1 << 20, target), *target)
         difference = abs(drafted - whole)
         assert difference.mean() < 1 and difference.max() <= 12
         if min(image.shape[0] // target[0], image.shape[1] // target[1]) < 4:  # no half is twice the target
@@ -202,10 +206,10 @@ def test_a_target_size_is_that_of_the_image_as_shown(orientation):
     image = Image.fromarray(photographs()[2])
     for kind in ("PNG", "JPEG"):
         data = saved(image, kind, exif=exif)
-        whole = to_patches(decode_image(data, 1 << 20), 84, 56).astype(int)
+        whole = cut(decode_image(data, 1 << 20), 84, 56).astype(int)
         resized = decode_image(data, 1 << 20, (84, 56))
         assert resized.shape == (84, 56, 3)
-        difference = abs(to_patches(resized, 84, 56) - whole)
+        difference = abs(cut(resized, 84, 56) - whole)
         if kind == "PNG":  # a quarter turn swaps the two passes of the resize, between which it rounds
             assert difference.max() <= (orientation >= 5)
         assert difference.mean() < 1
@@ -214,5 +218,5 @@ def test_a_target_size_is_that_of_the_image_as_shown(orientation):
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (56, 140)])
 def test_patches_go_back_to_pixels(height, width):
     pixels_HW3 = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    patches_N588 = to_patches(pixels_HW3, height, width)
-    assert np.array_equal(to_pixels(patches_N588, height // PATCH, width // PATCH), pixels_HW3)
+    patches_NP = cut(pixels_HW3, height, width)
+    assert np.array_equal(VISION.to_pixels(patches_NP, (height // 14, width // 14)), pixels_HW3)

@@ -122,7 +122,7 @@ def test_bad_arguments_are_told_in_one_sentence(shards, tokenizer, tmp_path, cap
 
 def test_an_interrupted_run_leaves_whole_indexes_and_goes_on(tokenizer, tmp_path, make_shard):
     members = [(f"{i}.json", make_shard.json("a", "b")) for i in range(1500)]
-    shards = [write_tar(tmp_path / f"{n:02}.tar", members) for n in range(6)]
+    shards = [write_tar(tmp_path / f"{n:02}.tar", members) for n in range(16)]  # more than are done before the signal
     command = [sys.executable, "launch/index_shards.py", *shards, "--tokenizer", tokenizer.path, "--workers", "2"]
     running = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True

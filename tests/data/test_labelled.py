@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from data.audio import sound_grid, spectrogram
-from data.image import decode_image, grid_hw, to_patches
+from data.image import decode_image, to_patches
 from data.labelled import Labelled, Sizes
 from data.video import decode_frames
+from data.vision import VisionSpec
 from tests.data.videos import make_video
 from tests.support import write_tar
 
-SIZES = Sizes(4, 64, 1 << 20, fps=2.0, video_budget=12, video_levels=(4, 2), audio_seconds=0.0)
+SIZES = Sizes(VisionSpec(4, 64), 1 << 20, fps=2.0, video_budget=12, video_levels=(4, 2), audio_seconds=0.0)
 
 
 def picture(height=56, width=84, seed=0, kind="PNG") -> bytes:
@@ -57,15 +58,15 @@ def test_a_folder_is_read_in_order_with_its_classes(folder):
     ]
     assert data.skipped == [] and all(sample.captions == () for sample in samples)
     again, _ = read(folder, threads=1)
-    assert all((a.images.patches_N588 == b.images.patches_N588).all() for a, b in zip(samples, again, strict=True))
+    assert all((a.images.patches_NP == b.images.patches_NP).all() for a, b in zip(samples, again, strict=True))
 
 
 def test_images_become_the_patches_of_training(folder):
     (sample, *_), _ = read(folder)
-    down, across = grid_hw(56, 84, SIZES.min_patches, SIZES.max_patches).tolist()
+    down, across = SIZES.vision.views(56, 84).tolist()
     pixels = decode_image(picture(seed=1), SIZES.max_pixels, (14 * down, 14 * across))
     assert sample.images.grid_hw_I2.tolist() == [[down, across]] == [[4, 6]]
-    assert (sample.images.patches_N588 == to_patches(pixels, 14 * down, 14 * across)).all()
+    assert (sample.images.patches_NP == to_patches(pixels, (down, across), SIZES.vision)).all()
 
 
 def test_shards_give_labels_and_captions(tmp_path):
@@ -100,13 +101,13 @@ def test_videos_give_frames_and_sound(tmp_path):
     shard = write_tar(tmp_path / "clips.tar", members)
     (heard, unheard), data = read(shard, sizes=replace(SIZES, audio_seconds=1.0))
     times = [0, 500, 1000, 1500]
-    frames = [to_patches(pixels, 28, 28) for pixels in decode_frames(io.BytesIO(loud), times)]
+    frames = [to_patches(pixels, (2, 2), SIZES.vision) for pixels in decode_frames(io.BytesIO(loud), times)]
     assert heard.images.grid_hw_I2.tolist() == [[2, 2]] * 4, "two tokens a frame at most, of a budget of twelve"
-    assert (heard.images.patches_N588 == np.concatenate(frames)).all()
-    grid = sound_grid(2000, 1.0)
+    assert (heard.images.patches_NP == np.concatenate(frames)).all()
+    grid = sound_grid(2000, 1.0, SIZES.vision)
     assert heard.sound.grid_hw_I2.tolist() == [grid.tolist()]
-    pixels = spectrogram(io.BytesIO(loud), int(grid[1]))
-    assert (heard.sound.patches_N588 == to_patches(pixels, *pixels.shape[:2])).all()
+    pixels = spectrogram(io.BytesIO(loud), *SIZES.vision.pixels_hw(grid))
+    assert (heard.sound.patches_NP == SIZES.vision.cut(pixels)).all()
     assert unheard.sound is None and "no audio track" in unheard.unheard
     assert [name.endswith("sample b") for name, _ in data.unheard] == [True] and data.skipped == []
     deaf, data = read(shard)

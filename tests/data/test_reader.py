@@ -15,9 +15,10 @@ from data.storage import Section
 from data.stream import Stream, StreamConfig
 from data.text import Tokenizer
 from data.video import decode_frames
+from data.vision import VisionSpec
 
 CONFIG = StreamConfig(
-    seq_length=1024, rows_per_step=6, seed=3, min_patches=4, max_patches=64, video_budget=256, video_levels=(32, 16, 8)
+    seq_length=1024, rows_per_step=6, seed=3, vision=VisionSpec(4, 64), video_budget=256, video_levels=(32, 16, 8)
 )
 
 
@@ -44,7 +45,7 @@ def plan(opened):
 
 @pytest.fixture(params=[0, 2], ids=["calling thread", "two workers"])
 def reader(request, opened):
-    reader = ShardReader(opened[1], opened[2], 1 << 20, request.param)
+    reader = ShardReader(opened[1], opened[2], VisionSpec(), 1 << 20, request.param)
     yield reader
     reader.close()
 
@@ -100,7 +101,7 @@ def test_images_and_frames_are_those_of_the_shards(opened, plan, reader):
     ids = np.random.default_rng(0).permutation(len(plan.tokens_I))
     ids = np.append(ids, ids[:3])  # some twice
     images = reader.read(plan, ids, [])[0]
-    assert images.patches_N588.dtype == np.uint8 and np.array_equal(images.grid_hw_I2, plan.grid_hw_I2[ids])
+    assert images.patches_NP.dtype == np.uint8 and np.array_equal(images.grid_hw_I2, plan.grid_hw_I2[ids])
     at, seen = 0, {}
     for i in ids:
         shard, medium = int(plan.shard_S[plan.image_sample_I[i]]), int(plan.image_media_I[i])
@@ -113,17 +114,17 @@ def test_images_and_frames_are_those_of_the_shards(opened, plan, reader):
             pixels = decode_image(encoded, 1 << 20, (down * 14, across * 14))
         else:
             (pixels,) = decode_frames(io.BytesIO(encoded), [plan.time_I[i]])
-        expected = to_patches(pixels, down * 14, across * 14)
-        assert np.array_equal(images.patches_N588[at : at + down * across], expected)
+        expected = to_patches(pixels, (down, across), VisionSpec())
+        assert np.array_equal(images.patches_NP[at : at + down * across], expected)
         at += down * across
-    assert at == len(images.patches_N588) and not images.failures
+    assert at == len(images.patches_NP) and not images.failures
     assert images.bytes_read == sum(seen.values())  # a video is read once for all of its frames
     images.release()
 
 
 def test_nothing_asked_for(plan, reader):
     images, rows = reader.read(plan, [], [])
-    assert images.patches_N588.shape == (0, 588) and images.grid_hw_I2.shape == (0, 2)
+    assert images.patches_NP.shape == (0, 588) and images.grid_hw_I2.shape == (0, 2)
     assert rows.tokens.shape == rows.trained.shape == (0, 1024) and images.bytes_read == rows.bytes_read == 0
 
 
@@ -131,10 +132,10 @@ def test_workers_read_what_the_calling_thread_reads(opened, plan):
     _, corpus, tokenizer = opened
     batches = []
     for processes in (0, 2):
-        reader = ShardReader(corpus, tokenizer, 1 << 20, processes)
+        reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, processes)
         pending = [reader.begin(plan, *everything(plan)) for _ in range(3)]  # several under way at once
         results = [reader.finish(one) for one in pending]
-        batches += [(images.patches_N588.copy(), rows.tokens, rows.trained) for images, rows in results]
+        batches += [(images.patches_NP.copy(), rows.tokens, rows.trained) for images, rows in results]
         reader.close()
     assert len(batches) == 6
     for batch in batches[1:]:
@@ -151,7 +152,7 @@ def test_pixels_of_another_plan(opened, plan, reader):
     other = type(plan)(**{**vars(plan), **fields})
     images, rows = reader.finish(reader.begin(plan, same_grid, range(6), other))
     expected = reader.read(plan, source_I[same_grid], range(6))
-    assert np.array_equal(images.patches_N588, expected[0].patches_N588)
+    assert np.array_equal(images.patches_NP, expected[0].patches_NP)
     assert np.array_equal(rows.tokens, expected[1].tokens) and not rows.failures
 
 
@@ -163,7 +164,7 @@ def test_train_roles_are_those_of_the_source(corpus, opened):
     ]
     mixed = Corpus.open(sources, tokenizer.sha256)
     plan = Stream(mixed, CONFIG, tokenizer.stamp_lengths).next_step()
-    reader = ShardReader(mixed, tokenizer, 1 << 20, 0)
+    reader = ShardReader(mixed, tokenizer, VisionSpec(), 1 << 20, 0)
     rows = reader.read(plan, [], range(6))[1]
     seen = set()
     for s in range(len(plan.shard_S)):
@@ -197,7 +198,7 @@ def damaged(make_shard, tokenizer):
     shard, _ = make_shard(members)
     corpus = open_corpus([shard], tokenizer)
     config = StreamConfig(
-        seq_length=256, rows_per_step=1, seed=0, min_patches=4, max_patches=64, block_samples=5, video_levels=(16,)
+        seq_length=256, rows_per_step=1, seed=0, vision=VisionSpec(4, 64), block_samples=5, video_levels=(16,)
     )
     plan = Stream(corpus, config, tokenizer.stamp_lengths).next_step()
     assert set(plan.index_S.tolist()) == set(range(5))
@@ -216,7 +217,7 @@ def test_damage_is_reported_and_keeps_the_planned_shapes(damaged, tokenizer, pro
     corpus, plan = damaged
     shard = corpus.shard_name(0)
     unseen_S, unread_S = np.isin(plan.index_S, (1, 2)), np.isin(plan.index_S, (0, 3))
-    reader = ShardReader(corpus, tokenizer, 1 << 20, processes)
+    reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, processes)
     for _ in range(2):  # the second time into memory that held something else
         images, rows = reader.read(plan, range(len(plan.tokens_I)), [0])
         assert [failure.sample for failure in images.failures] == np.flatnonzero(unseen_S).tolist()
@@ -226,9 +227,9 @@ def test_damage_is_reported_and_keeps_the_planned_shapes(damaged, tokenizer, pro
             assert failure.sentence.startswith(f"{kind} at byte {record['offset']} of {shard}: ")
             assert (failure.shard, failure.reason) == (shard, "changed") and "checksum" in failure.sentence
         border_I1 = np.append(0, np.cumsum(plan.grid_hw_I2.prod(1)))
-        assert len(images.patches_N588) == border_I1[-1]
+        assert len(images.patches_NP) == border_I1[-1]
         for i, sample in enumerate(plan.image_sample_I):
-            assert images.patches_N588[border_I1[i] : border_I1[i + 1]].any() != unseen_S[sample]
+            assert images.patches_NP[border_I1[i] : border_I1[i + 1]].any() != unseen_S[sample]
 
         assert [failure.sample for failure in rows.failures] == np.flatnonzero(unread_S).tolist()
         visual = np.zeros(256, bool)
@@ -249,14 +250,14 @@ def test_what_the_checksum_cannot_see(damaged, tokenizer, monkeypatch):
     trusting = SimpleNamespace(samples=index.samples.copy(), media=index.media.copy())
     trusting.samples["json_crc"] = trusting.media["crc"] = 0
     monkeypatch.setattr(corpus, "index", lambda shard: trusting)
-    reader = ShardReader(corpus, tokenizer, 1 << 20, 0)
+    reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0)
     images, rows = reader.read(plan, range(len(plan.tokens_I)), [0])
     reasons = {int(plan.index_S[failure.sample]): failure.reason for failure in images.failures}
     assert reasons.pop(1) == "unreadable image" and reasons in ({}, {2: "unreadable video"})
     reasons = {int(plan.index_S[failure.sample]): failure.reason for failure in rows.failures}
     assert reasons == {0: "bad json", 3: "changed"}
 
-    tight = ShardReader(corpus, tokenizer, 100, 0)
+    tight = ShardReader(corpus, tokenizer, VisionSpec(), 100, 0)
     failures = tight.read(plan, range(len(plan.tokens_I)), [])[0].failures
     whole = [failure.sentence for failure in failures if plan.index_S[failure.sample] in (0, 3, 4)]
     assert whole and all("the limit is 100 pixels" in sentence for sentence in whole)
@@ -265,10 +266,10 @@ def test_what_the_checksum_cannot_see(damaged, tokenizer, monkeypatch):
 def test_a_shard_that_is_gone(make_shard, tokenizer):
     shard, _ = make_shard([("a.0.png", make_shard.image()), ("a.json", make_shard.json("<image>hi", "yes"))])
     corpus = open_corpus([shard], tokenizer)
-    config = StreamConfig(seq_length=64, rows_per_step=1, seed=0, min_patches=4, max_patches=64)
+    config = StreamConfig(seq_length=64, rows_per_step=1, seed=0, vision=VisionSpec(4, 64))
     plan = Stream(corpus, config, tokenizer.stamp_lengths).next_step()
     Path(shard).unlink()
-    reader = ShardReader(corpus, tokenizer, 1 << 20, 0)
+    reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0)
     for batch in reader.read(plan, range(len(plan.tokens_I)), [0]):
         assert {failure.reason for failure in batch.failures} == {"unreadable shard"}
         assert all(shard in failure.sentence for failure in batch.failures)
@@ -276,14 +277,14 @@ def test_a_shard_that_is_gone(make_shard, tokenizer):
 
 def test_a_long_video_is_read_in_ranges(opened, plan, monkeypatch):
     _, corpus, tokenizer = opened
-    reader = ShardReader(corpus, tokenizer, 1 << 20, 0)
+    reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0)
     frames = np.flatnonzero(plan.time_I >= 0)
     whole = reader.read(plan, frames, [])[0]
     monkeypatch.setattr(jobs, "WHOLE_VIDEO_BYTES", 0)
     sections = []
     monkeypatch.setattr(jobs, "Section", lambda *where: sections.append(Section(*where)) or sections[-1])
     ranges = reader.read(plan, frames, [])[0]
-    assert np.array_equal(whole.patches_N588, ranges.patches_N588)
+    assert np.array_equal(whole.patches_NP, ranges.patches_NP)
     assert ranges.bytes_read == sum(section.bytes_read for section in sections) > 0
 
 
@@ -293,20 +294,20 @@ def test_a_long_video_is_read_in_ranges(opened, plan, monkeypatch):
 
 def test_memory_is_given_back_and_used_again(opened, plan):
     _, corpus, tokenizer = opened
-    reader = ShardReader(corpus, tokenizer, 1 << 20, 0, slots=2)
+    reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0, slots=2)
     first = reader.read(plan, range(2), [])[0]
-    held = first.patches_N588.copy()
+    held = first.patches_NP.copy()
     second = reader.read(plan, range(2, 4), [])[0]
-    assert np.array_equal(first.patches_N588, held)
+    assert np.array_equal(first.patches_NP, held)
     with pytest.raises(RuntimeError, match=r"all 2 batches .* are in use: release\(\)"):
         reader.read(plan, range(2), [])
     first.release()
     first.release()  # a second time changes nothing
     third = reader.read(plan, range(2), [])[0]
-    assert third.patches_N588.ctypes.data == first.patches_N588.ctypes.data
+    assert third.patches_NP.ctypes.data == first.patches_NP.ctypes.data
     with pytest.raises(RuntimeError, match="in use"):
         reader.read(plan, range(2), [])
-    view = second.patches_N588[3:]
+    view = second.patches_NP[3:]
     del second
     with pytest.raises(RuntimeError, match="in use"):  # somebody still looks at it
         reader.read(plan, range(2), [])
@@ -327,10 +328,10 @@ def test_memory_is_announced_before_use_and_before_it_goes(opened, plan, monkeyp
         assert live.pop(buffer.ctypes.data) == len(buffer)
         log.append("old")
 
-    reader = ShardReader(corpus, tokenizer, 1 << 20, 0, on_new_buffer=on_new, on_old_buffer=on_old)
+    reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0, on_new_buffer=on_new, on_old_buffer=on_old)
     for ids in (range(1), range(1), range(9), range(1)):
         images = reader.read(plan, ids, [])[0]
-        address, size = images.patches_N588.ctypes.data, images.patches_N588.nbytes
+        address, size = images.patches_NP.ctypes.data, images.patches_NP.nbytes
         assert any(start <= address and address + size <= start + length for start, length in live.items())
         images.release()
     assert log == ["new", "old", "new"]  # one memory, replaced by a larger one
@@ -347,7 +348,7 @@ def test_memory_that_cannot_be_announced_is_not_lost(opened, plan):
         if fails:
             raise fails.pop()
 
-    reader = ShardReader(corpus, tokenizer, 1 << 20, 0, slots=1, on_new_buffer=on_new)
+    reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0, slots=1, on_new_buffer=on_new)
     with pytest.raises(MemoryError, match="pinned"):
         reader.read(plan, range(2), [])
     assert not reader.read(plan, range(2), [])[0].failures
@@ -355,7 +356,7 @@ def test_memory_that_cannot_be_announced_is_not_lost(opened, plan):
 
 def test_reader_settings_name_their_key(opened):
     with pytest.raises(ValueError, match="data.workers=-1"):
-        ShardReader(opened[1], opened[2], 100, -1)
+        ShardReader(opened[1], opened[2], VisionSpec(), 100, -1)
 
 
 def test_webdataset_reads_the_same_samples(corpus, indexes):

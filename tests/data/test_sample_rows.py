@@ -11,6 +11,7 @@ from data.corpus import Corpus, SourceSettings
 from data.plan import row_cu_seqlens
 from data.reader import ShardReader
 from data.stream import Stream
+from data.vision import VisionSpec
 from tests.data.synthetic import MemoryShard, Sample, corpus_of, stamp_lengths
 from tests.data.test_stream import CONFIG, equal, mixed_shards
 
@@ -114,7 +115,7 @@ def test_a_step_of_equal_samples_has_no_padding():
 def test_rows_are_read_as_the_samples_are(corpus, tokenizer):
     """Text, targets and pixels of a sample are the same in a row of its own as in a packed one."""
     opened = Corpus.open([SourceSettings("toy", (f"{corpus}/train/*.tar",))], tokenizer.sha256)
-    reader, seen = ShardReader(opened, tokenizer, 1 << 20, 0), {}
+    reader, seen = ShardReader(opened, tokenizer, VisionSpec(), 1 << 20, 0), {}
     for rows in ("samples", "packed"):
         config = replace(CONFIG, rows=rows, rows_per_step=64 if rows == "samples" else 12, block_samples=64)
         plan = Stream(opened, config, tokenizer.stamp_lengths).next_step()
@@ -124,7 +125,7 @@ def test_rows_are_read_as_the_samples_are(corpus, tokenizer):
         for s, pair in enumerate(pairs(plan)):
             place = plan.row_S[s], slice(plan.start_S[s], plan.start_S[s] + plan.length_S[s])
             mine = np.flatnonzero(plan.image_sample_I == s)
-            pixels = b"".join(images.patches_N588[patch_I1[i] : patch_I1[i + 1]].tobytes() for i in mine)
+            pixels = b"".join(images.patches_NP[patch_I1[i] : patch_I1[i + 1]].tobytes() for i in mine)
             found = text.tokens[place].tobytes(), text.trained[place].tobytes(), pixels
             assert seen.setdefault(pair, found) == found
         images.release()

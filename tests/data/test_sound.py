@@ -17,13 +17,14 @@ from data.reader import ShardReader
 from data.storage import Section, open_range
 from data.stream import Stream, StreamConfig
 from data.view import NO_SOUND, REASONS, SOUND_CUT
+from data.vision import VisionSpec
 from tests.data.conftest import sound_of
 from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, stamp_lengths
 from tests.data.test_view import samples, view_of
 from tests.data.videos import make_video
 
 CONFIG = StreamConfig(
-    seq_length=512, rows_per_step=4, seed=3, min_patches=4, max_patches=256, rows="samples", audio_seconds=3
+    seq_length=512, rows_per_step=4, seed=3, vision=VisionSpec(4, 256), rows="samples", audio_seconds=3
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +49,8 @@ def test_sound_changes_no_length_and_no_place(made):
     for name in ("media_I", "time_I", "grid_hw_I2", "tokens_I", "offset_I"):
         assert np.array_equal(getattr(without, name), getattr(view, name)[~sound_I])
     videos = [medium for sample in made for medium in sample.media if medium.duration_ms]
-    assert view.grid_hw_I2[sound_I].tolist() == [sound_grid(one.duration_ms, 2.5).tolist() for one in videos]
+    grids = [sound_grid(one.duration_ms, 2.5, VisionSpec()).tolist() for one in videos]
+    assert view.grid_hw_I2[sound_I].tolist() == grids
     assert not view.tokens_I[sound_I].any()
     behind = np.flatnonzero(sound_I) - 1
     assert (view.time_I[behind] >= 0).all() and np.array_equal(view.media_I[behind], view.media_I[sound_I])
@@ -148,7 +150,7 @@ def clips(make_shard):
 
 def patches_of(images, plan, ids) -> dict[int, np.ndarray]:
     border = np.append(0, np.cumsum(plan.grid_hw_I2[ids].prod(1)))
-    return {int(i): images.patches_N588[border[n] : border[n + 1]] for n, i in enumerate(ids)}
+    return {int(i): images.patches_NP[border[n] : border[n + 1]] for n, i in enumerate(ids)}
 
 
 @pytest.mark.parametrize("processes, whole", [(0, True), (1, True), (0, False)], ids=["here", "worker", "ranges"])
@@ -156,7 +158,11 @@ def test_sounds_are_those_of_the_shard_and_no_byte_is_read_twice(clips, tokenize
     if not whole:
         monkeypatch.setattr(jobs, "WHOLE_VIDEO_BYTES", 0)
     corpus, plan = opened(clips, tokenizer)
-    reader, media, shard = ShardReader(corpus, tokenizer, 1 << 20, processes), corpus.index(0).media, Path(clips)
+    reader, media, shard = (
+        ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, processes),
+        corpus.index(0).media,
+        Path(clips),
+    )
     ids, sound_I = np.random.default_rng(0).permutation(len(plan.time_I)), plan.time_I == AUDIO
     assert sound_I.sum() == 5
     both = reader.read(plan, ids, [])[0]
@@ -165,9 +171,9 @@ def test_sounds_are_those_of_the_shard_and_no_byte_is_read_twice(clips, tokenize
         record, (down, across) = media[plan.image_media_I[i]], plan.grid_hw_I2[i].tolist()
         if sound_I[i]:
             encoded = shard.read_bytes()[record["offset"] :][: record["size"]]
-            assert (down, across) == (8, sound_grid(int(record["duration_ms"]), 3)[1])
-            picture = spectrogram(io.BytesIO(encoded), across)
-            assert picture[: 8 * 14].any() and np.array_equal(patches, to_patches(picture, 112, 14 * across))
+            assert (down, across) == (8, sound_grid(int(record["duration_ms"]), 3, VisionSpec())[1])
+            picture = spectrogram(io.BytesIO(encoded), 112, 14 * across)
+            assert picture[: 8 * 14].any() and np.array_equal(patches, to_patches(picture, (8, across), VisionSpec()))
     sizes = sum(media["size"].tolist())
     assert both.bytes_read == sizes if whole else both.bytes_read <= sizes
     frames, sounds = (reader.read(plan, np.flatnonzero(mask), [])[0] for mask in (~sound_I, sound_I))
@@ -181,7 +187,7 @@ def test_text_is_the_same_with_sound_and_without(clips, tokenizer):
     rows = []
     for seconds in (0, 3):
         corpus, plan = opened(clips, tokenizer, audio_seconds=seconds)
-        read = ShardReader(corpus, tokenizer, 1 << 20, 0).read(plan, [], range(5))[1]
+        read = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0).read(plan, [], range(5))[1]
         assert not read.failures
         order = np.argsort(plan.index_S)
         rows.append((read.tokens[order], read.trained[order]))
@@ -192,8 +198,8 @@ def test_text_is_the_same_with_sound_and_without(clips, tokenizer):
 def test_a_sample_twice_in_a_step_is_heard_twice(clips, tokenizer):
     corpus, plan = opened(clips, tokenizer)
     ids = np.repeat(np.flatnonzero(plan.time_I == AUDIO), 2)
-    images = ShardReader(corpus, tokenizer, 1 << 20, 0).read(plan, ids, [])[0]
-    twice = images.patches_N588.reshape(-1, 588)
+    images = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0).read(plan, ids, [])[0]
+    twice = images.patches_NP.reshape(-1, 588)
     border = np.append(0, np.cumsum(plan.grid_hw_I2[ids].prod(1)))
     for n in range(0, len(ids), 2):
         one, other = (twice[border[k] : border[k + 1]] for k in (n, n + 1))
@@ -206,7 +212,7 @@ def test_of_a_large_video_frames_read_nothing_anew_that_its_sound_has_read(make_
     shard, _ = make_shard([(f"s.0.{kind}", clip), ("s.json", make_shard.json("<video>", "x"))])
     corpus, plan = opened(shard, tokenizer, audio_seconds=1, seq_length=2048)
     monkeypatch.setattr(jobs, "WHOLE_VIDEO_BYTES", 0)
-    reader, sound_I = ShardReader(corpus, tokenizer, 1 << 20, 0), plan.time_I == AUDIO
+    reader, sound_I = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0), plan.time_I == AUDIO
     read = [reader.read(plan, np.flatnonzero(mask), [])[0] for mask in (sound_I, ~sound_I, sound_I | ~sound_I)]
     assert not any(batch.failures for batch in read)
     sound, frames, both = (batch.bytes_read for batch in read)
@@ -249,7 +255,7 @@ def test_bad_sound_and_short_videos_are_failures_of_their_samples_alone(make_sha
     shard, report = make_shard(members)
     assert report.samples == 6 and not report.skipped
     corpus, plan = opened(shard, tokenizer)
-    reader = ShardReader(corpus, tokenizer, 1 << 20, 0)
+    reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0)
     images, rows = reader.read(plan, range(len(plan.time_I)), range(6))
     reasons = {int(plan.index_S[failure.sample]): failure for failure in images.failures}
     assert {n: failure.reason for n, failure in reasons.items()} == {
@@ -265,7 +271,7 @@ def test_bad_sound_and_short_videos_are_failures_of_their_samples_alone(make_sha
     assert "less than one window of 25 ms" in reasons[2].sentence and "\n" not in reasons[3].sentence
     for i, patches in patches_of(images, plan, range(len(plan.time_I))).items():
         assert patches.any() == (int(plan.index_S[plan.image_sample_I[i]]) not in reasons)
-    assert not rows.failures and len(images.patches_N588) == plan.grid_hw_I2.prod(1).sum()
+    assert not rows.failures and len(images.patches_NP) == plan.grid_hw_I2.prod(1).sum()
 
 
 def test_a_clip_of_no_length_is_left_out_while_indexing(make_shard):
@@ -286,6 +292,6 @@ def test_images_of_one_pixel_by_five_thousand_are_seen(make_shard, tokenizer):
     assert report.samples == 200
     corpus, plan = opened(shard, tokenizer, audio_seconds=0, rows_per_step=8)
     assert {tuple(grid) for grid in plan.grid_hw_I2.tolist()} == {(2, 128), (128, 2)} and set(plan.tokens_I) == {64}
-    images, rows = ShardReader(corpus, tokenizer, 1 << 20, 0).read(plan, range(8), range(8))
+    images, rows = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0).read(plan, range(8), range(8))
     assert not images.failures and not rows.failures
     assert all(np.ptp(patches) > 50 for patches in patches_of(images, plan, range(8)).values())

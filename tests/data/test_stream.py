@@ -13,14 +13,14 @@ from data.plan import row_cu_seqlens, row_domains, row_labels, row_positions, ro
 from data.storage import open_range
 from data.stream import Stream, StreamConfig
 from data.text import parse_sample
+from data.vision import VisionSpec
 from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, random_shards, stamp_lengths
 
 CONFIG = StreamConfig(
     seq_length=512,
     rows_per_step=4,
     seed=3,
-    min_patches=4,
-    max_patches=64,
+    vision=VisionSpec(4, 64),
     video_budget=60,
     video_levels=(9, 4),
     block_samples=150,
@@ -185,13 +185,13 @@ def test_without_weights_sizes_repeats_and_caps_decide():
 def test_long_samples_are_passed_over_and_counted_by_reason():
     samples = [Sample(10)] * 30 + [Sample(80), Sample(10, (Medium(2, 280, 280),)), Sample(10, (Medium(2, 56, 56),))]
     corpus = corpus_of([MemoryShard.of(samples)])
-    stream = stream_of(corpus, seq_length=48, max_patches=1024, block_samples=33)
+    stream = stream_of(corpus, seq_length=48, vision=VisionSpec(4, 1024), block_samples=33)
     seen = set()
     while stream.state()["slot"] < 66:
         seen.update(stream.next_step().index_S.tolist())
     assert seen == set(range(30)) | {32} and stream.samples_per_epoch == 31
     assert stream.refused == {"samples longer than a row": 2, "rows shorter than one image": 2}
-    stream = stream_of(corpus, seq_length=48, max_patches=1024, block_samples=33, too_long="cut")
+    stream = stream_of(corpus, seq_length=48, vision=VisionSpec(4, 1024), block_samples=33, too_long="cut")
     plans = [stream.next_step() for _ in range(5)]
     cut = {(int(i), int(n)) for plan in plans for i, n in zip(plan.index_S, plan.length_S, strict=True) if n == 48}
     assert (30, 48) in cut and all(plan.cut_S.tolist() == (plan.index_S == 30).tolist() for plan in plans)
@@ -205,7 +205,7 @@ def test_no_sample_fits():
         stream_of(corpus_of([MemoryShard.of([Sample(12), Sample(90)])]), seq_length=8)
     wide = [MemoryShard.of([Sample(8, (Medium(2, 280, 280),))])]
     with pytest.raises(ValueError, match="rows shorter than one image: train.seq_length is 48"):
-        stream_of(corpus_of([MemoryShard.of([Sample(4)])], wide), seq_length=48, max_patches=1024)
+        stream_of(corpus_of([MemoryShard.of([Sample(4)])], wide), seq_length=48, vision=VisionSpec(4, 1024))
 
 
 def test_one_tiny_sample_fills_rows_over_epochs():
@@ -345,7 +345,7 @@ def test_a_batch_of_71_million_tokens_is_planned_in_time_and_full(seq_length):
     sources = [random_shards(40, 10_000, seed=s, images=1.5, median=150, sigma=1.0) for s in range(2)]
     corpus = corpus_of(*sources, settings=[{"weight": 0.7}, {"weight": 0.3}])
     rows = 71_000_000 // seq_length
-    full = {"seq_length": seq_length, "rows_per_step": rows, "max_patches": 16384, "block_samples": 4096}
+    full = {"seq_length": seq_length, "rows_per_step": rows, "vision": VisionSpec(4, 16384), "block_samples": 4096}
     stream = stream_of(corpus, **full, window_shards=16)
     state = {**stream.state(), "slot": 10**9 // 4096 * 4096}
     began = time.process_time()
@@ -363,8 +363,6 @@ def test_a_batch_of_71_million_tokens_is_planned_in_time_and_full(seq_length):
         ({"seq_length": 0}, "train.seq_length is 0"),
         ({"rows_per_step": 0}, "train.global_batch_size is 0"),
         ({"seed": -1}, "train.seed is -1"),
-        ({"max_patches": 2}, "data.max_patches is 2"),
-        ({"min_patches": 99}, "data.min_patches is 99, above"),
         ({"block_samples": 1.5}, "data.block_samples is 1.5"),
         ({"video_budget": 0}, "data.video.budget is 0"),
         ({"video_budget": 3}, "data.video.budget is 3, below"),

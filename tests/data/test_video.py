@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from data.video import SoundError, VideoError, _Frames, decode_frames, frame_grid, opened, probe, sample_frames
+from data.video import SoundError, VideoError, _Frames, decode_frames, opened, probe, sample_frames
+from data.vision import VisionSpec
 from tests.data.videos import Counted, make_video, number_of, only_sound
 
 LEVELS = (640, 512, 384, 256, 160, 128)
@@ -52,11 +53,11 @@ def test_every_sampling_keeps_the_budget():
 def test_a_frame_takes_at_most_its_level_and_a_small_one_less():
     for level in LEVELS:
         for size in ((1080, 1920), (1920, 1080), (700, 720)):
-            tokens = int(frame_grid(*size, level, 4, 4096).prod()) // 4
+            tokens = int(VisionSpec(4, 4096).views(*size, level).prod()) // 4
             assert 0.8 * level < tokens <= level
-    assert frame_grid(56, 84, 640, 4, 4096).tolist() == [4, 6]
-    assert frame_grid(1080, 1920, 640, 4, 400).prod() <= 400  # the run's own limit holds for frames too
-    assert frame_grid(np.array([56, 28]), np.array([84, 28]), 640, 4, 4096).tolist() == [[4, 6], [2, 2]]
+    assert VisionSpec(4, 4096).views(56, 84, 640).tolist() == [4, 6]
+    assert VisionSpec(4, 400).views(1080, 1920, 640).prod() <= 400  # the run's own limit holds for frames too
+    assert VisionSpec(4, 4096).views(np.array([56, 28]), np.array([84, 28]), 640).tolist() == [[4, 6], [2, 2]]
 
 
 @pytest.mark.parametrize("kind, codec", KINDS)

@@ -3,13 +3,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.image import grid_hw, visual_tokens
 from data.video import sample_frames
 from data.view import FIRST_IMAGE_CUT, IMAGE_TOO_LONG, NO_TEXT_LEFT, REASONS, TOO_LONG, Resolution, Views, view_shard
+from data.vision import VisionSpec
 from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, random_shards, stamp_lengths
 
 RESOLUTION = Resolution(
-    seq_length=200, too_long="refuse", min_patches=4, max_patches=64, video_budget=40, video_levels=(9, 4, 1)
+    seq_length=200, too_long="refuse", vision=VisionSpec(4, 64), video_budget=40, video_levels=(9, 4, 1)
 )
 
 
@@ -24,13 +24,12 @@ def spelled(sample: Sample, fps: float, resolution: Resolution) -> list:
     out, unit = ["text"] * sample.text_tokens, 0
     for medium in reversed(sample.media):  # from the back, so that places ahead stay
         if not medium.duration_ms:
-            grid = grid_hw(medium.height, medium.width, resolution.min_patches, resolution.max_patches)
+            grid = resolution.vision.views(medium.height, medium.width)
             out[medium.at - 1] = out[medium.at] = "mark"
-            out[medium.at : medium.at] = ["visual"] * int(visual_tokens(grid))
+            out[medium.at : medium.at] = ["visual"] * int(grid.prod() // 4)
             continue
         times, level = sample_frames(medium.duration_ms, fps, resolution.video_budget, resolution.video_levels)
-        most = min(resolution.max_patches, 4 * level)
-        tokens = int(visual_tokens(grid_hw(medium.height, medium.width, resolution.min_patches, most)))
+        tokens = int(resolution.vision.views(medium.height, medium.width, level).prod() // 4)
         content = []
         for frame, time in enumerate(times.tolist()):
             content += ["stamp"] * int(stamp_lengths(np.array([time]))[0]) + ["mark"] + ["visual"] * tokens + ["mark"]
@@ -92,7 +91,7 @@ def test_lengths_and_places_are_those_of_the_layout(made, fps):
         ends = view.offset_I[mine] + view.tokens_I[mine] + 1
         assert ends.tolist() == [end for _, _, end in units(tokens)]
     assert len(view.media_I) == view.images_N.sum()
-    assert np.array_equal(view.tokens_I, visual_tokens(view.grid_hw_I2))
+    assert np.array_equal(view.tokens_I, VisionSpec().tokens(view.grid_hw_I2))
 
 
 @settings(max_examples=100, deadline=None)
@@ -128,9 +127,9 @@ def test_a_video_with_events_by_hand():
 def test_long_samples_are_refused_with_their_reason():
     image = Medium(2, 280, 280)  # 100 visual tokens where the resolution allows
     made = [Sample(199), Sample(201), Sample(150, (image,)), Sample(98, (image,))]
-    view = view_of(made, max_patches=400)
+    view = view_of(made, vision=VisionSpec(4, 400))
     assert [REASONS[code] for code in view.refused_N] == ["", TOO_LONG, TOO_LONG, ""]
-    view = view_of(made, max_patches=400, seq_length=101)
+    view = view_of(made, vision=VisionSpec(4, 400), seq_length=101)
     assert [REASONS[code] for code in view.refused_N] == [TOO_LONG, TOO_LONG, IMAGE_TOO_LONG, IMAGE_TOO_LONG]
     view = view_of([Sample(150, (Medium(99, 28, 28), Medium(120, 28, 28)))], seq_length=121, too_long="cut")
     assert (view.length_N[0], view.images_N[0]) == (120, 1)  # the second image's [SOI] is at 120
@@ -148,7 +147,7 @@ def test_frames_share_the_budget_of_their_video():
     view = view_of([Sample(5, (Medium(1, **large, duration_ms=ms),)) for ms in (4000, 9500, 90_000)], seq_length=4000)
     assert view.images_N.tolist() == [4, 10, 40] and set(view.tokens_I[:4]) == {9} and set(view.tokens_I[4:14]) == {4}
     assert set(view.tokens_I[14:]) == {1} and view.time_I[14:17].tolist() == [0, 2250, 4500]
-    view = view_of([Sample(5, (Medium(1, **large, duration_ms=4000),))], fps=0.5, max_patches=16)
+    view = view_of([Sample(5, (Medium(1, **large, duration_ms=4000),))], fps=0.5, vision=VisionSpec(4, 16))
     assert view.time_I.tolist() == [0, 2000] and set(view.tokens_I) == {4}  # data.max_patches holds for frames too
 
 

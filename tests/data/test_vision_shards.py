@@ -16,6 +16,7 @@ from data.reader import ShardReader
 from data.stream import Stream, StreamConfig
 from data.text import Tokenizer
 from data.video import probe
+from data.vision import VisionSpec
 from launch.make_shards import VISION_TASKS
 from launch.toy import speech, vision
 from launch.toy.images import WORDS
@@ -81,10 +82,12 @@ def test_clips_have_sound_and_are_heard_through_the_data_path(corpus, shards):
     assert media["audio"].all() and set(media["duration_ms"]) == {1000, 2000, 3000}
     opened = Corpus.open([SourceSettings("sound", (f"{corpus}/vision/train/sound-*.tar",))], tokenizer.sha256)
     config = StreamConfig(
-        seq_length=512, rows_per_step=60, seed=0, min_patches=4, max_patches=256, rows="samples", audio_seconds=3
+        seq_length=512, rows_per_step=60, seed=0, vision=VisionSpec(4, 256), rows="samples", audio_seconds=3
     )
     plan = Stream(opened, config, tokenizer.stamp_lengths).next_step()
-    images, rows = ShardReader(opened, tokenizer, 1 << 20, 0).read(plan, range(len(plan.time_I)), range(60))
+    images, rows = ShardReader(opened, tokenizer, VisionSpec(), 1 << 20, 0).read(
+        plan, range(len(plan.time_I)), range(60)
+    )
     assert not images.failures and not rows.failures and (plan.time_I == AUDIO).sum() == 60
     tokens_T, lengths_RK = captions(rows.tokens, rows.trained, 2, 64, tokenizer.eos_id)
     texts = np.split(tokens_T, np.cumsum(lengths_RK.ravel())[:-1])

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from data import workers
 from data.jobs import Areas, Job
 from data.slots import SLOT_STEP, Slots
+from data.vision import VisionSpec
 from data.workers import ROOT, WorkerPool
 
 
@@ -26,6 +28,7 @@ def settings(tokenizer):
         "tokenizer_sha256": tokenizer.sha256,
         "train_roles": [["assistant"]],
         "max_pixels": 1 << 20,
+        "vision": dataclasses.asdict(VisionSpec()),
     }
 
 
@@ -83,7 +86,7 @@ def texts(tmp_path, tokenizer):
 
 
 def areas(texts, count=3):
-    return Areas(0, count * texts.width)
+    return Areas(0, count * texts.width, VisionSpec().patch_values)
 
 
 def test_messages_keep_words_and_arrays():
@@ -224,12 +227,13 @@ from data.corpus import Corpus, SourceSettings
 from data.reader import ShardReader
 from data.stream import Stream, StreamConfig
 from data.text import Tokenizer
+from data.vision import VisionSpec
 
 tokenizer = Tokenizer({folder!r} + "/tokenizer.json")
 corpus = Corpus.open([SourceSettings(name="main", shards=({folder!r} + "/train/*.tar",))], tokenizer.sha256)
-config = StreamConfig(seq_length=1024, rows_per_step=4, seed=0, min_patches=4, max_patches=64)
+config = StreamConfig(seq_length=1024, rows_per_step=4, seed=0, vision=VisionSpec(4, 64))
 stream = Stream(corpus, config, tokenizer.stamp_lengths)
-reader = ShardReader(corpus, tokenizer, 1 << 20, workers=3)
+reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, workers=3)
 print("imported once", flush=True)
 fork = os.fork()
 if fork == 0:

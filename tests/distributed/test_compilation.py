@@ -6,7 +6,7 @@ Legend: I images.
 import numpy as np
 import torch
 
-from data.image import patch_positions
+from data.vision import VisionSpec
 from parallel import compilation
 from parallel.encoder_engine import EncoderEngine
 from parallel.state import AdamSettings
@@ -15,8 +15,8 @@ from tests.distributed.world import run_world
 from tests.graphs import CountedGraphs
 from train.models.initial import initialize
 from train.models.masking import drop_path_factors
-from train.models.vision_tower import VisionTower
-from train.models.vit import PATCH_VALUES, PackedImages, ViTConfig
+from train.models.vision_tower import ConnectorConfig, VisionTower
+from train.models.vit import PackedImages, ViTConfig
 
 ENCODER = ViTConfig(width=16, depth=2, heads=2, drop_path=0.4)
 ADAM = AdamSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1)
@@ -26,13 +26,13 @@ STEPS = 2
 def chunk(seed: int) -> PackedImages:
     generator = np.random.default_rng(seed)
     grids_I2 = 2 * generator.integers(1, 10, (int(generator.integers(2, 9)), 2))
-    patches_NP = generator.integers(0, 256, (grids_I2.prod(1).sum(), PATCH_VALUES), np.uint8)
+    patches_NP = generator.integers(0, 256, (grids_I2.prod(1).sum(), VisionSpec().patch_values), np.uint8)
     keep_LI = drop_path_factors(ENCODER.depth, ENCODER.drop_path, np.arange(len(grids_I2))[:, None])
-    return PackedImages.of(patches_NP, patch_positions(grids_I2), grids_I2.prod(1), torch.device("cpu"), keep_LI)
+    return PackedImages.of(patches_NP, VisionSpec().positions(grids_I2), grids_I2.prod(1), torch.device("cpu"), keep_LI)
 
 
 def engine_of(zero_stage: int, recompute: str) -> tuple[EncoderEngine, VisionTower]:
-    tower = VisionTower(ENCODER, 24, recompute)
+    tower = VisionTower(ENCODER, ConnectorConfig(), 24, recompute)
     initialize(tower, seed=0)
     parts = dict(tower.named_children())
     return EncoderEngine(tower, parts, zero_stage=zero_stage, precision="fp32", adam=ADAM), tower
@@ -44,7 +44,7 @@ def train(zero_stage: int, recompute: str, mode: str):
     compilation.configure(mode, graphs.backend)
     engine, _ = engine_of(zero_stage, recompute)
     for step in range(STEPS):
-        blank = PackedImages.blank(torch.device("cpu"))
+        blank = PackedImages.blank(VisionSpec(), torch.device("cpu"))
         for images in (chunk(10 * step + rank), blank if rank else chunk(10 * step + 5)):
             output = engine.encode(images)
             engine.backward(output, output.detach() if len(output) > 1 else torch.zeros_like(output))

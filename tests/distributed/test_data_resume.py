@@ -45,7 +45,7 @@ def contents(prepared, grid) -> torch.Tensor:
     sums = torch.zeros(2, dtype=torch.int64)
     patches_I, first = prepared.images.grid_hw_I2.prod(axis=1), 0
     for count in patches_I.tolist():
-        sums[0] += zlib.crc32(prepared.images.patches_N588[first : first + count].tobytes())
+        sums[0] += zlib.crc32(prepared.images.patches_NP[first : first + count].tobytes())
         first += count
     if grid.is_first_stage and not grid.place.tp and not grid.place.cp:
         for rows, text in zip(prepared.share.rows_MB, prepared.text, strict=True):

@@ -104,7 +104,7 @@ def test_images_of_the_runs_cross_borders_of_cp(name, corpus):
     config = settings("stage1", *COMMON, *corpus_overrides(corpus), *overrides)
     layout, stream, crossing = config.check(world), open_data(config).stream, 0
     for plan in (stream.next_step() for _ in range(5)):
-        visual = visual_plan(plan, layout, config.train.micro_batch_size, config.model.encoder, 256)
+        visual = visual_plan(plan, layout, config.train.micro_batch_size, config.vision, 256)
         ends = visual.start_I, visual.start_I + visual.tokens_I - 1
         first_I, last_I = (place_of(at_I, layout, visual.row_tokens)[0] for at_I in ends)
         crossing += np.count_nonzero(first_I != last_I)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from data.vision import VisionSpec
 from parallel import encoder_engine
 from parallel.encoder_engine import EncoderEngine
 from parallel.state import AdamSettings
@@ -45,7 +46,9 @@ def chunks_of(tuples, split, rank):
     """(chunk, whether it counts), as many on every rank."""
     most = max(-(-count // CHUNK) for count in counts_of(split))
     mine = [split[rank][first : first + CHUNK] for first in range(0, most * CHUNK, CHUNK)]
-    return [(toy_chunk(tuples, places), True) if places else (OmniChunk.blank(CPU), False) for places in mine]
+    return [
+        (toy_chunk(tuples, places), True) if places else (OmniChunk.blank(VisionSpec(), CPU), False) for places in mine
+    ]
 
 
 def objective(encoded, chunks, split):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.image import patch_positions
+from data.vision import VisionSpec
 from parallel import encoder_engine
 from parallel.encoder_engine import EncoderEngine
 from parallel.state import AdamSettings
@@ -25,7 +25,7 @@ from train.models.initial import initialize
 from train.models.masked import MaskedImages, MimConfig, MimTower
 from train.models.masking import drop_path_factors, mask_images
 from train.models.text_encoder import PackedTexts, TextConfig
-from train.models.vit import PATCH_VALUES, PackedImages, ViTConfig
+from train.models.vit import PackedImages, ViTConfig
 from train.objectives.siglip import siglip_loss
 from train.objectives.superclass import InverseFrequency, TokenSets
 
@@ -51,18 +51,18 @@ def images_of(step: int, samples: list[int]) -> tuple[PackedImages, np.ndarray, 
     keys = np.array([(step, sample, frame) for sample in samples for frame in range(frames_of(step, sample))])
     grids = np.array([GRIDS[(key[1] + key[0]) % 3] for key in keys])
     patches = [
-        np.random.default_rng(key).integers(0, 256, (grid.prod(), PATCH_VALUES), np.uint8)
+        np.random.default_rng(key).integers(0, 256, (grid.prod(), VisionSpec().patch_values), np.uint8)
         for key, grid in zip(keys, grids, strict=True)
     ]
     keep_LI = drop_path_factors(ENCODER.depth, ENCODER.drop_path, keys)
-    images = PackedImages.of(np.concatenate(patches), patch_positions(grids), grids.prod(1), CPU, keep_LI)
+    images = PackedImages.of(np.concatenate(patches), VisionSpec().positions(grids), grids.prod(1), CPU, keep_LI)
     return images, keys, np.array([frames_of(step, sample) for sample in samples])
 
 
 def mim_inputs(step: int, samples: list[int]):
     """(inputs of the tower, its rows)"""
     if not samples:
-        return (MaskedImages.blank(CPU), torch.zeros(3, TEACHER_WIDTH)), 0
+        return (MaskedImages.blank(VisionSpec(), CPU), torch.zeros(3, TEACHER_WIDTH)), 0
     images, keys, _ = images_of(step, samples)
     patches_I = images.segments.q_lengths_N
     mask_N = mask_images(patches_I, 0.75, keys)
@@ -79,7 +79,7 @@ def contrastive_inputs(step: int, samples: list[int]):
     frequency = InverseFrequency(WORDS, CPU)  # as it was before the first caption: all words weigh the same
     if not samples:
         sets = TokenSets.of(np.zeros(1), np.ones(1))
-        return (PackedImages.blank(CPU), PackedTexts.blank(CPU), frequency.k_hot(sets), None), 0
+        return (PackedImages.blank(VisionSpec(), CPU), PackedTexts.blank(CPU), frequency.k_hot(sets), None), 0
     images, _, frames_B = images_of(step, samples)
     texts = [
         np.random.default_rng([5, step, sample]).integers(0, WORDS, 1 + (step + 2 * sample) % 5) for sample in samples

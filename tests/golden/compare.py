@@ -3,7 +3,7 @@
 On the machine that recorded, every number is equal to the bit.  Elsewhere BLAS and vectorised functions sum and round
 in another order.  The tolerances are about four times the largest relative differences that were measured on one
 AVX-512 processor with ATEN_CPU_CAPABILITY=default or avx2, MKL_CBWR=COMPATIBLE, AVX2 or AVX512, and both together:
-5.6e-7 of a loss and 2.5e-6 of a gradient norm.
+5.6e-7 of a loss, 2.5e-6 of a gradient norm and 3.7e-6 of a norm of a checkpoint.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from train import checkpoint
 HERE = Path(__file__).parent
 LOSSES, DIGESTS = HERE / "losses.json", HERE / "digests.json"
 EXACT = ("step", "applied", "images", "trained_tokens", "visual_tokens", "samples")
-TOLERANCE = {"loss": 2e-6, "grad_norm": 1e-5, "saved": 1e-5, "lr": 1e-12}  # by the beginning of a key; others: none
+TOLERANCE = {"loss": 2e-6, "grad_norm": 1e-5, "saved": 1.5e-5, "lr": 1e-12}  # by the beginning of a key; others: none
 
 Numbers = dict[str, list[dict] | dict[str, float]]  # of a run: "steps", one dict per step, and "saved"
 

@@ -125,7 +125,7 @@ CP_PP_VPP = ["parallel.cp=2", "parallel.pp=2", "parallel.vpp=2"]
 
 @dataclass(frozen=True)
 class Run:
-    """One run.  Its directory is called `name`.  resumes: it starts in a copy of the stored checkpoint's directory."""
+    """One run, in a directory called `name`.  resumes: the directory is a copy of the stored checkpoint's."""
 
     name: str
     ranks: int

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.image import patch_positions
+from data.vision import VisionSpec
 from parallel import compilation
 from parallel.attention import choose
 from train.models.initial import initialize
 from train.models.masking import drop_path_factors
-from train.models.vit import PATCH_VALUES, PackedImages, SeedViT, ViTConfig
+from train.models.vit import PackedImages, SeedViT, ViTConfig
 
 CUDA = torch.device("cuda", 0)
 CONFIG = ViTConfig(width=256, depth=4, heads=4)
@@ -36,9 +36,9 @@ def mode():
 def chunk(images: int = 7, seed: int = 0) -> PackedImages:
     generator = np.random.default_rng(seed)
     grids = 2 * generator.integers(4, 20, (images, 2))
-    patches_NP = generator.integers(0, 256, (grids.prod(1).sum(), PATCH_VALUES), np.uint8)
+    patches_NP = generator.integers(0, 256, (grids.prod(1).sum(), VisionSpec().patch_values), np.uint8)
     keep_LI = drop_path_factors(CONFIG.depth, 0.3, np.arange(images)[:, None])
-    return PackedImages.of(patches_NP, patch_positions(grids), grids.prod(1), CUDA, keep_LI)
+    return PackedImages.of(patches_NP, VisionSpec().positions(grids), grids.prod(1), CUDA, keep_LI)
 
 
 def trained(vit: SeedViT, images: PackedImages, recompute: str) -> tuple[list[torch.Tensor], int]:

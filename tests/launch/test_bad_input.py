@@ -73,6 +73,17 @@ REFUSED = {  # name: (overrides, what the sentence says); {corpus} and {files} a
         ["train.seq_length=64"],
         "train.seq_length=64 is shorter than one image of data.max_patches=256 (64 tokens)",
     ),
+    "rows shorter than one image of larger blocks": (
+        ["train.seq_length=29", "data.max_patches=256", "data.min_patches=9", "model.connector.merge=3"],
+        "train.seq_length=29 is shorter than one image of data.max_patches=256 (28 tokens)",
+    ),
+    "patches of no pixels": (["model.encoder.patch_size=0"], "model.encoder.patch_size=0: must be a whole number"),
+    "blocks of no patches": (
+        ["model.connector.merge=0"],
+        "model.connector.merge=0: must be a whole number, at least 1",
+    ),
+    "two channels": (["model.encoder.image_mean=[0.5,0.5]"], "model.encoder.image_mean=[0.5, 0.5]: must be 3 finite"),
+    "no deviation": (["model.encoder.image_std=[0.5,0,0.5]"], "model.encoder.image_std=[0.5, 0.0, 0.5]: must be above"),
     "rows shorter than every sample": (
         ["train.seq_length=4", "data.max_patches=4", "data.video.budget=4"],
         "train.seq_length is 4, but the smallest sample",

@@ -139,6 +139,8 @@ def test_a_missing_package_is_named_with_its_command(name, package, command):
 
 def test_a_fallback_is_logged_once_a_cause(caplog, monkeypatch):
     monkeypatch.setattr(entry, "_chosen", "varlen")  # as in a process that chose it for its CUDA device
+    monkeypatch.setattr(entry, "_said", set())
+    entry._route.cache_clear()
     segments = Segments.of([3, 4])
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         q, k, v, _ = drawn(segments, 4, 2, 8, dtype)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from parallel.balance import assign_images, cut_in_order, image_costs, load_max_over_mean
+from data.vision import VisionSpec
+from parallel.balance import assign_images, cut_in_order, load_max_over_mean
 
 
 def log_uniform_mix(images, seed=0):
@@ -12,7 +13,9 @@ def log_uniform_mix(images, seed=0):
 
 
 def test_at_scale_the_load_is_even():
-    costs = image_costs(log_uniform_mix(30_720), width=1280, layers=27)
+    patches_I = log_uniform_mix(30_720)
+    spec = VisionSpec(width=1280, depth=27, mlp_width=5120)
+    costs = spec.cost(np.stack([patches_I, np.ones_like(patches_I)], -1))
     owners = assign_images(costs, 256)
     assert load_max_over_mean(costs, owners, 256) <= 1.02
 
@@ -50,3 +53,8 @@ def test_chunks_hold_what_fits():
     sizes = np.array([10, 20, 70, 40, 60, 5])
     assert [chunk.tolist() for chunk in cut_in_order(np.arange(6), sizes, 60)] == [[0, 1], [2], [3], [4], [5]]
     assert cut_in_order(np.empty(0, np.int64), sizes, 60) == []
+
+
+def test_a_chunk_may_be_filled_to_the_brim():
+    chunks = cut_in_order(np.arange(5), np.array([2, 2, 3, 1, 9]), most=4)
+    assert [chunk.tolist() for chunk in chunks] == [[0, 1], [2, 3], [4]]

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data.image import patch_positions
 from data.plan import row_cu_seqlens, row_positions
 from tests.distributed.runs import build_run, whole_state
 from tests.support import settings
@@ -21,21 +20,21 @@ def language_start(recipe: str, overrides: list[str], steps: int) -> tuple[dict,
     llm = {f"llm.{name}": w for (name, kind), w in whole_state(engines.llm).items() if kind == "param"}
     batches = []
     for prepared in feed:
-        batches.append(_language_batch(prepared, config.train.micro_batch_size, data.stream.domains))
+        batches.append(_language_batch(prepared, config.train.micro_batch_size, data.stream.domains, config.vision))
         prepared.release()
     data.reader.close()
     return weights | llm, batches
 
 
-def _language_batch(prepared, rows_per_micro_batch: int, domains: list[str]) -> dict:
+def _language_batch(prepared, rows_per_micro_batch: int, domains: list[str], vision) -> dict:
     plan = prepared.plan
     ids = np.concatenate(prepared.share.routes.chunks).astype(np.int64)
     images = {}
     if ids.size:
         keep_LI = prepared.share.keep_LI
         images = {
-            "patches": torch.from_numpy(prepared.images.patches_N588.copy()),
-            "positions": torch.from_numpy(patch_positions(plan.grid_hw_I2[ids])),
+            "patches": torch.from_numpy(prepared.images.patches_NP.copy()),
+            "positions": torch.from_numpy(vision.positions(plan.grid_hw_I2[ids])),
             "lengths": plan.grid_hw_I2[ids].prod(1).tolist(),
             "keep_LI": None if keep_LI is None else torch.from_numpy(keep_LI.copy()),
         }
@@ -68,6 +67,7 @@ def plain_settings(recipe: str, overrides: list[str]) -> SimpleNamespace:
     config = settings(recipe, *overrides)
     return SimpleNamespace(
         encoder=vars(config.model.encoder),
+        merge=config.model.connector.merge,
         llm=SimpleNamespace(**vars(config.model.llm)),
         optim=SimpleNamespace(**vars(config.optim)),
         trainable=list(config.train.trainable),

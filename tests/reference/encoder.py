@@ -101,10 +101,12 @@ def blocks(
     return x_ND
 
 
-def embed(w: Weights, prefix: str, patches_NP: torch.Tensor) -> torch.Tensor:
-    """Linear embedding of uint8 patches."""
+def embed(w: Weights, prefix: str, patches_NP: torch.Tensor, config: Mapping) -> torch.Tensor:
+    """Linear embedding of uint8 patches, whose channels are normalised: (x / 255 - mean) / deviation."""
     weight = w[f"{prefix}patch_embedding.weight"]
-    return linear(w, f"{prefix}patch_embedding", patches_NP.to(weight.dtype) / 127.5 - 1.0)
+    mean_3, std_3 = (torch.tensor(config[key], dtype=weight.dtype) for key in ("image_mean", "image_std"))
+    pixels = (patches_NP.to(weight.dtype).unflatten(1, (-1, 3)) / 255 - mean_3) / std_3
+    return linear(w, f"{prefix}patch_embedding", pixels.flatten(1))
 
 
 def vit(
@@ -116,8 +118,8 @@ def vit(
     config: Mapping[str, float],
     keep_LI: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Features [N, D] of packed images; config: width, depth, heads, rope_base, norm_eps of the encoder."""
-    x_ND = embed(w, prefix, patches_NP)
+    """Features [N, D] of packed images; config: settings of the encoder."""
+    x_ND = embed(w, prefix, patches_NP, config)
     return trunk(w, prefix, x_ND, positions_N2, lengths, config, keep_LI)
 
 
@@ -129,9 +131,10 @@ def trunk(w: Weights, prefix: str, x_ND, positions_N2, lengths, config: Mapping[
     return layer_norm(w, f"{prefix}final_norm", x_ND, config["norm_eps"])
 
 
-def pool(features_ND: torch.Tensor) -> torch.Tensor:
-    """Mean over every four successive patches, which are a 2x2 block, [N/4, D]."""
-    return (features_ND[0::4] + features_ND[1::4] + features_ND[2::4] + features_ND[3::4]) / 4
+def pool(features_ND: torch.Tensor, merge: int) -> torch.Tensor:
+    """Mean over every merge^2 successive patches, which are a block, [N / merge^2, D]."""
+    patches = merge * merge
+    return sum(features_ND[place::patches] for place in range(patches)) / patches
 
 
 def adapter(w: Weights, prefix: str, pooled_VD: torch.Tensor, eps: float) -> torch.Tensor:

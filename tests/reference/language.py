@@ -83,12 +83,12 @@ def hidden_states(w: Weights, row: Mapping, rows_VD: torch.Tensor | None, llm) -
     return rms_norm(w, "llm.decoder.final_layernorm", x, llm.norm_eps), router
 
 
-def visual_rows(w: Weights, images: Mapping, vit: Mapping) -> torch.Tensor:
+def visual_rows(w: Weights, images: Mapping, vit: Mapping, merge: int) -> torch.Tensor:
     """Rows [V, D] of all images of a step, in their order."""
     features = encoder.vit(
         w, "encoder.", images["patches"], images["positions"], images["lengths"], vit, images.get("keep_LI")
     )
-    return encoder.adapter(w, "adapter.", encoder.pool(features), vit["norm_eps"])
+    return encoder.adapter(w, "adapter.", encoder.pool(features, merge), vit["norm_eps"])
 
 
 class Trainer:
@@ -123,7 +123,7 @@ class Trainer:
         settings, optimizer = self.settings, self.settings.optim
         trained = {name: w.detach().clone().requires_grad_() for name, w in self.adam.weights.items()}
         w = {**self.weights, **trained}
-        rows_VD = visual_rows(w, batch["images"], settings.encoder) if batch["images"] else None
+        rows_VD = visual_rows(w, batch["images"], settings.encoder, settings.merge) if batch["images"] else None
         total, router, by_domain, counts = 0.0, 0.0, {}, {}
         for row in batch["rows"]:
             mine = rows_VD[row["rows_V"]] if rows_VD is not None else None

@@ -134,7 +134,7 @@ def plain(prepared, captions: int) -> dict:
         tokens_T, length_S = prepared.text.of(rows, number)
         texts.append([part.tolist() for part in np.split(tokens_T, np.cumsum(length_S)[:-1])])
     return {
-        "patches_NP": torch.from_numpy(prepared.images.patches_N588.copy()),
+        "patches_NP": torch.from_numpy(prepared.images.patches_NP.copy()),
         "grid_I2": torch.from_numpy(plan.grid_hw_I2.astype(np.int64).reshape(-1, 2)),
         "sample_I": torch.from_numpy(plan.image_sample_I.astype(np.int64)),
         "audio_I": torch.from_numpy(plan.time_I == AUDIO),

@@ -193,7 +193,7 @@ def mim_terms(w: Weights, batch: Batch, settings: Settings, step: int, teacher: 
 
     visible = [int((~mask).sum()) for mask in masks]
     keep_LI = keep_of(batch, settings, step, w["encoder.final_norm.weight"])
-    x_VD = embed(w, "encoder.", patches_NP[~mask_N])
+    x_VD = embed(w, "encoder.", patches_NP[~mask_N], sizes)
     x_VQ = linear(w, "mim.decoder.enter", trunk(w, "encoder.", x_VD, place_N2[~mask_N], visible, sizes, keep_LI))
     x_NQ = w["mim.decoder.mask.token"].repeat(len(mask_N), 1)
     x_NQ[~mask_N] = x_VQ

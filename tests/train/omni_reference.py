@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.image import patch_positions
+from data.vision import VisionSpec
 from tests.train.toys import packed, random_images
 from train.models.initial import initialize
 from train.models.omni import OmniChunk, OmniConfig, OmniTower
@@ -121,7 +121,7 @@ class Reference:
 
     def encode(self, patches_TP, grid):
         half = ENCODER.width // ENCODER.heads // 2
-        places = torch.from_numpy(patch_positions([grid])).double()
+        places = torch.from_numpy(VisionSpec().positions([grid])).double()
         angles = torch.cat([angles_of(places[:, axis], half, ENCODER.rope_base) for axis in (0, 1)], dim=-1)
         x = self.linear("encoder.patch_embedding", torch.from_numpy(patches_TP).double() / 127.5 - 1)
         for depth in range(ENCODER.depth):

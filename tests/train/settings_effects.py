@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data.image import patch_positions
+from data.vision import VisionSpec
 from parallel import attention, compilation
 from parallel.context import pack_row
 from parallel.grid import destroy_grid
@@ -34,6 +34,7 @@ from train.batch import MicroBatch
 from train.build import build_engines, train_forward, train_loss
 from train.models.masked import MaskedImages
 from train.models.text_encoder import PackedTexts
+from train.models.vit import PackedImages
 from train.tasks import find
 
 GRID, TOKENS = [4, 6], 24  # of the image and of the text that go through the models
@@ -107,7 +108,7 @@ def weights_of(engine) -> dict[str, torch.Tensor]:
 
 def image() -> tuple[torch.Tensor, torch.Tensor]:
     """(patches, positions) of one image of noise."""
-    return torch.from_numpy(random_images([GRID])[0]), torch.from_numpy(patch_positions([GRID]))
+    return torch.from_numpy(random_images([GRID])[0]), torch.from_numpy(VisionSpec().positions([GRID]))
 
 
 def block_shapes(name: str, width: int, ratio: float) -> dict[str, tuple]:
@@ -150,7 +151,7 @@ def encoder_effect(key: str, value, usual=None):
         def rows(**changed):
             plainly = vars(sizes) | changed
             features_ND = plain.vit(weights, "encoder.", patches_NP, positions_N2, [len(patches_NP)], plainly)
-            return plain.adapter(weights, "adapter.", plain.pool(features_ND), plainly["norm_eps"])
+            return plain.adapter(weights, "adapter.", plain.pool(features_ND, 2), plainly["norm_eps"])
 
         close(found, rows())
         if usual is not None:
@@ -168,6 +169,26 @@ for key, value, usual in (
     ("norm_eps", 0.4, 1e-6),
 ):
     encoder_effect(key, value, usual)
+
+
+@effect("model.encoder.patch_size", "model.connector.merge", "model.encoder.image_mean", "model.encoder.image_std")
+def geometry(lab):
+    """Other patches, blocks and normalisation than the toy's, against the formulas, and in the plan."""
+    overrides = ["model.encoder.patch_size=16", "model.connector.merge=3"]
+    overrides += ["model.encoder.image_mean=[0.1,0.4,0.6]", "model.encoder.image_std=[0.2,0.3,0.7]"]
+    config, engines = language(*overrides)
+    vision, weights = config.vision, weights_of(engines.encoder)
+    assert weights["encoder.patch_embedding.weight"].shape == (64, 16 * 16 * 3)
+    patches_NP = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (54, 768), np.uint8))
+    positions_N2 = torch.from_numpy(vision.positions([[6, 9]]))
+    with torch.no_grad():
+        found = engines.encoder.encode(PackedImages.of(patches_NP.numpy(), positions_N2.numpy(), [54], CPU))
+    features_ND = plain.vit(weights, "encoder.", patches_NP, positions_N2, [54], vars(config.model.encoder))
+    close(found, plain.adapter(weights, "adapter.", plain.pool(features_ND, 3), config.model.encoder.norm_eps))
+    _, prepared, _ = lab.first("stage1", *overrides)
+    assert (prepared.plan.grid_hw_I2 % 3 == 0).all()
+    assert (prepared.plan.tokens_I == prepared.plan.grid_hw_I2.prod(1) // 9).all()
+    assert prepared.images.patches_NP.shape == (prepared.plan.patches_I.sum(), 768)
 
 
 @effect("model.encoder.drop_path")
@@ -383,7 +404,11 @@ def mim_decoder(lab):
 def masked(lab):
     """With `token`, masked places go through the encoder as the token at position 0."""
     config, weights, patches_NP, positions_N2, mask_N, found_MC = mim("objective.mim.masked=token")
-    x_ND = torch.where(mask_N[:, None], weights["mim.mask.token"], plain.embed(weights, "encoder.", patches_NP))
+    x_ND = torch.where(
+        mask_N[:, None],
+        weights["mim.mask.token"],
+        plain.embed(weights, "encoder.", patches_NP, vars(config.model.encoder)),
+    )
     places_N2, sizes = positions_N2 * ~mask_N[:, None], vars(config.model.encoder)
     features_ND = plain.trunk(weights, "encoder.", x_ND, places_N2, [len(mask_N)], sizes)
     close(found_MC, plain.linear(weights, "mim.head", features_ND[mask_N]))

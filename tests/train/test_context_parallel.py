@@ -80,7 +80,7 @@ def test_text_positions_and_visual_rows_are_cut_at_one_place(world, overrides, c
     layout = config.check(world)
     stream, crossing, count = open_data(config).stream, 0, config.micro_batches(layout)
     for plan in (stream.next_step() for _ in range(2)):
-        visual = visual_plan(plan, layout, config.train.micro_batch_size, config.model.encoder, 256)
+        visual = visual_plan(plan, layout, config.train.micro_batch_size, config.vision, 256)
         for number in range(count):
             whole, parts = whole_and_parts(plan, config, layout, number)
             assert_cut_alike(whole, parts)

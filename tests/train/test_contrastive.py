@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.vision import VisionSpec
 from tests.train.toys import CPU, packed, random_images, to_meta
 from train.models.contrastive import ContrastiveConfig, ContrastiveTower, mean_of_images
 from train.models.initial import initialize
@@ -114,7 +115,7 @@ def test_embeddings_depend_on_relative_positions_only(tower):
 def test_every_parameter_learns_also_from_a_blank(images, texts, khot):
     tower = build()
     sets, frequency = TokenSets.of(np.zeros(1, np.int64), np.ones(1, np.int64)), InverseFrequency(WORDS, CPU)
-    blank = (PackedImages.blank(CPU), PackedTexts.blank(CPU), frequency.k_hot(sets))
+    blank = (PackedImages.blank(VisionSpec(), CPU), PackedTexts.blank(CPU), frequency.k_hot(sets))
     for inputs in ((images, texts, khot, FRAMES_B), blank):
         tower.zero_grad()
         sum(output.double().square().sum() for output in tower(*inputs)).backward()

@@ -6,6 +6,7 @@ import torch
 
 from data.captions import captions
 from data.labelled import LabelledSample, Patches
+from data.vision import VisionSpec
 from tests.train.folders import write
 from train.checkpoint import Reader
 from train.evaluation.embedding import BareEncoder, Embedder, load_weights, pack
@@ -46,7 +47,7 @@ def samples():
 @pytest.mark.parametrize("chunk", [1, 30, 10_000])
 def test_chunks_change_nothing(tower, samples, tokenizer, chunk):
     """Against every image alone; a sample with more patches than a chunk is one of its own."""
-    embedder = Embedder(tower, CPU, chunk, tokenizer, 12)
+    embedder = Embedder(tower, VisionSpec(), CPU, chunk, tokenizer, 12)
     seen = []
     out = embedder.embed(samples, embeddings=True, means=True, seen=lambda place, sample: seen.append((place, sample)))
     assert seen == list(enumerate(samples))
@@ -55,14 +56,14 @@ def test_chunks_change_nothing(tower, samples, tokenizer, chunk):
         for place, sample in enumerate(samples):
             sizes = np.cumsum([0, *sample.images.grid_hw_I2.prod(axis=1)])
             alone = [
-                pack([Patches(sample.images.patches_N588[first:end], grid[None])], CPU)[0]
+                pack([Patches(sample.images.patches_NP[first:end], grid[None])], VisionSpec(), CPU)[0]
                 for first, end, grid in zip(sizes, sizes[1:], sample.images.grid_hw_I2, strict=False)
             ]
             means = torch.stack([tower.encoder(images).mean(0) for images in alone]).mean(0)
             torch.testing.assert_close(out.mean_BD[place], means, rtol=1e-5, atol=1e-6)
             pooled = torch.cat([tower.pool(tower.encoder(images), images.segments) for images in alone]).mean(0)
             torch.testing.assert_close(out.image_BE[place], pooled / pooled.norm(), rtol=1e-5, atol=1e-6)
-        heard = [tower.embed_audio(pack([samples[place].sound], CPU)[0]) for place in (1, 3)]
+        heard = [tower.embed_audio(pack([samples[place].sound], VisionSpec(), CPU)[0]) for place in (1, 3)]
     assert out.sound_V == [1, 3]
     torch.testing.assert_close(out.sound_VE, torch.cat(heard), rtol=1e-5, atol=1e-6)
 
@@ -70,11 +71,11 @@ def test_chunks_change_nothing(tower, samples, tokenizer, chunk):
 def test_only_what_is_asked_for_is_computed(tower, samples):
     bare = BareEncoder(ENCODER)
     bare.encoder.load_state_dict(tower.encoder.state_dict())
-    means = Embedder(bare, CPU, 100).embed(samples, embeddings=False, means=True)
+    means = Embedder(bare, VisionSpec(), CPU, 100).embed(samples, embeddings=False, means=True)
     assert means.image_BE is None and means.sound_VE is None and means.sound_V == []
-    both = Embedder(tower, CPU, 100).embed(samples, embeddings=True, means=True)
+    both = Embedder(tower, VisionSpec(), CPU, 100).embed(samples, embeddings=True, means=True)
     assert torch.equal(means.mean_BD, both.mean_BD)
-    assert Embedder(tower, CPU, 100).embed(samples, embeddings=True, means=False).mean_BD is None
+    assert Embedder(tower, VisionSpec(), CPU, 100).embed(samples, embeddings=True, means=False).mean_BD is None
 
 
 def test_texts_are_read_as_the_captions_of_training(tower, tokenizer):
@@ -91,7 +92,7 @@ def test_texts_are_read_as_the_captions_of_training(tower, tokenizer):
     with torch.no_grad():
         wanted = tower.embed_texts(PackedTexts.of(tokens_T, lengths[:, 0], CPU))
     for chunk in (1, 15, 1000):
-        embedder = Embedder(tower, CPU, chunk, tokenizer, 12)
+        embedder = Embedder(tower, VisionSpec(), CPU, chunk, tokenizer, 12)
         torch.testing.assert_close(embedder.texts(said), wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="the text '' has no token"):
         embedder.texts(["a cat", ""])

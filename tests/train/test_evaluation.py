@@ -22,8 +22,8 @@ def test_no_sample_keeps_its_image_and_sizes_stay(corpus):
     right, _ = data.reader.read(plan, everything, [])
     wrong, _ = data.reader.finish(data.reader.begin(plan, everything, [], exchanged))
     assert not wrong.failures
-    assert right.patches_N588.shape == wrong.patches_N588.shape
-    assert (right.patches_N588 != wrong.patches_N588).any()
+    assert right.patches_NP.shape == wrong.patches_NP.shape
+    assert (right.patches_NP != wrong.patches_NP).any()
     data.reader.close()
 
 

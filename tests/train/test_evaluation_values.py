@@ -303,7 +303,7 @@ class Peer:
 
     def features(self, patches: Patches) -> tuple[list[int], torch.Tensor]:
         """(patches of each image, features of all)."""
-        grid_I2, patches_NP = (torch.from_numpy(array) for array in (patches.grid_hw_I2, patches.patches_N588))
+        grid_I2, patches_NP = (torch.from_numpy(array) for array in (patches.grid_hw_I2, patches.patches_NP))
         lengths, sizes = grid_I2.prod(1).tolist(), self.sizes["encoder"]
         return lengths, vit(self.weights, "encoder.", patches_NP, vision.positions(grid_I2), lengths, sizes)
 

@@ -12,12 +12,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.vision import VisionSpec
 from parallel import experts
-from parallel.balance import image_costs
 from tests.support import settings
 from tests.train.toys import LLM_KINDS, packed, random_images
 from train.flops import (
-    adapter_flops,
     causal_pairs,
     encoder_flops,
     llm_flops,
@@ -30,8 +29,9 @@ from train.models.attention_pool import AttentionPool
 from train.models.masked import MaskedImages, MimConfig, MimTower
 from train.models.masking import mask_images
 from train.models.text_encoder import PackedTexts, TextConfig, TextEncoder
-from train.models.vision_tower import Adapter
-from train.models.vit import PATCH_VALUES, SeedViT
+from train.models.vision_tower import Adapter, VisionTower
+from train.models.vit import PackedImages, SeedViT
+from train.vision import vision_spec
 
 LENGTHS = [10, 7, 7, 16]
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2]]
@@ -62,22 +62,24 @@ def test_encoder_forward(encoder, images):
 def test_encoder_training_is_three_forwards_less_the_gradient_of_pixels(encoder, images):
     """Nobody needs the gradient of the pixels; the usual factor of three counts it."""
     patches_I, pixels = images
-    of_pixels = 2 * int(patches_I.sum()) * PATCH_VALUES * encoder.config.width
+    of_pixels = 2 * int(patches_I.sum()) * VisionSpec().patch_values * encoder.config.width
     real = counted(lambda: encoder(pixels).sum().backward())
     assert real == 3 * encoder_flops(encoder.config, patches_I) - of_pixels
 
 
 def test_balance_costs_are_the_encoder_without_its_patch_embedding(encoder):
     for patches in (4, 100, 16384):
-        embedding = 2 * patches * PATCH_VALUES * encoder.config.width
-        cost = image_costs([patches], encoder.config.width, encoder.config.depth)
-        assert cost.tolist() == [encoder_flops(encoder.config, np.array([patches])) - embedding]
+        embedding = 2 * patches * VisionSpec().patch_values * encoder.config.width
+        (cost,) = vision_spec(encoder.config).cost([[2, patches // 2]])
+        assert cost == encoder_flops(encoder.config, np.array([patches])) - embedding
 
 
 def test_adapter_forward():
     config = settings("stage1").model.encoder
     adapter = Adapter(config.width, 96, config.norm_eps)
-    assert counted(lambda: adapter(torch.randn(13, config.width))) == adapter_flops(config, 96, 13)
+    assert counted(lambda: adapter(torch.randn(13, config.width))) == vision_spec(config, llm_width=96).connector_flops(
+        13
+    )
 
 
 @pytest.mark.parametrize("reading", ["drop", "token"])
@@ -104,7 +106,7 @@ def test_attention_pooling_forward(out_width, encoder, images):
 def test_text_encoder_forward():
     config = TextConfig(width=48, depth=3, heads=4, vocab_size=90, max_tokens=32)
     texts = PackedTexts.of(np.arange(sum(LENGTHS)), np.array(LENGTHS), torch.device("cpu"))
-    assert counted(lambda: TextEncoder(config)(texts)) == text_flops(config, np.array(LENGTHS))
+    assert counted(lambda: TextEncoder(config)(texts)) == text_flops(config, np.array(LENGTHS)).sum()
 
 
 @pytest.fixture
@@ -146,19 +148,34 @@ def test_frozen_llm_is_two_forwards_and_attention_a_third_time(kind, llm_run):
     assert counted(lambda: run().backward()) == 2 * llm_flops(config, TOKENS, FULL_PAIRS) + attention
 
 
+@pytest.mark.parametrize(("patch_size", "merge"), [(16, 2), (14, 3)])
+def test_other_patches_and_blocks_are_counted(patch_size, merge):
+    """FLOPs of a step of two images, from which MFU follows, are those that torch counts."""
+    overrides = [f"model.encoder.patch_size={patch_size}", f"model.connector.merge={merge}"]
+    config = settings("stage1", *overrides)
+    vision, grids = config.vision, np.array([[6, 12], [12, 6]])
+    tower = VisionTower(config.model.encoder, config.model.connector, config.model.llm.width)
+    patches_NP = np.zeros((144, patch_size**2 * 3), np.uint8)
+    images = PackedImages.of(patches_NP, vision.positions(grids), [72, 72], torch.device("cpu"))
+    step = step_flops(vision, config.model.llm, [], np.array([72, 72]), 128, np.array([128]))
+    assert counted(lambda: tower(images)) == step.encoder + step.adapter // 3
+
+
 def test_step_adds_up_what_each_stage_trains():
     config = settings("stage1")
     vit, llm = config.model.encoder, config.model.llm
     patches_I, lengths_N = np.array([16, 64]), np.array([30, 50])
     forward, attention = llm_flops(llm, 128, causal_pairs(lengths_N)), llm_flops(llm, 0, causal_pairs(lengths_N))
 
+    vision = vision_spec(vit, llm_width=llm.width)
+
     def step(trainable):
-        return step_flops(vit, llm, trainable, patches_I, 128, lengths_N)
+        return step_flops(vision, llm, trainable, patches_I, 128, lengths_N)
 
     everything, adapter = step(["encoder", "adapter", "llm"]), step(["adapter"])
     assert (everything.encoder, everything.llm) == (3 * encoder_flops(vit, patches_I), 3 * forward)
     assert (adapter.encoder, adapter.llm) == (encoder_flops(vit, patches_I), 2 * forward + attention)
-    assert everything.adapter == adapter.adapter == 3 * adapter_flops(vit, llm.width, 20)
+    assert everything.adapter == adapter.adapter == 3 * vision.connector_flops(20)
     assert adapter.total == adapter.encoder + adapter.adapter + adapter.llm
 
 
@@ -172,5 +189,5 @@ def test_a_full_scale_step_does_not_overflow():
     """The largest images, as many as fill stage 1's batch of 71M tokens, against arithmetic on Python's integers."""
     vit = settings("stage1", "model=seed_vl").model.encoder
     n, d, images = 16384, 1280, 71_303_168 // 4096
-    by_hand = images * (27 * (24 * n * d * d + 4 * n * n * d) + 2 * n * PATCH_VALUES * d)
+    by_hand = images * (27 * (24 * n * d * d + 4 * n * n * d) + 2 * n * VisionSpec().patch_values * d)
     assert encoder_flops(vit, np.full(images, n)) == by_hand

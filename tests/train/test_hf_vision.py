@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.image import patch_positions
+from data.vision import VisionSpec
 from tests.train.toys import pack_pictures, pictures
 from train.models import hf_vision
 
@@ -13,7 +13,7 @@ from train.models import hf_vision
 def test_pixels_come_back_from_patches():
     raw = pictures([(56, 84), (56, 84)])
     images, _ = pack_pictures(raw)
-    pixels_n3HW = hf_vision.pixels_of(images.patches_NP, 4, 6)
+    pixels_n3HW = hf_vision.pixels_of(images.patches_NP, (4, 6), VisionSpec())
     assert torch.equal(pixels_n3HW, torch.from_numpy(np.stack(raw)).permute(0, 3, 1, 2))
 
 
@@ -51,6 +51,6 @@ def test_grids_span_the_same_picture(grid):
     middles, the outermost value."""
     side = (torch.arange(4) + 0.5) / 4
     ramp_2gg = torch.stack(torch.meshgrid(side, side, indexing="ij"))
-    rows_N2 = hf_vision.regridded(ramp_2gg[None], *grid)
-    middles = (torch.from_numpy(patch_positions([grid])) + 0.5) / torch.tensor(grid)
+    rows_N2 = hf_vision.regridded(ramp_2gg[None], grid, 2)
+    middles = (torch.from_numpy(VisionSpec().positions([grid])) + 0.5) / torch.tensor(grid)
     torch.testing.assert_close(rows_N2, middles.clamp(0.125, 0.875), rtol=0, atol=1e-6)

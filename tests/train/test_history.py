@@ -92,6 +92,13 @@ def test_slow_ranks_are_those_that_work_longer_and_not_those_that_wait():
     assert (slow.rank, slow.host, slow.phase, slow.ratio) == (2, "n0", "encode", 3.0)
 
 
+def test_many_that_wait_are_not_slow():
+    """Three of eight wait long in the LLM's phase: more than a quarter is no exception."""
+    seconds = [{"encode": 1.0, "llm": 5.0 if rank < 3 else 3.0} for rank in range(8)]
+    assert slow_ranks(seconds, ["n"] * 8, factor=1.5) == []
+    assert len(slow_ranks(seconds[2:], ["n"] * 6, factor=1.5)) == 1
+
+
 def test_short_delays_and_small_worlds_are_not_reported():
     assert slow_ranks([{"a": 1.0, "b": 0.01}] * 3 + [{"a": 1.0, "b": 0.05}], ["n"] * 4, 1.5) == []
     assert slow_ranks([{"a": 1.0}, {"a": 9.0}], ["n"] * 2, 1.5) == []

@@ -99,7 +99,7 @@ def towers():
         yield recipe, new_tower(settings(recipe, *SIZES), **({"teacher_width": 56} if recipe == "vit_mim" else {}))
     yield "vit_mim, token", new_tower(settings("vit_mim", *SIZES, "objective.mim.masked=token"), teacher_width=56)
     config = settings("stage1", *SIZES, "model.llm.width=88")
-    tower = VisionTower(config.model.encoder, config.model.llm.width)
+    tower = VisionTower(config.model.encoder, config.model.connector, config.model.llm.width)
     initialize(tower, config.train.seed)
     yield "stage1", tower
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.vision import VisionSpec
 from tests.train.toys import CPU, packed, random_images, to_meta
 from train.models.initial import initialize
 from train.models.masked import READINGS, MaskedImages, MimConfig, MimTower
@@ -72,7 +73,10 @@ def test_the_loss_is_fp32_and_learns_under_bf16_weights(tower, target_MC):
 
 
 def test_every_parameter_learns_also_from_a_blank(tower, target_MC):
-    for masked, target in ((masked_images(), target_MC), (MaskedImages.blank(CPU), torch.zeros(3, TEACHER_WIDTH))):
+    for masked, target in (
+        (masked_images(), target_MC),
+        (MaskedImages.blank(VisionSpec(), CPU), torch.zeros(3, TEACHER_WIDTH)),
+    ):
         tower.zero_grad()
         (loss_M,) = tower(masked, target)
         loss_M.sum().backward()

@@ -29,9 +29,10 @@ from train.memory import (
 from train.models.initial import initialize
 from train.models.llm import LLMConfig
 from train.models.llm_spec import build_chunk, transformer_config
-from train.models.vision_tower import VisionTower
-from train.models.vit import ViTConfig
+from train.models.vision_tower import ConnectorConfig, VisionTower
+from train.models.vit import PackedImages, ViTConfig
 from train.slices import language, tower
+from train.vision import vision_spec
 
 CPU = torch.device("cpu")
 WIDTH = 96  # of the LLM
@@ -81,10 +82,12 @@ def _storages(tensors) -> dict[int, int]:
 # ---- encoder ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [ViTConfig(width=64, depth=2, heads=4, mlp_ratio=3.0), recipe()[0]])
+@pytest.mark.parametrize(
+    "config", [ViTConfig(width=64, depth=2, heads=4, mlp_ratio=3.0), ViTConfig(patch_size=16), recipe()[0]]
+)
 def test_the_encoders_parameters_are_counted(config):
     with torch.device("meta"):
-        module = VisionTower(config, WIDTH)
+        module = VisionTower(config, ConnectorConfig(), WIDTH)
     counts = [sum(p.numel() for p in part.parameters()) for part in (module.encoder, module.adapter)]
     assert list(encoder_parameters(config, WIDTH)) == counts
 
@@ -92,25 +95,44 @@ def test_the_encoders_parameters_are_counted(config):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full", "replay"])
 def test_what_the_encoder_keeps(recompute):
     config = ViTConfig(width=128, depth=4, heads=2)
-    module = VisionTower(config, WIDTH, recompute)
+    module = VisionTower(config, ConnectorConfig(), WIDTH, recompute)
     initialize(module, seed=0)
     pack = tower.Pack(np.array([[8, 8]] * 6))  # of one size: the CPU's attention copies what it has of several
     images = pack.images(CPU)
     with Live() as live:
         rows = module(images)
     sizes = dict(chunk_patches=pack.patches, recompute=recompute, zero_stage=1, world=1, element=FP32)
-    formula = encoder_memory(config, WIDTH, chunks=1, **sizes)
+    formula = encoder_memory(config, ConnectorConfig(), WIDTH, chunks=1, **sizes)
     assert live.bytes == pytest.approx(formula.activations + rows.numel() * FP32, rel=0.1)
     assert formula.buffers > sum(x.nbytes for x in (images.patches_NP, images.positions_N2)) + rows.nbytes
     # replay holds one chunk of any number
-    twice = encoder_memory(config, WIDTH, chunks=2, **sizes)
+    twice = encoder_memory(config, ConnectorConfig(), WIDTH, chunks=2, **sizes)
     assert twice.activations == formula.activations * (1 if recompute == "replay" else 2)
+
+
+@pytest.mark.parametrize(("patch_size", "merge"), [(16, 2), (14, 3)])
+def test_other_patches_and_blocks_are_counted(patch_size, merge):
+    config, connector = ViTConfig(width=128, depth=4, heads=2, patch_size=patch_size), ConnectorConfig(merge)
+    vision, grids = vision_spec(config, connector), np.array([[12, 12]] * 3)
+    module = VisionTower(config, connector, WIDTH)
+    initialize(module, seed=0)
+    patches_NP = np.random.default_rng(0).integers(0, 256, (grids.prod(1).sum(), vision.patch_values), np.uint8)
+    images = PackedImages.of(patches_NP, vision.positions(grids), grids.prod(1), CPU)
+    with Live() as live:
+        rows = module(images)
+    assert len(rows) == 3 * 144 // merge**2
+    sizes = dict(chunk_patches=len(patches_NP), chunks=1, recompute="none", zero_stage=1, world=1, element=FP32)
+    formula = encoder_memory(config, connector, WIDTH, **sizes)
+    assert live.bytes == pytest.approx(formula.activations + rows.numel() * FP32, rel=0.1)
+    assert formula.buffers >= sum(x.nbytes for x in (images.patches_NP, images.positions_N2)) + rows.nbytes
 
 
 def test_zero_divides_the_encoders_state_over_the_world():
     config, parameters = recipe()[0], sum(encoder_parameters(recipe()[0], 5120))
     sizes = dict(chunk_patches=32768, chunks=1, recompute="full", element=2)
-    one, three = (encoder_memory(config, 5120, zero_stage=stage, world=64, **sizes) for stage in (1, 3))
+    one, three = (
+        encoder_memory(config, ConnectorConfig(), 5120, zero_stage=stage, world=64, **sizes) for stage in (1, 3)
+    )
     assert (one.weights, one.gradients, one.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters // 64)
     assert (three.weights, three.gradients) == (2 * parameters // 64, 4 * parameters // 64)
 

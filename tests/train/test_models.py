@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from data.image import patch_positions, to_patches
+from data.image import to_patches
+from data.vision import VisionSpec
 from parallel.llm_shards import shards_of
 from tests.support import ROOT, settings
 from tests.train.toys import LLM_KINDS, packed, random_images
@@ -25,7 +26,7 @@ from train.models.llm import LLMConfig
 from train.models.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
 from train.models.masking import drop_path_factors
 from train.models.rotary import axis_angles, tables, turn
-from train.models.vision_tower import VisionTower
+from train.models.vision_tower import ConnectorConfig, VisionTower
 from train.models.vit import SeedViT, ViTConfig, pool
 
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2], [4, 4]]  # equal neighbours run as one batch, others alone
@@ -71,7 +72,7 @@ def tower():
 
 
 def toy_tower(recompute):
-    tower = VisionTower(settings("stage1").model.encoder, 48, recompute)
+    tower = VisionTower(settings("stage1").model.encoder, ConnectorConfig(), 48, recompute)
     initialize(tower, seed=0)
     return tower
 
@@ -147,11 +148,11 @@ def test_pooling_is_the_mean_over_2x2_neighbours_of_the_plain_grid():
     grids, width, generator = [[4, 6], [2, 2], [6, 4]], 5, torch.Generator().manual_seed(0)
     plain = [torch.randn(down, across, width, generator=generator) for down, across in grids]
     rows = [
-        grid_HWD[patch_positions([grid])[:, 0], patch_positions([grid])[:, 1]]
+        grid_HWD[VisionSpec().positions([grid])[:, 0], VisionSpec().positions([grid])[:, 1]]
         for grid_HWD, grid in zip(plain, grids, strict=True)
     ]
     wanted = [F.avg_pool2d(grid_HWD.permute(2, 0, 1), 2).flatten(1).T for grid_HWD in plain]
-    torch.testing.assert_close(pool(torch.cat(rows)), torch.cat(wanted))
+    torch.testing.assert_close(pool(torch.cat(rows), 2), torch.cat(wanted))
 
 
 def test_positions_are_those_of_the_patches():
@@ -160,8 +161,8 @@ def test_positions_are_those_of_the_patches():
     picture_HW3 = np.zeros((down * 14, across * 14, 3), np.uint8)
     for y, x in np.ndindex(down, across):
         picture_HW3[y * 14 : (y + 1) * 14, x * 14 : (x + 1) * 14] = (y, x, 0)
-    patches_NP = to_patches(picture_HW3, down * 14, across * 14)
-    assert np.array_equal(patches_NP.reshape(-1, 14 * 14, 3)[:, 0, :2], patch_positions([[down, across]]))
+    patches_NP = to_patches(picture_HW3, (down, across), VisionSpec())
+    assert np.array_equal(patches_NP.reshape(-1, 14 * 14, 3)[:, 0, :2], VisionSpec().positions([[down, across]]))
 
 
 def test_frozen_encoder_runs_without_autograd():

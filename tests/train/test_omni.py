@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.vision import VisionSpec
 from tests.train.omni_reference import (
     ENCODER,
     SIZES,
@@ -174,7 +175,7 @@ def test_what_is_off_is_not_built_and_what_is_built_learns(weights, absent, tupl
 
 def test_a_blank_chunk_reaches_every_parameter(tower):
     """ZeRO-3 gathers what a call uses, on every rank the same."""
-    outputs = tower(OmniChunk.blank(CPU))
+    outputs = tower(OmniChunk.blank(VisionSpec(), CPU))
     gradients = torch.autograd.grad(
         sum(output.sum() for output in outputs), list(tower.parameters()), allow_unused=True, materialize_grads=False
     )

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers.utils import import_utils
 
-from data.image import patch_positions
+from data.vision import VisionSpec
 from tests.train.folders import saved_models, write
 from tests.train.toys import CPU, pack_pictures, packed, pictures, random_images
 from train.models import hf_vision, hugging_face
@@ -107,7 +107,7 @@ def folders(tmp_path_factory):
 
 def in_patch_order(plain_CHW, grid):
     """[C, h, w] as rows in the order of our patches."""
-    y, x = patch_positions([grid]).T
+    y, x = VisionSpec().positions([grid]).T
     return plain_CHW[:, y, x].T
 
 
@@ -118,7 +118,7 @@ def in_patch_order(plain_CHW, grid):
 def test_features_are_those_of_transformers(kind, folders):
     """For two pictures of the teacher's size, and one that it sees squeezed and answers for on another grid."""
     (folder, model), (_, features_of, width, (mean, std)) = folders(kind), MODELS[kind]
-    teacher = load_teacher(folder, CPU, torch.float32)
+    teacher = load_teacher(folder, CPU, torch.float32, VisionSpec())
     images, grids = pack_pictures(raw := pictures([(56, 56), (84, 28), (56, 56)]))
     found = teacher.features(images, grids).split(grids.prod(1).tolist())
     assert teacher.width == width
@@ -134,7 +134,7 @@ def test_features_are_those_of_transformers(kind, folders):
 
 def test_an_image_is_the_same_whatever_is_beside_it(folders):
     """Also behind the border of a batch of the teacher's."""
-    teacher = load_teacher(folders("CLIP")[0], CPU, torch.float32)
+    teacher = load_teacher(folders("CLIP")[0], CPU, torch.float32, VisionSpec())
     raw = pictures([(28, 28)] * 70 + [(56, 84), (28, 56), (56, 84)])
     images, grids = pack_pictures(raw)
     together = teacher.features(images, grids).split(grids.prod(1).tolist())
@@ -144,11 +144,11 @@ def test_an_image_is_the_same_whatever_is_beside_it(folders):
 
 
 def test_a_teacher_is_frozen_and_takes_the_precision_of_the_run(folders):
-    teacher = load_teacher(folders("CLIP")[0], CPU, torch.bfloat16)
+    teacher = load_teacher(folders("CLIP")[0], CPU, torch.bfloat16, VisionSpec())
     images, grids = pack_pictures(pictures([(56, 56)]))
     features_NC = teacher.features(images, grids)
     assert features_NC.dtype == torch.float32 and not features_NC.requires_grad
-    exact_NC = load_teacher(folders("CLIP")[0], CPU, torch.float32).features(images, grids)
+    exact_NC = load_teacher(folders("CLIP")[0], CPU, torch.float32, VisionSpec()).features(images, grids)
     assert not torch.equal(features_NC, exact_NC)
     assert torch.cosine_similarity(features_NC, exact_NC).min() > 0.99
 
@@ -156,13 +156,13 @@ def test_a_teacher_is_frozen_and_takes_the_precision_of_the_run(folders):
 def test_mean_and_deviation_are_read_beside_the_weights(tmp_path, folders):
     folders("CLIP")[1].save_pretrained(tmp_path)
     images, grids = pack_pictures(pictures([(56, 56)]))
-    default_NC = load_teacher(tmp_path, CPU, torch.float32).features(images, grids)
+    default_NC = load_teacher(tmp_path, CPU, torch.float32, VisionSpec()).features(images, grids)
     said = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
-    one_NC = load_teacher(tmp_path, CPU, torch.float32).features(images, grids)
+    one_NC = load_teacher(tmp_path, CPU, torch.float32, VisionSpec()).features(images, grids)
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": said}))
-    assert torch.equal(load_teacher(tmp_path, CPU, torch.float32).features(images, grids), one_NC)
+    assert torch.equal(load_teacher(tmp_path, CPU, torch.float32, VisionSpec()).features(images, grids), one_NC)
     assert not torch.equal(one_NC, default_NC)
 
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_ours_teaches_on_the_native_grid(tmp_path, ema):
     encoder, grids = own_run(tmp_path, ema), [[2, 4], [4, 4]]
     images = packed(random_images(grids), grids)
     for path in (tmp_path, tmp_path / "checkpoints" / "step-00000003"):
-        teacher = load_teacher(str(path), CPU, torch.float32)
+        teacher = load_teacher(str(path), CPU, torch.float32, VisionSpec())
         with torch.no_grad():
             assert torch.equal(teacher.features(images, np.array(grids)), encoder(images))
         assert teacher.width == 32
@@ -212,7 +212,7 @@ def test_runs_that_do_not_fit_are_refused(tmp_path, changes, sentence):
     if changes is None:
         (tmp_path / "config.yaml").unlink()
     with pytest.raises(ValueError) as refused:
-        load_teacher(tmp_path, CPU, torch.float32)
+        load_teacher(tmp_path, CPU, torch.float32, VisionSpec())
     assert sentence in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
@@ -277,7 +277,7 @@ def test_folders_that_cannot_teach_are_refused(tmp_path, folders, monkeypatch, k
     folders(kind)[1].save_pretrained(tmp_path)
     spoilt(tmp_path, harm)
     with pytest.raises(ValueError) as refused:
-        load_teacher(tmp_path, CPU, torch.float32)
+        load_teacher(tmp_path, CPU, torch.float32, VisionSpec())
     assert str(refused.value).startswith(f"objective.teacher={tmp_path}: ") and sentence in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1 and not asked
 
@@ -301,7 +301,8 @@ def test_timm_is_asked_for_where_a_folder_needs_it(tmp_path, folders):
     load = (
         "import sys, importlib.util as util, torch; find = util.find_spec; "
         "util.find_spec = lambda name, *rest: None if name == 'timm' else find(name, *rest); "
-        "from train.models.teacher import load_teacher; load_teacher(sys.argv[1], torch.device('cpu'), torch.float32)"
+        "from data.vision import VisionSpec; from train.models.teacher import load_teacher; "
+        "load_teacher(sys.argv[1], torch.device('cpu'), torch.float32, VisionSpec())"
     )
     done = subprocess.run([sys.executable, "-c", load, str(tmp_path)], capture_output=True, text=True)
     assert f"ValueError: objective.teacher={tmp_path}: " in done.stderr
@@ -326,13 +327,13 @@ def test_models_whose_grid_cannot_map_are_refused(tmp_path, name, sizes, sentenc
     config = getattr(transformers, f"{name}Config")(**sizes)
     getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as refused:
-        load_teacher(tmp_path, CPU, torch.float32)
+        load_teacher(tmp_path, CPU, torch.float32, VisionSpec())
     assert sentence in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="there is no such folder"):
-        load_teacher(tmp_path / "nowhere", CPU, torch.float32)
+        load_teacher(tmp_path / "nowhere", CPU, torch.float32, VisionSpec())
 
 
 # ---- timm ------------------------------------------------------------------------------------------------------------
@@ -423,7 +424,7 @@ def test_a_folder_of_timm_teaches(timm, tmp_path, name):
         plain_1NC = model.head(plain_1NC) if "eva" in name else plain_1NC
         if name == EVA:
             torch.testing.assert_close(eva_features(model.state_dict(), pixels)[None], plain_1NC, rtol=0, atol=2e-5)
-    teacher = load_teacher(tmp_path, CPU, torch.float32)
+    teacher = load_teacher(tmp_path, CPU, torch.float32, VisionSpec())
     wanted_NC = in_patch_order(plain_1NC[0].T.unflatten(1, (4, 4)), [4, 4])
     torch.testing.assert_close(teacher.features(images, grids), wanted_NC, rtol=0, atol=2e-5)
     assert teacher.width == (20 if "eva" in name else 32)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.image import patch_positions, to_patches
+from data.vision import VisionSpec
 from parallel import llm_shards
 from parallel.context import pack_row
 from parallel.layout import Layout
@@ -17,7 +17,7 @@ from parallel.transfer import to_device
 from tests.support import settings
 from train.models.llm import LLMConfig, VisualGPT
 from train.models.llm_spec import build_chunk, transformer_config
-from train.models.vit import PATCH_VALUES, PackedImages
+from train.models.vit import PackedImages
 
 CPU = torch.device("cpu")
 LLM_KINDS = {
@@ -59,13 +59,15 @@ def toy_llm(kind: str, layout: Layout, recompute: str = "none") -> ToyLLM:
 def random_images(grids_I2, seed: int = 0) -> list[np.ndarray]:
     """Noise for images of these patches down and across, uint8 [n, P] each."""
     generator = np.random.default_rng(seed)
-    return [generator.integers(0, 256, (down * across, PATCH_VALUES), np.uint8) for down, across in grids_I2]
+    return [
+        generator.integers(0, 256, (down * across, VisionSpec().patch_values), np.uint8) for down, across in grids_I2
+    ]
 
 
 def packed(images: list[np.ndarray], grids_I2, shift_I2=None) -> PackedImages:
     """The images end to end; shift_I2 moves the position of all patches of an image, (y, x)."""
     patches_I = [len(image) for image in images]
-    positions_N2 = patch_positions(grids_I2)
+    positions_N2 = VisionSpec().positions(grids_I2)
     if shift_I2 is not None:
         positions_N2 = positions_N2 + np.repeat(np.asarray(shift_I2, np.int32), patches_I, axis=0)
     return PackedImages.of(np.concatenate(images), positions_N2, patches_I, CPU)
@@ -85,5 +87,5 @@ def pictures(sizes_hw, seed=0):
 def pack_pictures(pictures_HW3):
     """(packed images, their grids)."""
     grids = np.array([[picture.shape[0] // 14, picture.shape[1] // 14] for picture in pictures_HW3])
-    patches_NP = np.concatenate([to_patches(picture, *picture.shape[:2]) for picture in pictures_HW3])
-    return PackedImages.of(patches_NP, patch_positions(grids), grids.prod(1), CPU), grids
+    patches_NP = np.concatenate([VisionSpec().cut(picture) for picture in pictures_HW3])
+    return PackedImages.of(patches_NP, VisionSpec().positions(grids), grids.prod(1), CPU), grids

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from data.captions import captions
-from data.image import patch_positions
 from data.labelled import LabelledSample, Patches
 from data.text import Tokenizer
+from data.vision import VisionSpec
 from parallel.balance import cut_in_order
 from train.checkpoint import Reader
 from train.models.text_encoder import PackedTexts
@@ -73,12 +73,13 @@ class Embedder:
     def __init__(
         self,
         tower: nn.Module,
+        vision: VisionSpec,
         device: torch.device,
         chunk: int,
         tokenizer: Tokenizer | None = None,
         most_tokens: int = 0,
     ):
-        self.tower, self.device, self.chunk = tower.to(device).eval(), device, chunk
+        self.tower, self.vision, self.device, self.chunk = tower.to(device).eval(), vision, device, chunk
         self.tokenizer, self.most_tokens = tokenizer, most_tokens
         self.reads_texts, self.hears = (hasattr(tower, name) for name in ("embed_texts", "embed_audio"))
 
@@ -100,14 +101,14 @@ class Embedder:
                 out.captions.append(sample.captions)
                 if seen:
                     seen(place, sample)
-            packed, images_B = pack([patches for _, patches in chunk], self.device)
+            packed, images_B = pack([patches for _, patches in chunk], self.vision, self.device)
             if embeddings:
                 images.append(self.tower.embed_images(packed, images_B).float().cpu())
             if means:
                 features.append(mean_features(self.tower.encoder(packed), packed, images_B).cpu())
             heard = [(first + place, sample.sound) for place, (sample, _) in enumerate(chunk) if sample.sound]
             for part in _chunks(heard, self.chunk) if embeddings and self.hears else ():
-                packed, _ = pack([patches for _, patches in part], self.device)
+                packed, _ = pack([patches for _, patches in part], self.vision, self.device)
                 sounds.append(self.tower.embed_audio(packed).float().cpu())
                 out.sound_V += [place for place, _ in part]
         out.image_BE, out.mean_BD, out.sound_VE = (
@@ -144,12 +145,12 @@ class Embedder:
 # Packing
 
 
-def pack(parts: Sequence[Patches], device: torch.device) -> tuple[PackedImages, torch.Tensor]:
+def pack(parts: Sequence[Patches], vision: VisionSpec, device: torch.device) -> tuple[PackedImages, torch.Tensor]:
     """(the images of samples end to end, how many each sample has, int64 [B] on the device)."""
     grid_hw_I2 = np.concatenate([part.grid_hw_I2 for part in parts])
-    patches_NP = np.concatenate([part.patches_N588 for part in parts])
+    patches_NP = np.concatenate([part.patches_NP for part in parts])
     patches_I = grid_hw_I2.prod(axis=1, dtype=np.int64)
-    images = PackedImages.of(patches_NP, patch_positions(grid_hw_I2), patches_I, device)
+    images = PackedImages.of(patches_NP, vision.positions(grid_hw_I2), patches_I, device)
     return images, torch.tensor([len(part.grid_hw_I2) for part in parts], device=device)
 
 
@@ -163,7 +164,7 @@ def _chunks(items: Iterable[tuple], most: int) -> Iterator[list[tuple]]:
     """(what, Patches) pairs in order, together while they have at most `most` patches; one pair at least."""
     chunk, used = [], 0
     for item in items:
-        count = len(item[1].patches_N588)
+        count = len(item[1].patches_NP)
         if chunk and used + count > most:
             yield chunk
             chunk, used = [], 0

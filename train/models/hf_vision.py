@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.vision import CHANNELS, VisionSpec
 from train.models.hugging_face import first_line, load, read_config, single_number, transformers_for, weight_names
-from train.models.vit import PATCH, PackedImages
+from train.models.vit import PackedImages
 
 SERVED = (  # model types that are tried; what siglip2, registers and deit give does not map onto a grid, and says so
     *("clip", "clip_vision_model", "siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"),
@@ -66,7 +67,7 @@ def check_folder(folder: Path, what: str) -> None:
 class HuggingFaceTeacher:
     """A frozen model from a folder, see the module; width: channels of its features."""
 
-    def __init__(self, folder: Path, what: str, device: torch.device, dtype: torch.dtype):
+    def __init__(self, folder: Path, what: str, device: torch.device, dtype: torch.dtype, vision: VisionSpec):
         names = weight_names(folder, what)
         config = read_config(folder, what, SERVED)
         if config.model_type == "timm_wrapper":
@@ -75,6 +76,7 @@ class HuggingFaceTeacher:
             parts = _parts(config, folder, names, what, dtype)
         parts.module.to(device).eval().requires_grad_(False)
         self._model, self._size, self._grid, self._dtype = parts.hidden, parts.size, parts.grid, dtype
+        self._vision = vision
         self._mean_311, self._deviation_311 = (
             torch.tensor(numbers, device=device)[:, None, None] for numbers in (parts.mean, parts.deviation)
         )
@@ -93,10 +95,11 @@ class HuggingFaceTeacher:
         for begin in range(0, len(order), IMAGES_AT_ONCE):
             taken = order[begin : begin + IMAGES_AT_ONCE]
             runs = [(grid, list(run)) for grid, run in itertools.groupby(taken, key=grids.__getitem__)]
-            pixels = [squared(pixels_of(torch.cat([patches[i] for i in run]), *grid), self._size) for grid, run in runs]
+            images = [pixels_of(torch.cat([patches[i] for i in run]), grid, self._vision) for grid, run in runs]
+            pixels = [squared(image, self._size) for image in images]
             features_nCgg = self._patch_features(torch.cat(pixels))
             for (grid, run), part in zip(runs, features_nCgg.split([len(run) for _, run in runs]), strict=True):
-                for image, rows in zip(run, regridded(part, *grid).chunk(len(run)), strict=True):
+                for image, rows in zip(run, regridded(part, grid, self._vision.merge).chunk(len(run)), strict=True):
                     found[image] = rows
         return torch.cat(found)
 
@@ -225,10 +228,11 @@ def _normalisation(folder: Path, model_type: str, what: str) -> tuple[tuple[floa
 # ---- between packed patches and square images ------------------------------------------------------------------------
 
 
-def pixels_of(patches_NP: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """uint8 [n, 3, 14 h, 14 w] of n images of h x w patches that lie end to end, 2x2 block by block."""
-    cut = patches_NP.reshape(-1, h // 2, w // 2, 2, 2, PATCH, PATCH, 3)
-    return cut.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(-1, 3, h * PATCH, w * PATCH)
+def pixels_of(patches_NP: torch.Tensor, grid: tuple[int, int], vision: VisionSpec) -> torch.Tensor:
+    """uint8 [n, 3, H, W] of n images of this grid of patches that lie end to end, each block by block."""
+    (h, w), merge, patch = grid, vision.merge, vision.patch_size
+    cut = patches_NP.reshape(-1, h // merge, w // merge, merge, merge, patch, patch, CHANNELS)
+    return cut.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(-1, CHANNELS, *vision.pixels_hw(grid))
 
 
 def squared(pixels_n3HW: torch.Tensor, size: int) -> torch.Tensor:
@@ -243,8 +247,9 @@ def squared(pixels_n3HW: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
-def regridded(features_nCgg: torch.Tensor, h: int, w: int) -> torch.Tensor:
+def regridded(features_nCgg: torch.Tensor, grid: tuple[int, int], merge: int) -> torch.Tensor:
     """fp32 [n * h * w, C] in patch order: bilinear, align_corners=False, so that both grids span the whole image."""
+    (h, w), b = grid, merge
     features_nChw = F.interpolate(features_nCgg.float(), (h, w), mode="bilinear", align_corners=False)
-    cut = features_nChw.unflatten(3, (w // 2, 2)).unflatten(2, (h // 2, 2))  # n C h/2 2 w/2 2
+    cut = features_nChw.unflatten(3, (w // b, b)).unflatten(2, (h // b, b))  # n C h/b b w/b b
     return cut.permute(0, 2, 4, 3, 5, 1).flatten(0, 4)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.vision import VisionSpec
 from parallel.attention import Segments
 from parallel.transfer import host_to_device
 from train.models.blocks import Block, kept_for_backward, run_blocks
@@ -82,9 +83,10 @@ class MaskedImages:
         )
 
     @staticmethod
-    def blank(device: torch.device) -> "MaskedImages":
-        """One black image of four patches, three of them masked: its three losses are cut away."""
-        return MaskedImages.of(PackedImages.blank(device), np.array([False, True, True, True]))
+    def blank(vision: VisionSpec, device: torch.device) -> "MaskedImages":
+        """One small black image, all but one patch masked: its losses are cut away."""
+        images = PackedImages.blank(vision, device)
+        return MaskedImages.of(images, np.arange(len(images.patches_NP)) > 0)
 
 
 class MaskToken(nn.Module):

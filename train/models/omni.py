@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from data.vision import VisionSpec
 from parallel.attention import Segments
 from parallel.transfer import host_to_device
 from train.models.attention_pool import AttentionPool
@@ -179,12 +180,13 @@ class OmniChunk:
         )
 
     @staticmethod
-    def blank(device: torch.device) -> "OmniChunk":
+    def blank(vision: VisionSpec, device: torch.device) -> "OmniChunk":
         """One tuple of two black images and token 0: its outputs are cut away."""
-        image = PackedImages.blank(torch.device("cpu"))
+        image = PackedImages.blank(vision, torch.device("cpu"))
         patches_NP, positions_N2 = (np.tile(x.numpy(), (2, 1)) for x in (image.patches_NP, image.positions_N2))
         captions = [(np.zeros(1, np.int64), np.zeros(1, np.int64))]
-        return OmniChunk.of(PackedImages.of(patches_NP, positions_N2, [4, 4], device), [1], captions, captions)
+        images = PackedImages.of(patches_NP, positions_N2, 2 * list(image.segments.q_lengths_N), device)
+        return OmniChunk.of(images, [1], captions, captions)
 
 
 def _as_one(captions, patches_B: np.ndarray, device) -> Reading:

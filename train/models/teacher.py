@@ -7,7 +7,7 @@ Two kinds, told apart by what lies at the path:
                                             the student's grid (bilinear, align_corners=False)
     a run or checkpoint of this framework   its encoder, on the native grid: the student's own
 
-Either way features come in the order of the student's patches, 2x2 block by block.
+Either way features come in the order of the student's patches, block by block.
 
 Legend: N patches of I images, C teacher width, D width of our encoder, g teacher's patches a side.
 """
@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from data.vision import VisionSpec
 from parallel.state import EMA
 from train import checkpoint
 from train.models.hf_vision import HuggingFaceTeacher, check_folder
@@ -36,7 +37,7 @@ class Teacher(Protocol):
         """fp32 [N, C], on the device of the images; grid_hw_I2: patches of each image down and across, on the host."""
 
 
-def check_teacher(path: str | Path) -> None:
+def check_teacher(path: str | Path, vision: VisionSpec) -> None:
     """Raises ValueError, one sentence, where `load_teacher` would for want of files; reads no weights."""
     path, what = Path(path), f"objective.teacher={path}"
     if not path.exists():
@@ -46,11 +47,11 @@ def check_teacher(path: str | Path) -> None:
     except ValueError:
         check_folder(path, what)
     else:
-        _encoder_config(step, what)
+        _encoder_config(step, what, vision)
 
 
-def load_teacher(path: str | Path, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """The teacher at `path` on `device`, in weights of `dtype`.
+def load_teacher(path: str | Path, device: torch.device, dtype: torch.dtype, vision: VisionSpec) -> Teacher:
+    """The teacher at `path` on `device`, in weights of `dtype`; vision: the student's.
 
     Raises ValueError, one sentence, for a path that holds no teacher.
     """
@@ -60,15 +61,15 @@ def load_teacher(path: str | Path, device: torch.device, dtype: torch.dtype) -> 
     try:
         step = checkpoint.resolve(path)
     except ValueError:
-        return HuggingFaceTeacher(path, what, device, dtype)
-    return OwnTeacher(step, what, device, dtype)
+        return HuggingFaceTeacher(path, what, device, dtype, vision)
+    return OwnTeacher(step, what, device, dtype, vision)
 
 
 class OwnTeacher:
     """The encoder of a checkpoint of ours, on the student's own patches."""
 
-    def __init__(self, step: Path, what: str, device: torch.device, dtype: torch.dtype):
-        config = _encoder_config(step, what)
+    def __init__(self, step: Path, what: str, device: torch.device, dtype: torch.dtype, vision: VisionSpec):
+        config = _encoder_config(step, what, vision)
         with torch.device("meta"):
             self._encoder = SeedViT(config)
         self._encoder.load_state_dict(_weights(step, self._encoder, what), assign=True)
@@ -95,13 +96,19 @@ def _weights(step: Path, encoder: SeedViT, what: str) -> dict[str, torch.Tensor]
     return found
 
 
-def _encoder_config(step: Path, what: str) -> ViTConfig:
-    """Sizes of a checkpoint's encoder, from the run it lies in."""
+def _encoder_config(step: Path, what: str, vision: VisionSpec) -> ViTConfig:
+    """Sizes of a checkpoint's encoder, from the run it lies in; its patches must be the student's."""
     folders = [step, step.parent, step.parent.parent]
     saved = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
     if saved is None:
         raise ValueError(f"{what}: the config.yaml of the run that wrote {step.name} is needed beside its checkpoints")
     try:
-        return ViTConfig(**OmegaConf.to_container(OmegaConf.load(saved).model.encoder))
+        config = ViTConfig(**OmegaConf.to_container(OmegaConf.load(saved).model.encoder))
     except (OmegaConfBaseException, YAMLError, OSError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{what}: {saved} has no usable model.encoder: {str(error).splitlines()[0]}") from error
+    if config.patch_size != vision.patch_size:
+        raise ValueError(
+            f"{what}: its patches are of {config.patch_size} pixels a side, those of model.encoder.patch_size="
+            f"{vision.patch_size}; a teacher of ours looks at the student's own patches"
+        )
+    return config

@@ -1,17 +1,28 @@
-"""Encoder, 2x2 pooling and adapter in one module: packed images in, rows of the LLM's width out.
+"""Encoder, pooling of merge x merge patches and adapter in one module: packed images in, rows of the LLM's width out.
 
 The adapter is the report's two-layer MLP (section 2); its hidden width, activation and norm are not stated: here a
 LayerNorm on the pooled features, hidden width as wide as the LLM, GELU.
 
-Legend: N patches, D encoder width, V = N/4 visual tokens, E LLM width.
+Legend: N patches, D encoder width, V = N / merge^2 visual tokens, E LLM width.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.vision import VisionSpec
 from train.models.blocks import kept_for_backward
 from train.models.vit import PackedImages, SeedViT, ViTConfig, pool
+
+
+@dataclass
+class ConnectorConfig:
+    """How features become tokens of the LLM.  merge: a block of merge x merge patches becomes one token;
+    `VisionSpec` checks it."""
+
+    merge: int = VisionSpec.merge
 
 
 class Adapter(nn.Module):
@@ -34,14 +45,15 @@ class VisionTower(nn.Module):
     again), and keeps everything of the one chunk at hand.
     """
 
-    def __init__(self, config: ViTConfig, llm_width: int, recompute: str = "none"):
+    def __init__(self, config: ViTConfig, connector: ConnectorConfig, llm_width: int, recompute: str = "none"):
         super().__init__()
         self.encoder = SeedViT(config)
         self.adapter = Adapter(config.width, llm_width, config.norm_eps)
+        self.merge = connector.merge
         self.recompute = kept_for_backward(recompute)
 
     def forward(self, images: PackedImages) -> torch.Tensor:
         frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            pooled_VD = pool(self.encoder(images, self.recompute))
+            pooled_VD = pool(self.encoder(images, self.recompute), self.merge)
         return self.adapter(pooled_VD)

@@ -1,7 +1,8 @@
 """A pack of images of mixed size through the vision tower: forward, backward, fused AdamW.  Needs no Megatron-core.
 
-Image areas are log-uniform in 196 to 6,400 patches, aspect ratios log-uniform in e^-0.6 to e^0.6, sides even; images
-are drawn until the next would not fit.  A full pack of 32,768 patches then has 26 images and 32,076 patches.
+Image areas are log-uniform in 196 to 6,400 patches, aspect ratios log-uniform in e^-0.6 to e^0.6, in whole blocks of
+patches; images are drawn until the next would not fit.  A full pack of 32,768 patches then has 26 images and 32,076
+patches.
 
 Legend: N patches, D width, I images.
 """
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.image import patch_positions
+from data.vision import VisionSpec
 from train.flops import encoder_flops
 from train.models.initial import initialize
-from train.models.vit import PATCH_VALUES, PackedImages, SeedViT, ViTConfig
+from train.models.vit import PackedImages, SeedViT, ViTConfig
 
+VISION = VisionSpec()
 SMALLEST, LARGEST, ASPECT = 196, 6400, 0.6
 SEED = 2678155
 ADAM = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -41,8 +43,8 @@ class Pack:
 
     def images(self, device: torch.device) -> PackedImages:
         """Random patches."""
-        patches_NP = np.random.default_rng(0).integers(0, 256, (self.patches, PATCH_VALUES), np.uint8)
-        return PackedImages.of(patches_NP, patch_positions(self.grid_I2), self.lengths_I, device)
+        patches_NP = np.random.default_rng(0).integers(0, 256, (self.patches, VISION.patch_values), np.uint8)
+        return PackedImages.of(patches_NP, VISION.positions(self.grid_I2), self.lengths_I, device)
 
 
 def draw_pack(most: int, seed: int = SEED, smallest: int = SMALLEST, largest: int = LARGEST) -> Pack:
@@ -52,7 +54,7 @@ def draw_pack(most: int, seed: int = SEED, smallest: int = SMALLEST, largest: in
         area = smallest * (largest / smallest) ** draw.random()
         aspect = np.exp(ASPECT * (2 * draw.random() - 1))
         sides_2 = np.array([(area * aspect) ** 0.5, (area / aspect) ** 0.5])
-        grid_2 = np.maximum(2, 2 * np.rint(sides_2 / 2)).astype(np.int64)
+        grid_2 = VISION.merge * np.maximum(1, np.rint(sides_2 / VISION.merge)).astype(np.int64)
         filled += int(grid_2.prod())
         if filled > most:
             return Pack(np.array(grids, np.int64).reshape(-1, 2))

@@ -47,7 +47,8 @@ class ContrastiveObjective:
         for chunk in batch.collated:
             khot = self._frequency.k_hot(BLANK if chunk is None else chunk[3]) if self._frequency else None
             if chunk is None:
-                made.append(Chunk((PackedImages.blank(device), PackedTexts.blank(device), khot, None), False))
+                image = PackedImages.blank(self._config.vision, device)
+                made.append(Chunk((image, PackedTexts.blank(device), khot, None), False))
             else:
                 images, texts, images_B, _ = chunk
                 made.append(Chunk((images, texts, khot, images_B), True))

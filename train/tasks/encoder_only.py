@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data.image import patch_positions
 from data.plan import images_of
 from data.text import Tokenizer
 from parallel.encoder_step import Chunk, EncoderEngines, encoder_step
@@ -210,7 +209,7 @@ class EncoderTrainer:
         patches_I = grid_hw_I2.prod(axis=1, dtype=np.int64)
         images = PackedImages.of(
             _patches_of(prepared, share, image_ids),
-            patch_positions(grid_hw_I2),
+            config.vision.positions(grid_hw_I2),
             patches_I,
             torch.device("cpu"),
             branch_factors(config, keys_I4),
@@ -235,7 +234,7 @@ def _patches_of(prepared: PreparedStep, share: SampleShare, image_ids: np.ndarra
     patches_J = prepared.images.patches_I
     end_J = np.cumsum(patches_J)
     place_I = np.searchsorted(share.image_ids, image_ids)
-    patches_NP = prepared.images.patches_N588
+    patches_NP = prepared.images.patches_NP
     if (np.diff(place_I) == 1).all():
         return patches_NP[end_J[place_I[0]] - patches_J[place_I[0]] : end_J[place_I[-1]]]
     return np.concatenate([patches_NP[end_J[place] - patches_J[place] : end_J[place]] for place in place_I])
@@ -291,7 +290,7 @@ class EncoderTask(Task):
 def pair_flops(config: Config, patches_I: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
     """Forward FLOPs of encoder, and of pool and text encoder; losses and their own modules are not counted."""
     pool = pool_flops(config.model.encoder, patches_I, config.model.embedding)
-    return encoder_flops(config.model.encoder, patches_I), pool + text_flops(config.model.text, tokens_S)
+    return encoder_flops(config.model.encoder, patches_I), pool + int(text_flops(config.model.text, tokens_S).sum())
 
 
 def whole_world() -> dist.ProcessGroup | None:

@@ -49,7 +49,7 @@ class LanguageTrainer:
         loss_D, trained_D = output.report
         tokens = config.train.global_batch_size * config.train.seq_length
         flops = step_flops(
-            config.model.encoder,
+            config.vision,
             config.model.llm,
             config.train.trainable,
             plan.patches_I,
@@ -122,10 +122,10 @@ def _check_batch(config: Config, layout: Layout) -> None:
             f"parallel.vpp={layout.vpp}: the {count} micro-batches of a replica (train.global_batch_size over "
             f"dp*train.micro_batch_size) must be a multiple of parallel.pp={layout.pp}"
         )
-    if config.data.max_patches // 4 + 2 > t.seq_length:
+    if config.vision.most_tokens + config.vision.marks > t.seq_length:
         raise ValueError(
             f"train.seq_length={t.seq_length} is shorter than one image of data.max_patches="
-            f"{config.data.max_patches} ({config.data.max_patches // 4} tokens)"
+            f"{config.data.max_patches} ({config.vision.most_tokens} tokens)"
         )
 
 

@@ -22,7 +22,7 @@ class MimObjective(Stateless):
 
     def __init__(self, config: Config, device: torch.device):
         self._config, self._mim = config, config.objective.mim
-        self._teacher = load_teacher(config.objective.teacher, device, config.train.dtype)
+        self._teacher = load_teacher(config.objective.teacher, device, config.train.dtype, config.vision)
         self.tower = TASK.tower(config, teacher_width=self._teacher.width)
 
     def collate(self, view: View) -> tuple[MaskedImages, np.ndarray]:
@@ -33,7 +33,7 @@ class MimObjective(Stateless):
         made = []
         for chunk in batch.collated:
             if chunk is None:
-                blank = MaskedImages.blank(device)
+                blank = MaskedImages.blank(self._config.vision, device)
                 made.append(Chunk((blank, torch.zeros(len(blank.masked_M), self._teacher.width, device=device)), False))
                 continue
             masked, grid_hw_I2 = chunk
@@ -63,7 +63,7 @@ class MimTask(EncoderTask):
             )
 
     def check_folders(self, config: Config) -> None:
-        check_teacher(config.objective.teacher)
+        check_teacher(config.objective.teacher, config.vision)
 
     def new_tower(self, config: Config, teacher_width: int = 1) -> nn.Module:
         """teacher_width: channels of what is predicted."""

@@ -34,9 +34,8 @@ class OmniObjective(Stateless):
         return OmniChunk.of(view.images, frames_B, mine, others)
 
     def chunks(self, batch: SampleBatch, device: torch.device) -> list[Chunk]:
-        return [
-            Chunk((OmniChunk.blank(device) if chunk is None else chunk,), chunk is not None) for chunk in batch.collated
-        ]
+        blank = OmniChunk.blank(self._config.vision, device) if None in batch.collated else None
+        return [Chunk((blank if chunk is None else chunk,), chunk is not None) for chunk in batch.collated]
 
     def loss(self, batch: SampleBatch, *leaves: torch.Tensor) -> Losses:
         counts, tokens = batch.counts_W, batch.trained_tokens
@@ -57,7 +56,8 @@ class OmniTask(EncoderTask):
             raise ValueError(
                 f"objective.omni.pairs={list(pairs)}: none has audio, for frames alone there is task=contrastive"
             )
-        sample = 4 * config.data.video.budget + int(sound_grid(1000 * seconds, seconds).prod())
+        vision = config.vision
+        sample = vision.patches_of(config.data.video.budget) + int(sound_grid(1000 * seconds, seconds, vision).prod())
         if sample > config.parallel.encoder.chunk_patches:
             raise ValueError(
                 f"parallel.encoder.chunk_patches={config.parallel.encoder.chunk_patches} is smaller than a sample of "
