@@ -1,6 +1,6 @@
 """Our experts beside Megatron-core's SequentialMLP on a CPU: 64 of toy width, forward and backward, same weights.
 
-    taskset -c 0 python benchmarks/experts.py       half a minute; on one core, where other work does not count
+    taskset -c 0 python benchmarks/experts.py       ten seconds; on one core, where other work does not count
     python benchmarks/experts.py                    on all cores, on a machine with nothing else to do
 
 Three loads: rows spread evenly by a router that has learned nothing, rows in a Zipf distribution over the experts, and

@@ -150,7 +150,6 @@ def step_of_ranks(size_name: str) -> dict:
 
 def settings(size: Size):
     """Toy settings with an encoder that weighs as much in its step as it does in a picture-heavy batch."""
-
     from train.settings import composed, read_config
 
     overrides = [

@@ -1,6 +1,6 @@
 """The two readings of masked image modelling: the trunk over visible patches alone beside the trunk over all patches.
 
-    taskset -c 0 python benchmarks/mim_readings.py       a minute; on one core, where other work does not count
+    taskset -c 0 python benchmarks/mim_readings.py       half a minute; on one core, where other work does not count
     python benchmarks/mim_readings.py                    on all cores, on a machine with nothing else to do
     python benchmarks/mim_readings.py --full             532M parameters in bf16 on one CUDA device
 

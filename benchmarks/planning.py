@@ -1,6 +1,6 @@
 """What it takes to plan the largest steps from indexes alone: time, memory and how full the rows get.
 
-    python benchmarks/planning.py            half a minute, one core
+    python benchmarks/planning.py            three seconds, one core
 
 A catalog of 100,000 shards stands for a billion samples.  The stream over it is opened, resumed in the middle of the
 epoch, and plans global batches of 71M tokens (about 110,000 samples), for rows of 32,768 and of 131,072 tokens.  Every

@@ -1,6 +1,6 @@
 """What each setting of `parallel.encoder.recompute` and `train.recompute` costs in time and keeps in memory.
 
-    taskset -c 0 python benchmarks/recompute.py       two minutes; on one core, where other work does not count
+    taskset -c 0 python benchmarks/recompute.py       a minute and a half; on one core, where other work does not count
 
 Forward and backward of an encoder of 6 x 256 over 2,048 patches and of 4 LLM layers of 256 with 16 experts over 2,048
 tokens, fp32: processor time, median of rounds in which all settings take turns; all gradients must be equal to the bit.
