@@ -629,7 +629,8 @@ PARALLEL = (
         "attend",
         "k_XGK, v_XGK, row.segments, causal=True",
         "k_XGK, v_XGK, row.segments, causal=False",
-        (LANGUAGE,),
+        ("tests/distributed/test_layouts.py::test_layout_trains_like_one_process",),
+        select="all_gather",
     ),
     Mutation(
         "gate_and_up_are_cut_as_one",
