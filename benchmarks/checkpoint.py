@@ -97,11 +97,17 @@ def saves_of_ranks(size: str, folder: str) -> dict:
 
 
 def one_round(way, step: Callable[[], None], turn: int, folder: Path) -> list[float]:
-    """Seconds that the loop waits for a save, of the steps after it, and of another save until it is on disk."""
+    """Seconds that the loop waits for a save, of the steps after it, and of another save until it is on disk.
+
+    Ranks meet between save and steps: where they share cores, no wait then holds the time slice of a rank that trains.
+    """
+    import torch.distributed as dist
+
     path = fresh(folder, 2 * turn)
     begin = time.perf_counter()
     way.save(2 * turn, path)
     saved = time.perf_counter()
+    dist.barrier()
     for _ in range(STEPS):
         step()
         way.after_step()
