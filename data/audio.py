@@ -2,9 +2,9 @@
 
     samples  ->  windows of 25 ms every 10 ms  ->  power spectrum  ->  mel filters  ->  log  ->  one gray pixel each
 
-The encoder of images reads the picture: mel filters rising from the top row down, time to the right, in whole blocks
-of patches. There are 112 filters, or more where blocks of patches need it: 112 are 8 patches of the report's encoder;
-how many MiCo's encoder hears is not stated in the report. The picture's width follows from the index alone.
+The encoder of images reads the picture: mel filters rising from the top row down, time to the right, in as many
+whole blocks of patches as MOST_MELS filters hold: 112 filters, 8 patches, with the report's encoder. How many filters
+MiCo's encoder reads is not stated in the report. The picture's width follows from the index alone.
 
 Shapes: S samples, F windows, M mel filters, W pixels across.
 """
@@ -20,7 +20,8 @@ from data.vision import VisionSpec
 
 RATE = 16_000
 WINDOW_MS, STEP_MS = 25, 10
-MELS = 112  # at least; whole blocks of patches
+MELS = 112  # of the report's patches
+MOST_MELS = 126  # with more at this rate and window, Kaldi's lowest filters would lie between two frequencies
 RATES = (4_000, 768_000)  # of tracks that are heard: at 1 Hz, 16-bit samples would grow 32,000-fold
 MAX_CHANNELS = 64
 MAX_PLANES = 8  # beyond these, PyAV's arrays of planar frames reach into memory that is not theirs
@@ -32,10 +33,18 @@ FLOOR, TOP = float(np.log(np.finfo(np.float32).eps)), 10.0
 def sound_grid(duration_ms, seconds: float, vision: VisionSpec) -> np.ndarray:
     """Patches down and across, int32 [..., 2], of the sound of videos this long, of which at most `seconds` are heard.
 
-    What is heard is rounded up to whole blocks of patches, one at least.
+    Down there are as many whole blocks of patches as MOST_MELS filters hold. What is heard is rounded up to whole
+    blocks, one at least. Raises ValueError where sound is read and no block fits.
     """
+    if seconds > 0 and vision.block > MOST_MELS:
+        raise ValueError(
+            f"data.audio_seconds={seconds}: a block of model.connector.merge={vision.merge} patches of "
+            f"model.encoder.patch_size={vision.patch_size} needs {vision.block} mel filters, and there are at most "
+            f"{MOST_MELS}"
+        )
+    down = max(MOST_MELS // vision.block, 1) * vision.block
     heard_ms = np.minimum(np.asarray(duration_ms, np.int64), int(np.ceil(seconds * 1000)))
-    return vision.covering(MELS, -(-heard_ms // STEP_MS))
+    return vision.covering(down, -(-heard_ms // STEP_MS))
 
 
 def spectrogram(file: BinaryIO, mels: int, windows: int) -> np.ndarray:

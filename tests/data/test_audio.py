@@ -50,6 +50,22 @@ def test_the_picture_of_a_sound_has_whole_blocks_for_all_that_is_heard():
     assert ((grid[:, 1] * 140 >= heard) & (grid[:, 1] * 140 < heard + 280)).all()
 
 
+@pytest.mark.parametrize(("patch_size", "merge", "mels"), [(14, 2, 112), (16, 2, 96), (14, 3, 126), (14, 1, 126)])
+def test_every_geometry_has_filters_that_kaldi_can_make(patch_size, merge, mels):
+    vision = VisionSpec(patch_size=patch_size, merge=merge)
+    grid = sound_grid(1000, 1.0, vision)
+    assert vision.pixels_hw(grid)[0] == mels and (grid % merge == 0).all()
+    data = encoded_video(1, sound_S=sound_of(300), sound_codec="pcm_s16le")
+    assert len(vision.cut(spectrogram(io.BytesIO(data), *vision.pixels_hw(grid)))) == grid.prod()
+
+
+def test_a_block_above_all_filters_is_refused_where_sound_is_read():
+    wide = VisionSpec(patch_size=32, merge=4)
+    with pytest.raises(ValueError, match="data.audio_seconds=1.0: .*merge=4 .* 128 mel filters"):
+        sound_grid(1000, 1.0, wide)
+    assert sound_grid(np.zeros(0, int), 0, wide).shape == (0, 2)
+
+
 def test_a_picture_shows_low_tones_above_and_time_to_the_right():
     picture = spectrogram(io.BytesIO(encoded_video(2, sound_S=sound_of(300, 3000), sound_codec="pcm_s16le")), MELS, 224)
     assert picture.shape == (112, 224, 3) and picture.dtype == np.uint8

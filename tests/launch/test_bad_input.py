@@ -212,6 +212,16 @@ VIT_REFUSED = {  # name: (recipe, overrides, what the sentence says)
         ["data.audio_seconds=2"],
         "data.audio_seconds=2.0: task=language has no use for sound",
     ),
+    "a patch that is all of an image": (
+        "vit_mim",
+        ["objective.teacher=folder", "model.connector.merge=1", "data.min_patches=1"],
+        "data.min_patches=1: must be at least 2 in task=mim",
+    ),
+    "blocks above all mel filters": (
+        "vit_omni",
+        ["model.encoder.patch_size=64"],
+        "needs 128 mel filters, and there are at most 126",
+    ),
     "no sound": ("vit_omni", ["data.audio_seconds=0"], "data.audio_seconds=0.0: must be above 0"),
     "pairs": ("vit_omni", ["objective.omni.pairs=[frames:smell]"], "'frames:smell' names 'smell', must be of frames"),
     "tuple larger than a chunk": ("vit_omni", ["data.video.budget=511"], "chunk_patches=2048 is smaller than a sample"),

@@ -61,6 +61,11 @@ class MimTask(EncoderTask):
             raise ValueError(
                 "objective.teacher is missing: name a folder with a Hugging Face vision model, or a run or checkpoint"
             )
+        vision = config.vision
+        if vision.merge == 1 and vision.min_patches < 2:
+            raise ValueError(
+                f"data.min_patches={vision.min_patches}: must be at least 2 in task=mim, one masked, one visible"
+            )
 
     def check_folders(self, config: Config) -> None:
         check_teacher(config.objective.teacher, config.vision)
