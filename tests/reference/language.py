@@ -106,17 +106,8 @@ class Trainer:
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-            lr_scale=self._lr_scale,
+            lr_scale=lambda name: optim.layer_factor(name, settings.encoder["depth"], optimizer.layer_decay),
         )
-
-    def _lr_scale(self, name: str) -> float:
-        """decay^(layers of the encoder above the parameter)."""
-        depth, words = self.settings.encoder["depth"], name.split(".")
-        if words[:2] == ["encoder", "blocks"]:
-            return self.settings.optim.layer_decay ** (depth - int(words[2]))
-        if words[:2] == ["encoder", "patch_embedding"]:
-            return self.settings.optim.layer_decay ** (depth + 1)
-        return 1.0
 
     def step(self, step: int, batch: Mapping) -> dict:
         """One training step; losses, norms and learning rate as metrics.jsonl names them."""

@@ -10,7 +10,7 @@ Weight decay and LAMB's ratio are for matrices alone: not for biases, norms, tok
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -46,6 +46,36 @@ def is_matrix(tensor: torch.Tensor) -> bool:
     return sum(size > 1 for size in tensor.shape) > 1
 
 
+def layer_factor(name: str, depth: int, decay: float) -> float:
+    """Factor of a parameter's learning rate: decay to the number of encoder layers above it, 1 for the last norm."""
+    words = name.split(".")
+    if words[:2] == ["encoder", "patch_embedding"]:
+        return decay ** (depth + 1)
+    return decay ** (depth - int(words[2])) if words[:2] == ["encoder", "blocks"] else 1.0
+
+
+def direction(
+    w: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    steps: int,
+    *,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    adapts: bool,
+) -> torch.Tensor:
+    """What a weight moves against after `steps` steps, before the learning rate; adapts: LAMB's ratio of norms."""
+    b1, b2 = betas
+    update = m / (1 - b1**steps) / ((v / (1 - b2**steps)).sqrt() + eps)
+    if not is_matrix(w):
+        return update
+    update = update + weight_decay * w
+    if adapts and w.norm() > 0 and update.norm() > 0:
+        update = update * (w.norm() / update.norm())
+    return update
+
+
 class AdamW:
     """AdamW on a dict of weights, which `step` replaces.  lr_scale: factor of the learning rate by name."""
 
@@ -72,14 +102,11 @@ class AdamW:
         self.steps += 1
         b1, b2 = self.betas
         for name, gradient in gradients.items():
-            w, decays = self.weights[name], is_matrix(self.weights[name])
+            w = self.weights[name]
             self.exp_avg[name] = m = b1 * self.exp_avg[name] + (1 - b1) * gradient
             self.exp_avg_sq[name] = v = b2 * self.exp_avg_sq[name] + (1 - b2) * gradient**2
-            update = m / (1 - b1**self.steps) / ((v / (1 - b2**self.steps)).sqrt() + self.eps)
-            if decays:
-                update = update + self.weight_decay * w
-            if self.adapts and decays and w.norm() > 0 and update.norm() > 0:
-                update = update * (w.norm() / update.norm())
+            how = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay, "adapts": self.adapts}
+            update = direction(w, m, v, self.steps, **how)
             self.weights[name] = w - lr * self.lr_scale(name) * update
         if self.ema:
             decay = min(self.ema, (1 + self.steps) / (10 + self.steps))

@@ -169,11 +169,16 @@ def unit(x_SE: torch.Tensor) -> torch.Tensor:
 
 
 def siglip(a_SE, b_SE, w: Weights, name: str, settings: Mapping) -> torch.Tensor:
-    """1/S sum over i and j of softplus(-+ (scale * a_i . b_j + bias)), - where i = j (Zhai et al. 2023)."""
+    """The contrast of two sides by the temperature of this name."""
     scale = settings["scale_init"] * w[f"{name}.log_scale_moved"].exp()
     bias = settings["bias_init"] + w[f"{name}.bias_moved"]
+    return dense_siglip(unit(a_SE), unit(b_SE), scale, bias)
+
+
+def dense_siglip(a_SE, b_SE, scale, bias) -> torch.Tensor:
+    """1/S sum over i and j of softplus(-+ (scale * a_i . b_j + bias)), - where i = j (Zhai et al. 2023); of units."""
     signs_SS = 2 * torch.eye(len(a_SE), dtype=a_SE.dtype) - 1
-    return torch.logaddexp(-signs_SS * (scale * unit(a_SE) @ unit(b_SE).T + bias), a_SE.new_zeros(())).sum() / len(a_SE)
+    return torch.logaddexp(-signs_SS * (scale * a_SE @ b_SE.T + bias), a_SE.new_zeros(())).sum() / len(a_SE)
 
 
 # ---- the three objectives --------------------------------------------------------------------------------------------
@@ -349,14 +354,6 @@ def weights_of_terms(recipe: str, settings: Settings) -> dict[str, float]:
     return {**pairs, "matching": omni["matching_weight"], "caption": omni["caption_weight"]}
 
 
-def layer_factor(name: str, depth: int, decay: float) -> float:
-    """Factor of a parameter's learning rate: decay to the number of encoder layers above it, 1 for the last norm."""
-    words = name.split(".")
-    if words[:2] == ["encoder", "patch_embedding"]:
-        return decay ** (depth + 1)
-    return decay ** (depth - int(words[2])) if words[:2] == ["encoder", "blocks"] else 1.0
-
-
 @dataclass
 class Followed:
     """lines: of each step the loss, its terms, norms by part and joint, the clip coefficient and the learning rate.
@@ -379,7 +376,7 @@ def follow(
         betas=choice["betas"],
         eps=choice["eps"],
         weight_decay=choice["weight_decay"],
-        lr_scale=lambda name: layer_factor(name, depth, choice["layer_decay"]),
+        lr_scale=lambda name: optim.layer_factor(name, depth, choice["layer_decay"]),
         ema=choice["ema"],
     )
     state = {"vit_mim": (teacher,), "vit_contrastive": (seen,), "vit_omni": ()}[recipe]

@@ -105,15 +105,6 @@ def rate(optim, steps: int, step: int) -> float:
     return plain.learning_rate(step, steps=steps, **keys)
 
 
-def layer_factor(name: str, depth: int, decay: float) -> float:
-    """Depth + 1 times the decay below all blocks, once in the last block, never above or outside."""
-    if name.startswith("encoder.patch_embedding."):
-        return decay ** (depth + 1)
-    if name.startswith("encoder.blocks."):
-        return decay ** (depth - int(name.split(".")[2]))
-    return 1.0
-
-
 def gradient(before: State, after: State, name: str, beta1: float) -> torch.Tensor:
     """The clipped gradient that moved the first moment."""
     mean0, mean1 = (state[name, "exp_avg"].double() for state in (before, after))
@@ -132,7 +123,7 @@ def update_error(run: Followed, engine: str, steps: int | None = None, **changed
         for name, kind in after:
             if kind != "param" or (name, "exp_avg") not in after:
                 continue
-            factor = layer_factor(name, depth, optim.layer_decay) if engine == "encoder" else 1.0
+            factor = plain.layer_factor(name, depth, optim.layer_decay) if engine == "encoder" else 1.0
             wanted = -lr * factor * _direction(before, after, name, optim, step + 1)
             found = (after[name, "param"].double() - before[name, "param"].double()) - wanted
             worst = max(worst, float(found.norm() / (wanted.norm() + 1e-6 * wanted.numel() ** 0.5)))
@@ -140,15 +131,9 @@ def update_error(run: Followed, engine: str, steps: int | None = None, **changed
 
 
 def _direction(before: State, after: State, name: str, optim, step: int) -> torch.Tensor:
-    beta1, beta2 = optim.betas
-    weight = before[name, "param"].double()
-    mean = after[name, "exp_avg"].double() / (1 - beta1**step)
-    root = (after[name, "exp_avg_sq"].double() / (1 - beta2**step)).sqrt()
-    decayed = plain.is_matrix(weight)
-    update = mean / (root + optim.eps) + (optim.weight_decay * weight if decayed else 0.0)
-    if optim.name == "lamb" and decayed and weight.norm() > 0 and update.norm() > 0:
-        update = update * weight.norm() / update.norm()
-    return update
+    weight, mean, square = before[name, "param"], after[name, "exp_avg"], after[name, "exp_avg_sq"]
+    how = {"betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay, "adapts": optim.name == "lamb"}
+    return plain.direction(weight.double(), mean.double(), square.double(), step, **how)
 
 
 def moment_error(run: Followed, engine: str, betas) -> float:
