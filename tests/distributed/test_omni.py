@@ -12,15 +12,14 @@ from parallel import encoder_engine
 from parallel.encoder_engine import EncoderEngine
 from parallel.state import AdamSettings
 from tests.distributed.world import run_world
+from tests.reference.vision import dense_siglip
 from tests.train.omni_reference import (
     SIZES,
     Reference,
-    dense_siglip,
     tokens_of,
     toy_chunk,
     toy_tower,
     toy_tuples,
-    weighted,
 )
 from tests.train.toys import CPU
 from train.models.omni import OmniChunk, OmniConfig
@@ -139,7 +138,7 @@ def expected():
     """Of the reference: loss and terms, and gradients."""
     reference = Reference(toy_tower(CONFIG), CONFIG)
     terms = reference.terms(toy_tuples(SAMPLES))
-    loss = weighted(terms, CONFIG)
+    loss = reference.loss(terms)
     loss.backward()
     values = {name: term.item() for name, term in {"loss": loss, **terms}.items()}
     return values, {name: weight.grad for name, weight in reference.weights.items()}
