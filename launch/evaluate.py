@@ -3,8 +3,8 @@ right images and, as a control, with exchanged ones:
 
     python launch/evaluate.py RUN data.sources.main.shards='[shards/toy/heldout/read-0000.tar]'
 
-Of a run of the encoder alone, zero-shot classification, retrieval, and with
---train a linear probe; on folders of classes, or on shards, which need no index:
+Of a run of the encoder alone, zero-shot classification, retrieval, and with --train a linear probe; on folders of
+classes, or on shards, which need no index:
 
     python launch/evaluate.py RUN --data HELDOUT --train TRAIN
 

@@ -4,6 +4,7 @@ Every key of `recipes/` can be set on the command line; `--help` lists the group
 Exit codes of a rank: 0 finished, 85 stopped on request with a checkpoint, anything else failed.
 """
 
+import argparse
 import os
 import sys
 
@@ -30,19 +31,15 @@ def main(settings: DictConfig) -> None:
         sys.exit(STOPPED)
 
 
-def print_settings(arguments: list[str]) -> bool:
-    """Answers --cfg job, which Hydra would answer without the order of precedence; False where it is not asked."""
-    if arguments[:2] != ["--cfg", "job"]:
-        return False
-    print(OmegaConf.to_yaml(composed(arguments[2:])), end="")
-    return True
-
-
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise what Hydra would print in many lines
-    asked = [word for word in sys.argv[1:] if word in ("--cfg", "job")]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cfg", "-c")
+    asked, overrides = parser.parse_known_args()
     try:
-        if not print_settings(asked + [word for word in sys.argv[1:] if word not in asked]):
+        if asked.cfg == "job":  # Hydra would answer without the order of precedence
+            print(OmegaConf.to_yaml(composed(overrides)), end="")
+        else:
             main()
     except (CompactHydraException, MarkedYAMLError) as error:
         sys.exit(f"error: {one_sentence(error)}")

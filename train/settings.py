@@ -49,14 +49,14 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
     }
     out = OmegaConf.create(OmegaConf.to_container(settings))
     scale = out.scale
-    presets = [scale.get("values", {}), scale.get("sizes", {}).get(scale.name, {})]
-    files = [_file(loader, group, option) for group, option in named.items() if group not in PRESETS]
-    for values in (*presets, *files):
-        for group, part in values.items():
-            for key in WHOLE:
-                if values in files and isinstance(part, DictConfig) and key in part:
-                    out[group][key] = {}
-        out = OmegaConf.merge(out, values)
+    out = OmegaConf.merge(out, scale.get("values", {}), scale.get("sizes", {}).get(scale.name, {}))
+    for group, option in named.items():
+        if group in PRESETS:
+            continue
+        said = _said_by(loader, group, option)
+        for key in set(WHOLE) & set(said):
+            out[group][key] = {}
+        out = OmegaConf.merge(out, {group: said})
     for override in parsed:
         key = override.key_or_group
         if key in named or key in PRESETS:
@@ -69,10 +69,10 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
     return out
 
 
-def _file(loader, group: str, option: str) -> DictConfig:
-    """What a file of a group says itself, {group: ...}, without the files that it starts from."""
+def _said_by(loader, group: str, option: str) -> DictConfig:
+    """The keys that a file of a group names itself, without those of the files that it starts from."""
     said = loader.repository.load_config(f"{group}/{option}").config
-    return OmegaConf.create({group: {key: value for key, value in said.items() if key != "defaults"}})
+    return OmegaConf.masked_copy(said, [key for key in said if key != "defaults"])
 
 
 def _delete(settings: DictConfig, key: str) -> None:

@@ -81,16 +81,16 @@ class Objective(Protocol):
     captions: int
     negatives: bool
 
-    def collate(self, view: "View") -> Any:
+    def collate(self, view: View) -> Any:
         """A chunk as far as it can be made ahead of its step, on the host; its tensors go to the device."""
 
-    def update_stats(self, batch: "SampleBatch") -> None:
+    def update_stats(self, batch: SampleBatch) -> None:
         """Takes a step into what `tensors` remembers, once (may be collective)."""
 
-    def chunks(self, batch: "SampleBatch", device: torch.device) -> list[Chunk]:
+    def chunks(self, batch: SampleBatch, device: torch.device) -> list[Chunk]:
         """What the tower is called with."""
 
-    def loss(self, batch: "SampleBatch", *leaves: torch.Tensor) -> Losses:
+    def loss(self, batch: SampleBatch, *leaves: torch.Tensor) -> Losses:
         """The loss of the tower's outputs (may be collective)."""
 
     def flops(self, patches_I: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
@@ -107,7 +107,7 @@ class Objective(Protocol):
 class Stateless:
     """What an objective that remembers nothing has in common."""
 
-    def update_stats(self, batch: "SampleBatch") -> None:
+    def update_stats(self, batch: SampleBatch) -> None:
         pass
 
     def tensors(self) -> dict[str, torch.Tensor]:
