@@ -23,6 +23,7 @@ written as a result that benchmarks/tables.py shows; several runs of some cases 
 
 import argparse
 import contextlib
+import re
 import sys
 import time
 import warnings
@@ -120,6 +121,9 @@ def world(place: Place, stack: contextlib.ExitStack):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=CASES, help="may be given several times; all if left out")
+    parser.add_argument("--rows", default="", help="regular expression: only rows in whose case or name it is found")
+    parser.add_argument("--rounds", type=int, default=gpu_measure.ROUNDS, help="timed steps of a row at most")
+    parser.add_argument("--profiles", type=Path, help="folder to write a profile of each of our rows to")
     parser.add_argument("--plan", action="store_true", help="print the cases with their estimated time and stop")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("full", "toy"), default="full", help="toy: to see that everything runs")
@@ -179,12 +183,15 @@ def table(result: dict) -> str:
 
 def measure(chosen: list[str], place: Place, options: argparse.Namespace, rows: list[Result]) -> None:
     """Appends to `rows` as they come; a case that cannot go on leaves one that says why, and the next begins."""
-    deadline = time.monotonic() + options.seconds
+    effort = gpu_measure.Effort(time.monotonic() + options.seconds, options.rounds, options.profiles)
     with contextlib.ExitStack() as stack:
         for name in chosen:
             print(f"{name}, about {CASES[name].seconds} s on an H200" if place.full else name, flush=True)
             try:
-                for result in gpu_measure.run_all(CASES[name].rows(place, stack), place, deadline, options.out):
+                wanted = (
+                    row for row in CASES[name].rows(place, stack) if re.search(options.rows, f"{row.case}: {row.name}")
+                )
+                for result in gpu_measure.run_all(wanted, place, effort, options.out):
                     rows.append(result)
             except ModuleNotFoundError as error:
                 print(f"  not here: {error}; {LLM}")

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import importlib
 import json
+import re
 import statistics
 import time
 import traceback
@@ -96,28 +97,38 @@ class Result:
         return self.status not in ("ok", "out of memory", "no time left") and not self.status.startswith("not here")
 
 
-def run_all(variants: Iterable[Variant], place: Place, deadline: float, out: Path) -> Iterator[Result]:
-    """Measures every variant that begins before `deadline` (of time.monotonic); a JSON line each, as soon as it is."""
+@dataclass(frozen=True)
+class Effort:
+    """deadline, of time.monotonic: no variant begins after it.  rounds: timed steps at most.  profiles: folder of a
+    trace and its summary for each variant of ours, None for no profile."""
+
+    deadline: float
+    rounds: int = ROUNDS
+    profiles: Path | None = None
+
+
+def run_all(variants: Iterable[Variant], place: Place, effort: Effort, out: Path) -> Iterator[Result]:
+    """Measures every variant that begins in time; a JSON line each, as soon as it is."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "results.jsonl").open("a") as lines:
         for variant in variants:
             result = Result(variant.case, variant.name, variant.ours)
             if not alive(place.device):
                 result.status = "device lost"
-            elif time.monotonic() > deadline:
+            elif time.monotonic() > effort.deadline:
                 result.status = "no time left"
             else:
-                _guarded(variant, result, place, out)
+                _guarded(variant, result, place, effort, out)
             lines.write(json.dumps(asdict(result)) + "\n")
             lines.flush()
             print(f"  {variant.case:24}{variant.name:64}{_brief(result)}", flush=True)
             yield result
 
 
-def _guarded(variant: Variant, result: Result, place: Place, out: Path) -> None:
+def _guarded(variant: Variant, result: Result, place: Place, effort: Effort, out: Path) -> None:
     """Fills the result in, whatever happens."""
     with _status_of_errors(variant, result, out):
-        _measure(variant, result, place)
+        _measure(variant, result, place, effort)
     with _status_of_errors(variant, result, out):  # after the traceback, which holds tensors; fails on a lost device
         _release(place)
 
@@ -162,7 +173,7 @@ def alive(device: torch.device) -> bool:
     return True
 
 
-def _measure(variant: Variant, result: Result, place: Place) -> None:
+def _measure(variant: Variant, result: Result, place: Place, effort: Effort) -> None:
     for module, advice in variant.needs.items():
         try:
             importlib.import_module(module)
@@ -186,7 +197,7 @@ def _measure(variant: Variant, result: Result, place: Place) -> None:
         torch.cuda.synchronize(place.device)
         torch.cuda.reset_peak_memory_stats(place.device)
     times, begin = [], time.monotonic()
-    while len(times) < (ROUNDS if place.full else 1):
+    while len(times) < (effort.rounds if place.full else 1):
         times.append(seconds(work.step, place.device))
         if time.monotonic() - begin > VARIANT_SECONDS and len(times) >= LEAST:
             break
@@ -194,6 +205,18 @@ def _measure(variant: Variant, result: Result, place: Place) -> None:
     if place.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(place.device)
         result.peak_gib, result.extra_gib = peak / GIB, (peak - before - work.result_bytes) / GIB
+    if effort.profiles and variant.ours:
+        _profile(work, variant, place, effort.profiles)
+
+
+def _profile(work: Work, variant: Variant, place: Place, profiles: Path) -> None:
+    from launch.profile_step import TRACE, record, report, write_floors
+
+    folder = profiles / re.sub(r"\W+", "-", f"{variant.case} {variant.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    record(work.step, place.device, 2, folder)
+    write_floors(folder, 2, {})
+    (folder / "summary.md").write_text(report(folder / TRACE) + "\n")
 
 
 def _fill(result: Result, work: Work, times: list[float], place: Place) -> None:

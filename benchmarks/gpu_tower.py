@@ -27,9 +27,9 @@ TE = {"transformer_engine.pytorch": "pip install 'transformer-engine[pytorch]'"}
 VARLEN = "torch_varlen_flash"  # Hugging Face passes packed sequences to attention whose name holds "flash"
 PEERS = {  # Hugging Face's name of the attention: the row's words, packages besides transformers
     "sdpa": ("sdpa", {}),
-    VARLEN: ("compiled, varlen of torch", {}),
-    "flash_attention_2": ("compiled, flash-attn 2", FLASH2),
-    "flash_attention_4": ("compiled, flash-attn 4", FLASH4),
+    VARLEN: ("blocks compiled, varlen of torch", {}),
+    "flash_attention_2": ("blocks compiled, flash-attn 2", FLASH2),
+    "flash_attention_4": ("blocks compiled, flash-attn 4", FLASH4),
 }
 BACKEND_NEEDS = {"flash4": FLASH4, "te": TE}
 
@@ -131,8 +131,9 @@ def peer(place: Place, case: str, pack: tower.Pack, kind: str) -> Variant:
     """Hugging Face's Qwen3-VL tower of the same size, without merger and deep features.
 
     It adds positions that it interpolates from a table, which is timed and not counted.  With sdpa it runs as it comes:
-    every block reads the lengths of the images on the host (`lengths.tolist()`), which waits for the device.  All other
-    kinds are compiled, and what depends on the sizes of the images alone is worked out before the first step.
+    every block reads the lengths of the images on the host (`lengths.tolist()`), which waits for the device.  Of all
+    other kinds the blocks are compiled, once for all, and what depends on the sizes of the images alone is worked out
+    before the first step.
     """
     config, (words, needs) = config_of(place), PEERS[kind]
 
@@ -200,10 +201,12 @@ def peer_step(
     grid_I3 = torch.nn.functional.pad(torch.from_numpy(pack.grid_I2), (1, 0), value=1).to(device)
     gradient_ND = tower.random_like((pack.patches, config.width), torch.device("cpu"), dtype).to(device)
     known = {} if kind == "sdpa" else of_sizes_alone(vision_utils, module, grid_I3)
-    forward = torch.compile(module, dynamic=False) if known and device.type == "cuda" else module
+    if known and device.type == "cuda":
+        for block in module.blocks:
+            block.compile(dynamic=False)
 
     def step() -> torch.Tensor:
-        features_ND = forward(pixels_NP, grid_thw=grid_I3, **known).last_hidden_state
+        features_ND = module(pixels_NP, grid_thw=grid_I3, **known).last_hidden_state
         features_ND.backward(gradient_ND)
         return features_ND
 

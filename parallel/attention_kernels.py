@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from parallel import attention_sdpa
+
 try:  # torch >= 2.10
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
@@ -39,6 +41,8 @@ def varlen_refusal(device: torch.device, width: int) -> str | None:
 
 def varlen(q_THK, k_SGK, v_SGK, segments, causal, scale, window):
     """`torch.nn.attention.varlen`: FlashAttention-2.  The longest segment only sizes its grid, so a bound will do."""
+    if q_THK.shape[0] == 0:  # which the kernel refuses
+        return attention_sdpa.by_lengths(q_THK, k_SGK, v_SGK, (0,), (k_SGK.shape[0],), causal, scale, window)
     grouped = {}
     if q_THK.shape[1] != k_SGK.shape[1]:
         if _GROUPS_HEADS:

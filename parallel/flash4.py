@@ -9,6 +9,7 @@ would compile anew for each.
 Legend: T query tokens, S key tokens, H query heads, G key/value heads, K head width, N segments.
 """
 
+import warnings
 from functools import cache
 
 import torch
@@ -23,6 +24,9 @@ INSTALL = "pip install --pre flash-attn-4"
 def kernels():
     """flash-attn-4's forward and backward.  Raises ImportError where it is not installed."""
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+
+    # said at every first call of a kernel, of an argument that none of ours has
+    warnings.filterwarnings("ignore", "Argument aux_data .* cannot be converted", UserWarning)
 
     return _flash_attn_fwd, _flash_attn_bwd
 

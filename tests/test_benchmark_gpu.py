@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 from benchmarks import gpu, gpu_memory, gpu_moe, gpu_report, results
-from benchmarks.gpu_measure import Missing, Place, Result, Variant, Work, relative, run_all
+from benchmarks.gpu_measure import Effort, Missing, Place, Result, Variant, Work, relative, run_all
 from tests.support import ROOT
 from train.flops import causal_pairs, encoder_flops, llm_flops
 from train.models.llm import LLMConfig
@@ -96,7 +96,7 @@ def test_no_row_stops_the_next(tmp_path):
         Variant("case", "not a number", fine, error=lambda: float("nan")),
         Variant("case", "fine", fine, error=lambda: 1e-6),
     ]
-    results = list(run_all(rows, CPU, time.monotonic() + 100, tmp_path))
+    results = list(run_all(rows, CPU, Effort(time.monotonic() + 100), tmp_path))
     assert [result.status for result in results] == [
         "out of memory",
         "RuntimeError: kernel not for this device",
@@ -109,7 +109,7 @@ def test_no_row_stops_the_next(tmp_path):
     assert [result.wrong for result in results] == [False, True, False, False, True, True, False]
     assert "kernel not for this device" in (tmp_path / "errors.log").read_text()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(rows)
-    assert next(run_all([rows[-1]], CPU, time.monotonic() - 1, tmp_path)).status == "no time left"
+    assert next(run_all([rows[-1]], CPU, Effort(time.monotonic() - 1), tmp_path)).status == "no time left"
 
 
 def test_rows_after_a_lost_device_say_so(tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_rows_after_a_lost_device_say_so(tmp_path, monkeypatch):
     rows = [
         Variant("case", name, build) for name, build in (("fine", fine), ("lost", lambda: Work(lose)), ("next", fine))
     ]
-    results = list(run_all(rows, cuda, time.monotonic() + 100, tmp_path))
+    results = list(run_all(rows, cuda, Effort(time.monotonic() + 100), tmp_path))
     assert [result.status for result in results] == [
         "ok", "AcceleratorError: CUDA error: an illegal memory access was encountered", "device lost"
     ]  # fmt: skip

