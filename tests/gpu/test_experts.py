@@ -131,7 +131,8 @@ def test_router_logits_are_those_of_fp32_factors():
     assert logits_TE.dtype == torch.float32
     assert_close([logits_TE], [x_TD.double() @ w_ED.double().t()], 2048**0.5 * 2**-24)
     exact = gradient_TE.double() @ w_ED.double(), gradient_TE.double().t() @ x_TD.double()
-    assert_close([x_TD.grad, w_ED.grad], [gradient.bfloat16() for gradient in exact], 1e-4)  # ties round either way
+    rounded = [gradient.bfloat16() for gradient in exact]
+    assert_close([x_TD.grad, w_ED.grad], rounded, 3e-4)  # one entry in a thousand is on the other side of a tie
 
 
 def test_experts_agree_with_transformer_engine(world):

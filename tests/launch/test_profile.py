@@ -73,10 +73,17 @@ def test_the_table_divides_by_steps_and_sets_floors_beside():
     assert "`nvjet_a` | GEMM | 1.50" in longest(summarise([kernel("nvjet_a", 0, 3000)]), 2)
 
 
-NO_TRACES = [b"{", b"{}", b'{"traceEvents": []}', b"\xff", b"\x1f\x8b", gzip.compress(b"[]" * 9)[:-9]]
+NO_TRACES = {
+    "cut": b"{",
+    "no object": b"{}",
+    "no event": b'{"traceEvents": []}',
+    "no text": b"\xff",
+    "a gzip header": b"\x1f\x8b",
+    "a cut gzip file": gzip.compress(b"[]" * 9)[:-9],
+}
 
 
-@pytest.mark.parametrize("content", NO_TRACES)
+@pytest.mark.parametrize("content", NO_TRACES.values(), ids=NO_TRACES)  # a gzip file holds the time it was made at
 def test_what_is_no_trace_is_refused(tmp_path, content):
     (tmp_path / "trace.json").write_bytes(content)
     with pytest.raises(SystemExit, match="error: .*trace"):
