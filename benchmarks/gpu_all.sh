@@ -22,7 +22,7 @@ parts=("$@")
 mkdir -p "$out"
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}
-export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 TOWER='tower 32k: (auto, compiled, recompute (none|selective)|varlen|Hugging)'
 MOE='moe (32k|8k): (torch|Hugging Face Qwen3-MoE, grouped|Megatron-core, Trans)'
 failed=0

@@ -23,15 +23,23 @@ from train.vision import vision_spec
 if TYPE_CHECKING:  # the encoder's FLOPs are counted without Megatron-core
     from train.models.llm import LLMConfig
 
-PEAK_TFLOPS = {  # dense bf16, from the vendors' data sheets
-    "H200": 989.0,
-    "H100": 989.0,
-    "GH200": 989.0,
-    "H800": 989.0,
+PEAK_TFLOPS = {  # by a part of the name, the first that fits: dense bf16, from the vendors' data sheets
+    "GB200": 2500.0,
     "B200": 2250.0,
+    "B300": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H20": 148.0,
     "A100": 312.0,
     "A800": 312.0,
+    "A30": 165.0,
+    "A10": 125.0,
     "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
 }
 
 
@@ -136,15 +144,17 @@ def step_flops(
 def device_peak_tflops(device: torch.device) -> float:
     """Peak of one device: a data sheet's for a known GPU; measured by a matrix product on a CPU or an unknown one."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, peak in PEAK_TFLOPS.items():
-            if key in name:
-                return peak
-    return _measure(device)
+        return peak_of(torch.cuda.get_device_name(device)) or _measure(device, torch.bfloat16, size=8192)
+    return _measure(device, torch.float32, size=1024)
 
 
-def _measure(device: torch.device, size: int = 1024, repeats: int = 5) -> float:
-    x = torch.randn(size, size, device=device)
+def peak_of(name: str) -> float | None:
+    """Peak of the GPU that calls itself `name`, None for one that is not known."""
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def _measure(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    x = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()

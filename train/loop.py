@@ -142,6 +142,7 @@ def train(run: Run, position: Position) -> str:
             output = _step(run, batch, record, timer, stop.is_set())
             if not output.applied:
                 _tell_skipped(run, step, batch, record, output, timer)
+            batch = None  # gone before the copy after the next begins: two lie on the device, not three
             record = guards.after(config.guard, record, output.loss, output.grad_norm, output.applied)
             prepared.release()
             logger.unreadable(prepared.skipped)

@@ -1,7 +1,10 @@
 """A step asks the device for one thing, in `agree`: no other operation of it would stop the host on a CUDA device."""
 
+import dataclasses
 import itertools
+import weakref
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -99,3 +102,33 @@ def test_masked_encoder_step(corpus, tmp_path):
     run_world(train_run, 1, "vit_contrastive", once, str(tmp_path))
     overrides = [*vision_overrides(corpus, "vit_mim"), f"objective.teacher={tmp_path}"]
     assert run_world(settled_step, 1, "vit_mim", overrides) == [True]
+
+
+def batches_alive(overrides: list[str], run_dir: str) -> list[int]:
+    """Batches that still lie on the device whenever a run has copied another one, as a run on CUDA copies them."""
+    from train import staging
+
+    copies, seen = [], []
+
+    class Copying(staging.Staging):
+        def __next__(self):
+            staged, self._ahead = self._ahead or self._stage(next(self._feed)), None
+            ready = self._feed.poll()
+            self._ahead = self._stage(ready) if ready else None
+            return staged
+
+        def _stage(self, prepared):
+            batch = dataclasses.replace(prepared.batch)  # another object, as a copy is
+            copies.append(weakref.ref(batch))
+            seen.append(sum(copy() is not None for copy in copies))
+            return prepared, batch
+
+    with mock.patch("train.tasks.language.Staging", Copying):
+        train_run("stage1", overrides, run_dir)
+    return seen
+
+
+def test_two_batches_lie_on_the_device_at_once(corpus, tmp_path):
+    overrides = [*corpus_overrides(corpus, "read-*"), *SMALL, "train.steps=6"]
+    (seen,) = run_world(batches_alive, 1, overrides, str(tmp_path / "run"))
+    assert len(seen) == 6 and max(seen) <= 2

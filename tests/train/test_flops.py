@@ -21,6 +21,7 @@ from train.flops import (
     encoder_flops,
     llm_flops,
     mim_flops,
+    peak_of,
     pool_flops,
     step_flops,
     text_flops,
@@ -191,3 +192,24 @@ def test_a_full_scale_step_does_not_overflow():
     n, d, images = 16384, 1280, 71_303_168 // 4096
     by_hand = images * (27 * (24 * n * d * d + 4 * n * n * d) + 2 * n * VisionSpec().patch_values * d)
     assert encoder_flops(vit, np.full(images, n)) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_a_gpus_peak_is_its_own_and_not_that_of_a_longer_name(name, peak):
+    assert peak_of(name) == peak
