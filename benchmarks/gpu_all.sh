@@ -2,15 +2,16 @@
 # All that one GPU can show of this code, in order, each part bounded in time.  What a part prints and writes is in OUT
 # as soon as it is there, so that a run that is cut off leaves the parts before.
 #
-#   benchmarks/gpu_all.sh OUT                     all parts, about seven minutes
-#   benchmarks/gpu_all.sh OUT tests tower moe     some of them
+#   benchmarks/gpu_all.sh OUT                     all parts, about ten minutes
+#   benchmarks/gpu_all.sh OUT warm tower moe      some of them
 #
-#   tests     tests/gpu, its files side by side, and beside them a first run of the rows below, which compiles them
+#   warm      a first run of the rows of tower and moe side by side, which compiles them; its figures mean nothing
 #   tower     the vision tower and its peers, benchmarks/gpu.py
 #   moe       the MoE layers and their peers
 #   kernels   cross-entropy, long row, recompute
 #   step      real training steps, benchmarks/gpu_step.py
-#   profile   where the time of tower, layers and step goes, launch/profile_step.py
+#   profile   where the time of tower and layers goes, launch/profile_step.py
+#   tests     tests/gpu, its files side by side
 #
 # SCALE=2 doubles every bound.  Exit code 1 where a part failed or was cut off; the table at the end says which.
 set -uo pipefail
@@ -18,7 +19,7 @@ cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?OUT, the folder of logs and results, is missing}")
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests tower moe step profile kernels)
+[ ${#parts[@]} -gt 0 ] || parts=(warm tower moe step profile kernels tests)
 mkdir -p "$out"
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}
@@ -37,18 +38,26 @@ bounded() {
     return $rc
 }
 
-tests() {
-    local ids=() file
-    for file in tests/gpu/test_*.py; do
-        local name
-        name=$(basename "$file" .py)
-        bounded 150 "$name" "$PYTHON" -m pytest --confcutdir=tests/gpu -p no:cacheprovider --tb=short "$file" & ids+=($!)
-    done
-    bounded 150 warm-tower "$PYTHON" benchmarks/gpu.py --case tower --rows "$TOWER" --rounds 1 --out "$out/warm" & ids+=($!)
-    bounded 150 warm-moe "$PYTHON" benchmarks/gpu.py --case moe --rows "$MOE" --rounds 1 --out "$out/warm" & ids+=($!)
+# Waits for all jobs of this shell; fails where one failed.
+together() {
     local id rc=0
-    for id in "${ids[@]}"; do wait "$id" || rc=1; done
+    for id in $(jobs -p); do wait "$id" || rc=1; done
     return $rc
+}
+
+warm() {
+    bounded 150 warm-tower "$PYTHON" benchmarks/gpu.py --case tower --rows "$TOWER" --rounds 1 --out "$out/warm" &
+    bounded 150 warm-moe "$PYTHON" benchmarks/gpu.py --case moe --rows "$MOE" --rounds 1 --out "$out/warm" &
+    together
+}
+
+tests() {
+    local file
+    for file in tests/gpu/test_*.py; do
+        bounded 240 "$(basename "$file" .py)" "$PYTHON" -m pytest --confcutdir=tests/gpu -p no:cacheprovider \
+            -o log_level=WARNING --tb=short -v "$file" &
+    done
+    together
 }
 
 tower() { bounded 120 tower "$PYTHON" benchmarks/gpu.py --case tower --rows "$TOWER" --out "$out/gpu" --results "$out/gpu.json"; }
@@ -66,7 +75,7 @@ profile() {
 
 for part in "${parts[@]}"; do
     case $part in
-        tests | tower | moe | kernels | step | profile) "$part" || failed=1 ;;
+        warm | tests | tower | moe | kernels | step | profile) "$part" || failed=1 ;;
         *) echo "error: there is no part $part" >&2; exit 2 ;;
     esac
 done

@@ -22,7 +22,7 @@ from benchmarks import results
 from benchmarks.results import ROOT
 
 BLOCK = re.compile(r"<!-- benchmarks/results/([\w-]+)\.json -->\n.*?<!-- end -->", re.DOTALL)
-NOT_ON_A_GPU = "It has not been run on a GPU with this code yet, so no figure stands here."
+NOT_ON_A_GPU = "A whole run on a GPU has not been made yet, so no table stands here."
 MAY_BE_MISSING = {"gpu": f"**{NOT_ON_A_GPU}**", "encoder-full": NOT_ON_A_GPU, "mim_readings-full": NOT_ON_A_GPU}
 
 
