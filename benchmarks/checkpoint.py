@@ -28,6 +28,7 @@ from benchmarks import results
 from benchmarks.hybrid_step import LAYOUT, settings, skewed_step
 from benchmarks.hybrid_step import SIZES as STEPS_OF_SIZE
 from benchmarks.processes import InRanks, in_ranks
+from tandem.train.config.checks import check_config
 
 ROUNDS = {"docs": 7, "toy": 1}
 STEPS = 3  # timed after each save
@@ -64,14 +65,15 @@ def saves_of_ranks(size: str, folder: str) -> dict:
     import torch.distributed as dist
 
     from benchmarks.checkpoint_ways import START_INTERPRETERS, ways_to_save
-    from parallel.hybrid_step import hybrid_step
-    from parallel.phases import PhaseTimer
-    from train.build import build_engines, train_forward, train_loss
-    from train.rows import step_input
+    from tandem.parallel.hybrid_step import hybrid_step
+    from tandem.parallel.runtime.phases import PhaseTimer
+    from tandem.train.build import build_engines
+    from tandem.train.input.rows import step_input
+    from tandem.train.objectives.language import train_forward, train_loss
 
     warnings.simplefilter("ignore")
     config, device = settings(STEPS_OF_SIZE[size]), torch.device("cpu")
-    layout = config.check(dist.get_world_size())
+    layout = check_config(config, dist.get_world_size())
     engines = build_engines(
         config, layout, device, forward=train_forward, loss=functools.partial(train_loss, domains=1)
     )
@@ -151,7 +153,7 @@ def storage(folder: Path, engines) -> dict[str, float]:
     """GB/s of one rank's writing with checksums and flushing, and of reading back and comparing, other ranks idle."""
     import torch.distributed as dist
 
-    from train import checkpoint
+    from tandem.train.checkpoints import checkpoint
 
     dist.barrier()
     if engines.grid.rank != 0:

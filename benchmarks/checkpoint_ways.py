@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 
 # isort: split
 from megatron.core import dist_checkpointing
@@ -21,8 +21,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from parallel.hybrid_step import Engines
-from train.saving import Saver
+from tandem.parallel.hybrid_step import Engines
+from tandem.train.checkpoints.saving import Saver
 
 START_INTERPRETERS = ("DCP async, process", "Megatron async, lasting process")  # one per rank, seconds each
 

@@ -57,8 +57,8 @@ def make(folder: Path, size: Size) -> None:
     from PIL import Image
     from webdataset import TarWriter
 
-    from data.indexing import build_index
-    from data.text import Tokenizer, build_byte_tokenizer
+    from tandem.data.media.text import Tokenizer, build_byte_tokenizer
+    from tandem.data.shards.indexing import build_index
 
     source = Path(importlib.util.find_spec("skimage").origin).parent / "data"
     names = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "hubble_deep_field.jpg", "motorcycle_left.png")
@@ -101,15 +101,15 @@ class Work:
     """Decodes and tokenises one sample with the same functions as ours."""
 
     def __init__(self, folder: Path):
-        from data.text import Tokenizer
+        from tandem.data.media.text import Tokenizer
 
         self.tokenizer = Tokenizer(folder / "tokenizer.json")
 
     def __call__(self, sample: dict) -> dict:
         import torch
 
-        from data.image import decode_image, image_size
-        from data.vision import VisionSpec
+        from tandem.data.media.image import decode_image, image_size
+        from tandem.data.vision import VisionSpec
 
         image = sample["0.jpg"]
         height, width = image_size(io.BytesIO(image), MAX_PIXELS)
@@ -217,11 +217,11 @@ def prepare_energon(folder: Path) -> None:
 
 def open_ours(folder: Path, seq_length: int = 8192, rows: int = 2):
     """(stream, reader factory) over the corpus, as training opens them."""
-    from data.corpus import Corpus, SourceSettings
-    from data.reader import ShardReader
-    from data.stream import Stream, StreamConfig
-    from data.text import Tokenizer
-    from data.vision import VisionSpec
+    from tandem.data.media.text import Tokenizer
+    from tandem.data.planning.corpus import Corpus, SourceSettings
+    from tandem.data.planning.stream import Stream, StreamConfig
+    from tandem.data.reading.reader import ShardReader
+    from tandem.data.vision import VisionSpec
 
     tokenizer = Tokenizer(folder / "tokenizer.json")
     source = SourceSettings(name="main", shards=(f"{folder}/shards/*.tar",), train_roles=ROLES)

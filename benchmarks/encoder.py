@@ -28,13 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
-import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 from benchmarks import results
 from benchmarks.gpu_reference import dense_features
-from data.vision import VisionSpec
-from train.flops import device_peak_tflops, encoder_flops
-from train.models.initial import initialize
-from train.models.vit import PackedImages, SeedViT, ViTConfig
+from tandem.data.vision import VisionSpec
+from tandem.train.cost.flops import device_peak_tflops, encoder_flops
+from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
+from tandem.train.models.layers.initial import initialize
 
 ASPECT = 0.6
 REFERENCE_IMAGES = 3

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
-import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 from benchmarks import results
 
 # isort: split
@@ -32,10 +32,10 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_ba
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import build_module
 
-from parallel.experts import arrange, moe_spec
-from train.models.llm import LLMConfig
-from train.models.llm_spec import transformer_config
-from train.slices.language import World
+from benchmarks.workloads.language import World
+from tandem.parallel.kernels.experts import arrange, moe_spec
+from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_spec import transformer_config
 
 CPU = torch.device("cpu")
 LIMIT = 1e-5  # of the norm of the difference, relative: fp32 sums in another order

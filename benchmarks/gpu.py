@@ -35,10 +35,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
-import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 from benchmarks import gpu_measure, gpu_report, results
 from benchmarks.gpu_measure import Place, Result, Variant
-from train.flops import device_peak_tflops
+from tandem.train.cost.flops import device_peak_tflops
 
 PACKAGES = ("megatron-core", "transformer-engine", "flash-attn-4", "flash-attn", "transformers", "triton")
 LLM = "pip install megatron-core deepspeed; docs/performance.md says how without a network"
@@ -111,7 +111,7 @@ CASES = {
 
 def world(place: Place, stack: contextlib.ExitStack):
     """A world of one, which stands until the stack is left; built once."""
-    from train.slices.language import World
+    from benchmarks.workloads.language import World
 
     if not hasattr(stack, "world"):
         stack.world = stack.enter_context(World(place.device))

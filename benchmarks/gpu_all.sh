@@ -10,7 +10,7 @@
 #   moe       the MoE layers and their peers
 #   kernels   cross-entropy, long row, recompute
 #   step      real training steps, benchmarks/gpu_step.py
-#   profile   where the time of tower and layers goes, launch/profile_step.py
+#   profile   where the time of tower and layers goes, benchmarks/profile_workload.py
 #   tests     tests/gpu, its files side by side
 #
 # SCALE=2 doubles every bound.  Exit code 1 where a part failed or was cut off; the table at the end says which.
@@ -68,9 +68,9 @@ kernels() {
 }
 step() { bounded 120 step "$PYTHON" benchmarks/gpu_step.py --out "$out/gpu_step.json"; }
 profile() {
-    bounded 60 profile-tower "$PYTHON" launch/profile_step.py tower --out "$out/profile/tower"
+    bounded 60 profile-tower "$PYTHON" benchmarks/profile_workload.py tower --out "$out/profile/tower"
     local rc=$?
-    bounded 60 profile-moe "$PYTHON" launch/profile_step.py moe --out "$out/profile/moe" && return $rc
+    bounded 60 profile-moe "$PYTHON" benchmarks/profile_workload.py moe --out "$out/profile/moe" && return $rc
 }
 
 for part in "${parts[@]}"; do

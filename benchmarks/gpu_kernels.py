@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from benchmarks.gpu_measure import Place, Variant, Work, relative
 from benchmarks.gpu_reference import softmax_attention
 from benchmarks.gpu_tower import BACKEND_NEEDS, choose_attention
-from parallel import attention, compilation
-from parallel.attention import Segments
-from parallel.cross_entropy import linear_cross_entropy
-from train.flops import causal_pairs
-from train.slices.tower import draw_pack, random_like
+from benchmarks.workloads.tower import draw_pack, random_like
+from tandem.parallel.kernels import attention, compilation
+from tandem.parallel.kernels.attention import Segments
+from tandem.parallel.kernels.cross_entropy import linear_cross_entropy
+from tandem.train.cost.flops import causal_pairs
 
 BACKENDS = ("flash4", "varlen", "cudnn", "te", "sdpa")
 BACKWARD = 2.5  # FLOPs of attention's backward over those of its forward: five products for two

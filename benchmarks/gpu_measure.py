@@ -210,7 +210,7 @@ def _measure(variant: Variant, result: Result, place: Place, effort: Effort) -> 
 
 
 def _profile(work: Work, variant: Variant, place: Place, profiles: Path) -> None:
-    from launch.profile_step import TRACE, record, report, write_floors
+    from tandem.launch.profile_step import TRACE, record, report, write_floors
 
     folder = profiles / re.sub(r"\W+", "-", f"{variant.case} {variant.name}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Peak memory in benchmarks/gpu.py: real engines at full size on one GPU, beside the formulas of train/memory.py.
+"""Peak memory in benchmarks/gpu.py: real engines at full size on one GPU, beside the formulas of train/cost/memory.py.
 
 The stage is what one rank of ep = 8 holds of four of the LLM's layers, from the middle of a pipeline, with optimizer.
 """
@@ -11,17 +11,17 @@ from megatron.core.utils import unwrap_model
 
 from benchmarks import gpu_moe, gpu_tower
 from benchmarks.gpu_measure import Place, Variant, Work
-from parallel.encoder_engine import EncoderEngine
-from parallel.layout import Layout
-from parallel.llm_engine import LLMEngine
-from parallel.state import AdamSettings
-from train.memory import encoder_memory, stage_memory
-from train.models.initial import initialize
-from train.models.llm import LLMConfig
-from train.models.llm_recompute import RECOMPUTE
-from train.models.llm_spec import build_chunk, transformer_config
-from train.models.vision_tower import ConnectorConfig, VisionTower
-from train.slices import language, tower
+from benchmarks.workloads import language, tower
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.llm_engine import LLMEngine
+from tandem.parallel.engines.state import AdamSettings
+from tandem.parallel.layout import Layout
+from tandem.train.cost.memory import encoder_memory, stage_memory
+from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_recompute import RECOMPUTE
+from tandem.train.models.language.llm_spec import build_chunk, transformer_config
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.towers.vision_tower import ConnectorConfig, VisionTower
 
 ADAM = AdamSettings(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 STAGE = LLMConfig(

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from benchmarks.gpu_measure import Missing, Place, Variant, Work, relative
 from benchmarks.gpu_reference import canonical, canonical_hugging_face, plain_layers
 from benchmarks.gpu_tower import HF, RECOMPUTE, TE, choose
-from train.models.llm import LLMConfig
-from train.slices import language
-from train.slices.tower import random_like
+from benchmarks.workloads import language
+from benchmarks.workloads.tower import random_like
+from tandem.train.models.language.llm import LLMConfig
 
 TOY = dataclasses.replace(
     language.SLICE,

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from parallel.attention import Segments
+from tandem.parallel.kernels.attention import Segments
 
 if TYPE_CHECKING:  # attention is compared without Megatron-core
-    from train.models.llm import LLMConfig
-    from train.models.vit import SeedViT
+    from tandem.train.models.encoders.vit import SeedViT
+    from tandem.train.models.language.llm import LLMConfig
 
 
 def dense_features(vit: "SeedViT", pixels_NP: torch.Tensor, positions_N2: torch.Tensor) -> torch.Tensor:

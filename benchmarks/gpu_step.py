@@ -6,7 +6,7 @@
 
 The trainer, reader and schedule of stage 1, on shards made from the photographs of scikit-image: cut, scaled to areas
 log-uniform in 196 to 6,400 patches, each with as much text as it has tokens.  The layers are those of a model with 30
-billion parameters of which 3 are active.  Memory stands beside the formulas of train/memory.py.
+billion parameters of which 3 are active.  Memory stands beside the formulas of train/cost/memory.py.
 """
 
 import argparse
@@ -29,20 +29,21 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
 from benchmarks import results
-from data.indexing import build_index
-from data.text import Tokenizer, build_byte_tokenizer
-from launch.toy.maker import dialogue, load_sources
-from parallel import llm_shards
-from parallel.grid import destroy_grid
-from parallel.layout import Layout
-from parallel.phases import PhaseTimer
-from train import memory
-from train.build import local_device, start_world
-from train.config import Config
-from train.dataset import open_data
-from train.settings import composed, read_config
-from train.slices import language, tower
-from train.tasks import find
+from benchmarks.workloads import language, tower
+from tandem.data.media.text import Tokenizer, build_byte_tokenizer
+from tandem.data.shards.indexing import build_index
+from tandem.data.synthesis.maker import dialogue, load_sources
+from tandem.parallel.engines import llm_shards
+from tandem.parallel.grid import destroy_grid
+from tandem.parallel.layout import Layout
+from tandem.parallel.runtime.phases import PhaseTimer
+from tandem.train.build import local_device, start_world
+from tandem.train.config.checks import check_config
+from tandem.train.config.schema import Config
+from tandem.train.config.settings import composed, read_config
+from tandem.train.cost import memory
+from tandem.train.input.dataset import open_data
+from tandem.train.tasks import find
 
 GIB = 2**30
 CONTENTS = ("photographs", "text")
@@ -177,18 +178,18 @@ def draw_quickly(chunk: torch.nn.Module, seed: int, std: float, layers: int) -> 
 
 def steps_of(content: str, config: Config, device: torch.device) -> dict:
     """Times, model FLOPs and memory of the measured steps."""
-    layout, data = config.check(1), open_data(config)
+    layout, data = check_config(config, 1), open_data(config)
     before = allocated(device)
     trainer = find(config.task).trainer(config, layout, device, data)
     held = allocated(device) - before
     timer, measured = PhaseTimer(device), []
-    staging = trainer.steps(config.train.steps)
+    batches = trainer.steps(config.train.steps)
     for step in range(config.train.steps):
         if step == WARM:
             reset_peak(device)
         begin = time.perf_counter()
         with timer.phase("wait"):
-            prepared, batch = next(staging)
+            prepared, batch = next(batches)
         output = trainer.step(batch, timer=timer, stop=False, accept=lambda loss, norm: True)
         prepared.release()
         facts = trainer.facts(prepared, output)
@@ -200,7 +201,7 @@ def steps_of(content: str, config: Config, device: torch.device) -> dict:
             measured.append((seconds, facts, prepared.plan, phases))
     peak, chunks = peak_of(device) - before, largest_chunks(measured, config)
     data.reader.close()
-    del trainer, staging, prepared, batch, output
+    del trainer, batches, prepared, batch, output
     destroy_grid()
     gc.collect()
     if device.type == "cuda":

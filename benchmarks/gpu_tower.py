@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.gpu_measure import Missing, Place, Variant, Work, relative
 from benchmarks.gpu_reference import dense_features
-from data.vision import VisionSpec
-from parallel import attention, attention_kernels, attention_sdpa, compilation
-from train.models.vit import ViTConfig
-from train.slices import tower
+from benchmarks.workloads import tower
+from tandem.data.vision import VisionSpec
+from tandem.parallel.kernels import attention, attention_kernels, attention_sdpa, compilation
+from tandem.train.models.encoders.vit import ViTConfig
 
 TOY = ViTConfig(width=64, depth=2, heads=2)
 CHECKED = ViTConfig(width=128, depth=2, heads=2)  # heads as wide as the full size's

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 
 from benchmarks import results
 from benchmarks.processes import ROOT, InRanks, in_ranks, one_thread, torchrun
+from tandem.train.config.checks import check_config
 
 LAYOUT = "parallel.ep=2"  # a replica per rank: all images of the skewed step belong to one of them
 TOY_LAYOUT = ("parallel.pp=2", "parallel.ep=2")  # of the start-up
@@ -80,17 +81,17 @@ def best_ms(function, repeats: int = 5) -> float:
 
 def argmin_assign(costs: np.ndarray, ranks: int) -> np.ndarray:
     """The peers' form: the least loaded rank is searched anew for every image."""
-    load_R, owner_I = np.zeros(ranks), np.empty(costs.size, dtype=np.int64)
+    load_R, encoding_rank_I = np.zeros(ranks), np.empty(costs.size, dtype=np.int64)
     for image in np.argsort(-costs, kind="stable"):
-        owner_I[image] = load_R.argmin()
-        load_R[owner_I[image]] += costs[image]
-    return owner_I
+        encoding_rank_I[image] = load_R.argmin()
+        load_R[encoding_rank_I[image]] += costs[image]
+    return encoding_rank_I
 
 
 def planning(size: Size) -> dict[str, float]:
     """Greedy assignment at the report's group size on a log-uniform mix of 196 to 6,400 patches."""
-    from data.vision import VisionSpec
-    from parallel.balance import assign_images, load_max_over_mean
+    from tandem.data.vision import VisionSpec
+    from tandem.parallel.plan.balance import assign_images, load_max_over_mean
 
     draw, ranks = np.random.default_rng(0), size.planned_ranks
     patches = np.exp(draw.uniform(np.log(196), np.log(6400), size.planned_images)).astype(np.int64)
@@ -109,15 +110,16 @@ def step_of_ranks(size_name: str) -> dict:
     import torch
     import torch.distributed as dist
 
-    from parallel.hybrid_step import hybrid_step
-    from parallel.phases import PhaseTimer
-    from train.build import build_engines, train_forward, train_loss
-    from train.rows import step_input
+    from tandem.parallel.hybrid_step import hybrid_step
+    from tandem.parallel.runtime.phases import PhaseTimer
+    from tandem.train.build import build_engines
+    from tandem.train.input.rows import step_input
+    from tandem.train.objectives.language import train_forward, train_loss
 
     size = SIZES[size_name]
     config = settings(size)
     device = torch.device("cpu")
-    layout = config.check(dist.get_world_size())
+    layout = check_config(config, dist.get_world_size())
     loss = functools.partial(train_loss, domains=1)
     engines = build_engines(config, layout, device, forward=train_forward, loss=loss)
     timer, times, phases, moved = PhaseTimer(device), {True: [], False: []}, {True: [], False: []}, []
@@ -150,7 +152,7 @@ def step_of_ranks(size_name: str) -> dict:
 
 def settings(size: Size):
     """Toy settings with an encoder that weighs as much in its step as it does in a picture-heavy batch."""
-    from train.settings import composed, read_config
+    from tandem.train.config.settings import composed, read_config
 
     overrides = [
         "+recipe=stage1",
@@ -168,12 +170,12 @@ def settings(size: Size):
 
 def skewed_step(size: Size, config, grid, balance: bool):
     """A step whose images all belong to one replica's rows: the worst case for encoding where data is read."""
-    from data.plan import StepPlan
-    from data.reader import ImageBatch
-    from parallel.routes import assign_owners, build_routes
-    from train.batch import RowText, rows_of_replica, visual_plan
-    from train.feed import PreparedStep
-    from train.rows import RowShare
+    from tandem.data.planning.plan import StepPlan
+    from tandem.data.reading.reader import ImageBatch
+    from tandem.parallel.plan.routes import assign_encoding_ranks, build_routes
+    from tandem.train.input.batch import RowText, rows_of_replica, visual_plan
+    from tandem.train.input.prefetcher import PreparedStep
+    from tandem.train.input.rows import RowRankShard
 
     tokens = size.side * size.side // 4
     rows_RMB = [
@@ -206,16 +208,16 @@ def skewed_step(size: Size, config, grid, balance: bool):
     )
     chunk_patches = config.parallel.encoder.chunk_patches
     visual = visual_plan(plan, grid.layout, config.train.micro_batch_size, config.vision, chunk_patches)
-    owner_I = assign_owners(visual, grid.layout, balance)
+    encoding_rank_I = assign_encoding_ranks(visual, grid.layout, balance)
     routes = build_routes(
         visual,
-        owner_I,
+        encoding_rank_I,
         grid.layout,
         grid.rank,
         config.micro_batches(grid.layout),
         chunk_patches,
     )
-    mine = int(visual.patches_I[owner_I == grid.rank].sum())
+    mine = int(visual.patches_I[encoding_rank_I == grid.rank].sum())
     draw = np.random.default_rng(grid.rank)
     grids = np.full((mine // (size.side * size.side), 2), size.side, np.int32)
     images = ImageBatch(draw.integers(0, 256, (mine, 588), dtype=np.uint8), grids, 0, [])
@@ -226,7 +228,7 @@ def skewed_step(size: Size, config, grid, balance: bool):
         loss_mask=np.ones(shape, bool),
         domain=np.zeros(shape, np.int16),
     )
-    share = RowShare(
+    share = RowRankShard(
         image_ids=np.concatenate(routes.chunks), rows=rows[:0], digest=0, routes=routes, rows_MB=rows_RMB[grid.place.dp]
     )
     return PreparedStep(plan, share, images, [text] * config.micro_batches(grid.layout), size.rows * size.seq)
@@ -242,7 +244,7 @@ def encoder_floor(size: Size, config, images: int) -> float:
     """Seconds that the encoder's FLOPs take at the rate of a matrix product on the cores there are."""
     import torch
 
-    from train.flops import device_peak_tflops, encoder_flops
+    from tandem.train.cost.flops import device_peak_tflops, encoder_flops
 
     work = 3 * encoder_flops(config.model.encoder, np.full(images, size.side**2))
     cores = min(size.ranks, len(os.sched_getaffinity(0)))

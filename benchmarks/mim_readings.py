@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 
 from benchmarks import results
 from benchmarks.encoder import SIZES, Images, Row, Size, chunks, device_of, draw_images, packed, time_in_turns
-from train.flops import mim_flops
-from train.models.initial import initialize
-from train.models.masked import MaskedImages, MimConfig, MimTower
-from train.models.masking import mask_images
+from tandem.train.cost.flops import mim_flops
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.layers.masking import mask_images
+from tandem.train.models.towers.masked import MaskedImages, MimConfig, MimTower
 
 MASK_RATIO = 0.75
 DECODERS = {"docs": (64, 1, 1), "toy": (32, 1, 1), "full": (512, 4, 8)}  # width, depth, heads

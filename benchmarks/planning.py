@@ -48,8 +48,8 @@ def make_catalog(folder: Path, size: Size) -> None:
     """A catalog of many shards: one real index, which stands for all of them."""
     import numpy as np
 
-    from data.catalog import Catalog, gather_catalog, write_catalog
-    from data.index import EVENT, MEDIA, SAMPLE, write_index
+    from tandem.data.shards.catalog import Catalog, gather_catalog, write_catalog
+    from tandem.data.shards.index import EVENT, MEDIA, SAMPLE, write_index
 
     count, shards, draw = size.samples, size.shards, np.random.default_rng(0)
     images_N = draw.poisson(1.5, count)
@@ -97,9 +97,9 @@ def plan(folder: Path, size: Size, seq_length: int) -> dict:
     import numpy as np
     import psutil
 
-    from data.corpus import Corpus, SourceSettings
-    from data.stream import Stream, StreamConfig
-    from data.vision import VisionSpec
+    from tandem.data.planning.corpus import Corpus, SourceSettings
+    from tandem.data.planning.stream import Stream, StreamConfig
+    from tandem.data.vision import VisionSpec
 
     process, rows = psutil.Process(), size.batch_tokens // seq_length
     before, begin = process.memory_info().rss, time.perf_counter()

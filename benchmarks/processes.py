@@ -76,4 +76,4 @@ if __name__ == "__main__":
     main()
 if __name__ == "__mp_main__":  # a process that a rank starts, such as Megatron-core's for saving
     sys.path.insert(0, str(ROOT))
-    import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+    import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)

@@ -31,20 +31,20 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
 
-import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 
 # isort: split
 from benchmarks import results
-from data.vision import VisionSpec
-from parallel import compilation
-from parallel.layout import Layout
-from parallel.recompute import activation_bytes
-from train.memory import layer_bytes
-from train.models import blocks, llm_recompute
-from train.models.initial import initialize
-from train.models.llm import LLMConfig
-from train.models.vit import PackedImages, SeedViT, ViTConfig
-from train.slices.language import SLICE, World, build_language
+from benchmarks.workloads.language import SLICE, World, build_language
+from tandem.data.vision import VisionSpec
+from tandem.parallel.kernels import compilation
+from tandem.parallel.layout import Layout
+from tandem.train.cost.memory import activation_bytes, layer_bytes
+from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
+from tandem.train.models.language import llm_recompute
+from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.layers import blocks
+from tandem.train.models.layers.initial import initialize
 
 CPU = torch.device("cpu")
 NOTES = {"offload": "MiB: in host memory", "replay": "of one chunk"}

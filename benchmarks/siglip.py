@@ -104,7 +104,7 @@ def measure(size: Size, group) -> dict:
 
 
 def ours(image, text, scale, bias, group):
-    from train.objectives.siglip import siglip_loss
+    from tandem.train.objectives.siglip import siglip_loss
 
     return siglip_loss(image, text, scale, bias, counts=[len(image)] * group.size(), group=group)
 

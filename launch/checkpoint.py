@@ -23,9 +23,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from train import checkpoint, history
-from train.checkpoint import Reader, resolve, step_of
-from train.retention import prune, superfluous
+if not __package__:  # run as a file of a checkout, which need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints.checkpoint import Reader, resolve, step_of
+from tandem.train.checkpoints.retention import prune, superfluous
+from tandem.train.reliability import history
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -19,15 +19,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a checkout, which need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.catalog import expand_shards
-from data.curation.filters import Rules, read_block_list
-from data.curation.pipeline import curate
-from data.curation.report import Report
-from data.curation.runners import in_processes, on_ray
-from data.curation.similar import MAX_DISTANCE
-from data.storage import is_url, shown
+from tandem.data.curation.filters import Rules, read_block_list
+from tandem.data.curation.pipeline import curate
+from tandem.data.curation.report import Report
+from tandem.data.curation.runners import in_processes, on_ray
+from tandem.data.curation.similar import MAX_DISTANCE
+from tandem.data.shards.catalog import expand_shards
+from tandem.data.shards.storage import is_url, shown
 
 
 def find_shards(patterns: list[str]) -> list[str]:
@@ -48,7 +49,7 @@ def curate_into(out: str | Path, shards: list[str], rules: Rules, clip: str | No
         raise ValueError(f"--out {out} is not empty; choose another folder")
     make_scorer = None
     if clip is not None:
-        from launch.clip_similarity import ClipSimilarity, check_clip_folder
+        from tandem.train.models.pretrained.clip_similarity import ClipSimilarity, check_clip_folder
 
         check_clip_folder(clip)
         make_scorer = functools.partial(ClipSimilarity, str(Path(clip).resolve()))

@@ -26,13 +26,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+
+if not __package__:  # run as a file of a checkout, which need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from yaml import YAMLError
 
-from train import checkpoint
-from train.config import Config
-from train.feed import AgreedError
-from train.settings import RECIPES, read_config
-from train.tasks import find
+from tandem.train.checkpoints import checkpoint
+from tandem.train.config.checks import check_config
+from tandem.train.config.schema import Config
+from tandem.train.config.settings import RECIPES, read_config
+from tandem.train.input.prefetcher import AgreedError
+from tandem.train.tasks import find
 
 RESULT = "evaluation.json"
 ONE_PROCESS = ("tp", "pp", "vpp", "ep", "cp")
@@ -77,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
 def score_encoder(config: Config, path: Path, arguments: argparse.Namespace) -> str | None:
     """Evaluates a run of the encoder alone; what was missed of --at-least, in words."""
-    from launch import evaluate_encoder
+    from tandem.train.evaluation import evaluate_encoder
 
     if arguments.exchanged_at_most is not None:
         raise ValueError(f"--exchanged-at-most: a run of task={config.task} has no answers to compare")
@@ -183,11 +188,11 @@ def _score_once(sources: DictConfig, overrides: list[str]) -> None:
 
 def evaluate_checkpoint(config: Config, path: Path) -> dict:
     """Loads the weights of a checkpoint and scores them both ways."""
-    from train.build import build_engines, local_device, start_world
-    from train.dataset import open_data
-    from train.evaluation.answers import answer_forward, answer_report, evaluate
+    from tandem.train.build import build_engines, local_device, start_world
+    from tandem.train.evaluation.answers import answer_forward, answer_report, evaluate
+    from tandem.train.input.dataset import open_data
 
-    layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
+    layout = check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     if layout.cp > 1:
         raise ValueError(f"parallel.cp={layout.cp}: evaluation needs whole rows, set parallel.cp=1")
     config.train.trainable = []  # forwards only: no gradients, no optimizer

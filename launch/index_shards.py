@@ -20,13 +20,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a checkout, which need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.catalog import CATALOG_SUFFIX, expand_shards, gather_catalog, write_catalog
-from data.index import SUFFIX, load_index
-from data.indexing import IndexReport, build_index, is_current
-from data.storage import base_name, is_url, shown
-from data.text import Tokenizer
+from tandem.data.media.text import Tokenizer
+from tandem.data.shards.catalog import CATALOG_SUFFIX, expand_shards, gather_catalog, write_catalog
+from tandem.data.shards.index import SUFFIX, load_index
+from tandem.data.shards.indexing import IndexReport, build_index, is_current
+from tandem.data.shards.storage import base_name, is_url, shown
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,17 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a checkout, which need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.plan import StepPlan
-from data.reader import RowBatch, ShardReader
-from data.text import Tokenizer
-from data.vision import VisionSpec
-from train.config import Config
-from train.dataset import Data, open_data
-from train.settings import composed, one_sentence, read_config
+from tandem.data.media.text import Tokenizer
+from tandem.data.planning.plan import StepPlan
+from tandem.data.reading.reader import RowBatch, ShardReader
+from tandem.data.vision import VisionSpec
+from tandem.train.config.checks import check_config
+from tandem.train.config.schema import Config
+from tandem.train.config.settings import composed, one_sentence, read_config
+from tandem.train.input.dataset import Data, open_data
 
 TRAINED, PLAIN, SPECIAL, VISUAL = (26, 127, 55), (110, 110, 110), (130, 80, 160), (60, 120, 200)
 COLOURS = np.array([PLAIN, SPECIAL, TRAINED, VISUAL, (255, 255, 255)], np.uint8)  # by kind; the last is padding
@@ -91,7 +93,7 @@ def settings_of(overrides: list[str]) -> Config:
         config = read_config(composed(overrides))
     except HydraException as error:
         raise ValueError(one_sentence(error)) from error
-    config.check(1)
+    check_config(config, 1)
     return config
 
 

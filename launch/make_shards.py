@@ -24,15 +24,16 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a checkout, which need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.indexing import build_index
-from data.text import Tokenizer, build_byte_tokenizer
-from launch.toy.images import ImageTasks
-from launch.toy.maker import Maker, load_sources
-from launch.toy.once import made_once
-from launch.toy.videos import VideoTasks
-from launch.toy.vision import VisionTasks
+from tandem.data.media.text import Tokenizer, build_byte_tokenizer
+from tandem.data.shards.indexing import build_index
+from tandem.data.synthesis.images import ImageTasks
+from tandem.data.synthesis.maker import Maker, load_sources
+from tandem.data.synthesis.once import made_once
+from tandem.data.synthesis.videos import VideoTasks
+from tandem.data.synthesis.vision import VisionTasks
 
 VERSION = 3  # of the corpus: another one is another corpus, whatever the arguments
 

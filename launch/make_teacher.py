@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a checkout, which need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.text import EOS, PAD, Tokenizer, build_byte_tokenizer
-from launch.toy.images import WORDS
-from launch.toy.maker import load_sources
-from launch.toy.once import made_once
-from launch.toy.vision import DIGITS, VisionTasks
+from tandem.data.media.text import EOS, PAD, Tokenizer, build_byte_tokenizer
+from tandem.data.synthesis.images import WORDS
+from tandem.data.synthesis.maker import load_sources
+from tandem.data.synthesis.once import made_once
+from tandem.data.synthesis.vision import DIGITS, VisionTasks
 
 VERSION = 1  # of the teacher: another one is another teacher, whatever the arguments
 STEPS, BATCH, LEARNING_RATE, WARMUP = 800, 64, 1e-3, 40

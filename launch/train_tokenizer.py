@@ -1,4 +1,4 @@
-"""Train a tokenizer on the text of shards: byte-level BPE with the special tokens of data/text.py.
+"""Train a tokenizer on the text of shards: byte-level BPE with the special tokens of data/media/text.py.
 
     python launch/train_tokenizer.py tokenizer.json shards/toy/train/*.tar --vocab-size 512
 
@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a checkout, which need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.catalog import expand_shards
-from data.storage import open_range
-from data.tars import TarSamples
-from data.text import SampleError, parse_sample, texts_of, train_bpe_tokenizer
+from tandem.data.media.text import SampleError, parse_sample, texts_of, train_bpe_tokenizer
+from tandem.data.shards.catalog import expand_shards
+from tandem.data.shards.storage import open_range
+from tandem.data.shards.tars import TarSamples
 
 
 class ShardTexts:

@@ -3,7 +3,7 @@
 import os
 import warnings
 
-from parallel import cpu_backend
+from tandem.parallel.runtime import cpu_backend
 
 # Megatron-core overlaps communication with computation by the order of launches, which one hardware queue keeps.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

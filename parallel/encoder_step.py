@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from parallel.encoder_engine import EncoderEngine
-from parallel.grid import Grid
-from parallel.hybrid_step import StepOutput, agree, update
-from parallel.phases import PhaseTimer
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.grid import Grid
+from tandem.parallel.hybrid_step import StepOutput, reduce_step_stats, update
+from tandem.parallel.runtime.phases import PhaseTimer
 
 Outputs = tuple[torch.Tensor, ...]
 Objective = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -80,7 +80,9 @@ def encoder_step(
             encoder.backward(outputs, _of_chunk(outputs, gradients, first=index == 0, counts=chunk.counts))
     with timer.phase("update"):
         numbers = torch.stack([share.detach().double(), *(value.detach().double() for value in report.values())])
-        norms, (loss, *values), stop = agree(encoder.part_names, encoder.squared_grad_norms(), numbers, stop)
+        norms, (loss, *values), stop = reduce_step_stats(
+            encoder.part_names, encoder.squared_grad_norms(), numbers, stop
+        )
         total, applied = update([encoder], loss, norms, clip_norm, accept)
     return StepOutput(dict(zip(report, values, strict=True)), loss, total, norms, applied, stop)
 

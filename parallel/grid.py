@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-from parallel.layout import Coordinates, Layout
+from tandem.parallel.layout import Coordinates, Layout
 
 PATIENCE = timedelta(hours=2)  # of threads that wait while the others still write a checkpoint
 

@@ -2,11 +2,11 @@
 
     plan -> encode -> deliver -> LLM schedule -> return and update
 
-The plan is made ahead on the CPU (`parallel.routes`).  Rows travel chunk by chunk, each while the next one is encoded.
-The LLM sees them as detached leaves; their gradients travel home and drive the encoder's backward, each chunk's while
-the backward of the one before runs, the same number of chunks on every rank.  One gradient scale (1 / trained tokens of
-the global batch) and one clip norm over both modules are computed here, by neither library; both optimizers step or
-neither does.  The host waits for the device in one place, `agree`.
+The plan is made ahead on the CPU (`parallel.plan.routes`).  Rows travel chunk by chunk, each while the next one is
+encoded. The LLM sees them as detached leaves; their gradients travel home and drive the encoder's backward, each
+chunk's while the backward of the one before runs, the same number of chunks on every rank.  One gradient scale (1 /
+trained tokens of the global batch) and one clip norm over both modules are computed here, by neither library; both
+optimizers step or neither does.  The host waits for the device in one place, `reduce_step_stats`.
 
 Legend: V visual rows of a chunk, N rows of its output, U rows this rank's leaves hold, D LLM width, R reported numbers.
 """
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from parallel.encoder_engine import EncoderEngine
-from parallel.exchange import Delivery, Exchange, Journeys
-from parallel.grid import Grid
-from parallel.llm_engine import Leaf, LLMEngine
-from parallel.phases import PhaseTimer
+from tandem.parallel.comm.exchange import Dispatch, DispatchPlan, Exchange
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.llm_engine import Leaf, LLMEngine
+from tandem.parallel.grid import Grid
+from tandem.parallel.runtime.phases import PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StepInput:
     trained_tokens: of the whole global batch.
     """
 
-    journeys: Journeys
+    dispatch_plan: DispatchPlan
     chunks: list
     micro_batches: list
     trained_tokens: int
@@ -95,11 +95,11 @@ def hybrid_step(
     encoder, llm, exchange = engines.encoder, engines.llm, engines.exchange
 
     with timer.phase("encode"):
-        kept, delivery = encode(engines, batch, keep=not replay)
+        kept, dispatch = encode(engines, batch, keep=not replay)
 
     with timer.phase("deliver"):
-        leaf_UD = delivery.leaves()
-        leaves = split_leaves(engines.grid, leaf_UD, batch.journeys, requires_grad=True)
+        leaf_UD = dispatch.leaves()
+        leaves = split_leaves(engines.grid, leaf_UD, batch.dispatch_plan, requires_grad=True)
 
     with timer.phase("llm"):
         reports = llm.forward_backward(batch.micro_batches, leaves, 1.0 / max(batch.trained_tokens, 1))
@@ -107,7 +107,7 @@ def hybrid_step(
     with timer.phase("return"):
         grad_UD = llm.leaf_gradient(leaves, leaf_UD)
         del leaves, leaf_UD
-        gradients = exchange.give_back(grad_UD, batch.journeys)
+        gradients = exchange.combine(grad_UD, batch.dispatch_plan)
     with timer.phase("encoder_backward"):
         _encoder_backward(encoder, batch.chunks, kept, gradients)
 
@@ -116,7 +116,7 @@ def hybrid_step(
         if reports and engines.grid.place.tp == 0:  # ranks of a tensor-parallel group hold equal reports
             report += torch.stack(reports).sum(dim=0)
         squares = torch.cat([encoder.squared_grad_norms(), llm.squared_grad_norm()[None]])
-        norms, numbers, stop = agree([*encoder.part_names, "llm"], squares, report.flatten(), stop)
+        norms, numbers, stop = reduce_step_stats([*encoder.part_names, "llm"], squares, report.flatten(), stop)
         report = np.array(numbers).reshape(report_shape)
         loss = float(report[0].sum()) / max(batch.trained_tokens, 1)
         learnt = batch.trained_tokens > 0  # else an update would be weight decay and momentum alone
@@ -127,35 +127,37 @@ def hybrid_step(
 @torch.no_grad()
 def forward_only(engines: Engines, batch: StepInput) -> list:
     """Loss reports of one planned step without gradients (collective over the world)."""
-    _, delivery = encode(engines, batch, keep=False)
-    leaves = split_leaves(engines.grid, delivery.leaves(), batch.journeys, requires_grad=False)
+    _, dispatch = encode(engines, batch, keep=False)
+    leaves = split_leaves(engines.grid, dispatch.leaves(), batch.dispatch_plan, requires_grad=False)
     return engines.llm.forward_backward(batch.micro_batches, leaves, 1.0, forward_only=True)
 
 
-def encode(engines: Engines, batch: StepInput, *, keep: bool) -> tuple[list[torch.Tensor], Delivery]:
+def encode(engines: Engines, batch: StepInput, *, keep: bool) -> tuple[list[torch.Tensor], Dispatch]:
     """Encodes this rank's chunks and sends each off; (outputs with their graphs if `keep`, the rows under way)."""
-    kept, delivery = [], engines.exchange.deliver(batch.journeys)
+    kept, dispatch = [], engines.exchange.dispatch(batch.dispatch_plan)
     with torch.set_grad_enabled(keep):
         for chunk in batch.chunks:
             output_ND = engines.encoder.encode(chunk)
-            delivery.send(output_ND.detach())
+            dispatch.send(output_ND.detach())
             if keep:
                 kept.append(output_ND)
-    return kept, delivery
+    return kept, dispatch
 
 
-def split_leaves(grid: Grid, leaf_UD: torch.Tensor, journeys: Journeys, *, requires_grad: bool) -> list[Leaf | None]:
+def split_leaves(
+    grid: Grid, leaf_UD: torch.Tensor, dispatch_plan: DispatchPlan, *, requires_grad: bool
+) -> list[Leaf | None]:
     """One leaf a micro-batch on first-stage ranks, zero rows included, so that a frozen LLM still has a graph."""
     if not grid.is_first_stage:
-        return [None] * len(journeys.at_MU)
-    rows_MUD = leaf_UD.detach().split([len(at_U) for at_U in journeys.at_MU])
-    return [Leaf(r.requires_grad_(requires_grad), at) for r, at in zip(rows_MUD, journeys.at_MU, strict=True)]
+        return [None] * len(dispatch_plan.at_MU)
+    rows_MUD = leaf_UD.detach().split([len(at_U) for at_U in dispatch_plan.at_MU])
+    return [Leaf(r.requires_grad_(requires_grad), at) for r, at in zip(rows_MUD, dispatch_plan.at_MU, strict=True)]
 
 
 def _encoder_backward(
     encoder: EncoderEngine, chunks: list, kept: list, gradients: Iterator[tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
-    """kept: outputs with their graphs, empty where chunks are encoded again.  gradients: as `Exchange.give_back`."""
+    """kept: outputs with their graphs, empty where chunks are encoded again.  gradients: as `Exchange.combine`."""
     for index, chunk in enumerate(chunks):
         output_ND = kept[index] if kept else encoder.encode(chunk)
         if kept:
@@ -166,7 +168,7 @@ def _encoder_backward(
         encoder.backward(output_ND, gradient_ND.index_copy_(0, place_V, got_VD))
 
 
-def agree(
+def reduce_step_stats(
     names: Sequence[str], squares_P: torch.Tensor, report_R: torch.Tensor, stop: bool
 ) -> tuple[dict[str, float], list[float], bool]:
     """What the host has to know of a step, over the world: the gradient norm of every part, the sums of what is

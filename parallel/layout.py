@@ -24,7 +24,7 @@ class Coordinates:
 class Layout:
     """Sizes of every kind of parallelism, checked on construction; `vpp` counts virtual stages a pipeline rank.
 
-    cp_comm_type: what cp ranks trade in attention, `a2a` or `all_gather`, see `parallel/context.py`.
+    cp_comm_type: what cp ranks trade in attention, `a2a` or `all_gather`, see `parallel/comm/context.py`.
     Raises ValueError, naming the configuration key and the values seen, for a layout that does not divide the world
     or that Megatron-core would refuse or train wrongly.
     """

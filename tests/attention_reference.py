@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from parallel.attention import Segments
+from tandem.parallel.kernels.attention import Segments
 
 
 def dense(q_THK, k_SGK, v_SGK, segments, causal, window=None, scale=None):

@@ -6,7 +6,7 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from data.text import Tokenizer, build_byte_tokenizer
+from tandem.data.media.text import Tokenizer, build_byte_tokenizer
 from tests.support import make_corpus
 
 
@@ -26,7 +26,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def configured():
     """configured(mode): sets the mode of compilation, by a backend that needs no compiler, until the test ends."""
-    from parallel import compilation  # brings torch, which tests of data alone do without
+    from tandem.parallel.kernels import compilation  # brings torch, which tests of data alone do without
 
     yield lambda mode: compilation.configure(mode, "aot_eager")
     compilation.configure("auto", "aot_eager")

@@ -7,9 +7,9 @@ import sys
 import tarfile
 from pathlib import Path
 
-from train.config import Config
-from train.settings import composed, read_config
-from train.tasks import find
+from tandem.train.config.schema import Config
+from tandem.train.config.settings import composed, read_config
+from tandem.train.tasks import find
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS_SAMPLES = 60

@@ -12,15 +12,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 from benchmarks import gpu, gpu_memory, gpu_moe, gpu_report, results
 from benchmarks.gpu_measure import Effort, Missing, Place, Result, Variant, Work, relative, run_all
+from benchmarks.workloads.language import SLICE, slice_flops
+from benchmarks.workloads.tower import draw_pack
+from tandem.train.cost.flops import causal_pairs, encoder_flops, llm_flops
+from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.language.llm import LLMConfig
 from tests.support import ROOT
-from train.flops import causal_pairs, encoder_flops, llm_flops
-from train.models.llm import LLMConfig
-from train.models.vit import ViTConfig
-from train.slices.language import SLICE, slice_flops
-from train.slices.tower import draw_pack
 
 NEED_PACKAGES = ("Transformer Engine", "flash-attn")  # words of rows that a CPU installation lacks something for
 CPU = Place(torch.device("cpu"), torch.float32, full=False, peak_tflops=1.0)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
 from benchmarks import checkpoint, hybrid_step, mim, processes, results, tables
-from data.text import Tokenizer
-from launch import make_teacher
+from tandem.data.media.text import Tokenizer
+from tandem.launch import make_teacher
 from tests.distributed.world import _import_path, run_world
 from tests.support import ROOT
 

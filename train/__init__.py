@@ -1,0 +1,1 @@
+"""The training program: configuration, tasks, models, objectives, the loop and what keeps it alive."""

@@ -8,21 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel import attention, compilation, llm_shards
-from parallel.encoder_engine import EncoderEngine
-from parallel.exchange import Exchange
-from parallel.grid import Grid, build_grid
-from parallel.hybrid_step import Engines
-from parallel.layout import Layout
-from parallel.llm_engine import Leaf, LLMEngine
-from parallel.state import AdamSettings
-from train.batch import MicroBatch
-from train.config import Config
-from train.models import llm_spec, vision_tower
-from train.models.initial import initialize
-from train.rendezvous import agent_store
+from tandem.parallel.comm.exchange import Exchange
+from tandem.parallel.engines import llm_shards
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.llm_engine import LLMEngine
+from tandem.parallel.engines.state import AdamSettings
+from tandem.parallel.grid import Grid, build_grid
+from tandem.parallel.hybrid_step import Engines
+from tandem.parallel.kernels import attention, compilation
+from tandem.parallel.layout import Layout
+from tandem.train.config.schema import Config
+from tandem.train.models.language import llm_spec
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.towers import vision_tower
+from tandem.train.reliability.rendezvous import agent_store
 
-CHOICES = logging.getLogger("parallel")  # where everything below it says once what it has chosen
+CHOICES = logging.getLogger("tandem.parallel")  # where everything below it says once what it has chosen
 
 
 def local_device() -> torch.device:
@@ -140,27 +141,3 @@ def _llm_engine(config: Config, grid: Grid, forward, loss) -> LLMEngine:
         trainable="llm" in config.train.trainable,
         adam=_adam_settings(config),
     )
-
-
-def train_forward(chunk, batch: MicroBatch, leaf: Leaf | None) -> torch.Tensor:
-    """Per-token losses [1, T] on the last stage, hidden states before."""
-    return chunk(
-        tokens_1S=batch.tokens_1T,
-        labels_1S=batch.labels_1T,
-        row=batch.row,
-        visual_UD=leaf.rows_UD if leaf else None,
-        at_U=leaf.at_U if leaf else None,
-    )
-
-
-def train_loss(losses_1T: torch.Tensor, batch: MicroBatch, domains: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over trained tokens, and the report: loss sum and trained tokens of every data domain, fp64 [2, domains]."""
-    mask_1T = batch.loss_mask_1T
-    total = (losses_1T.float() * mask_1T).sum()
-    with torch.no_grad():
-        domain_1T = batch.domain_1T.long().clamp(min=0)
-        report_2X = losses_1T.new_zeros(2, domains, dtype=torch.float64)
-        trained_1T = mask_1T.to(torch.float64)
-        report_2X[0].index_add_(0, domain_1T[0], losses_1T.detach()[0].to(torch.float64) * trained_1T[0])
-        report_2X[1].index_add_(0, domain_1T[0], trained_1T[0])
-    return total, report_2X

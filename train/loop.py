@@ -12,24 +12,26 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from parallel.hybrid_step import StepOutput
-from parallel.layout import Layout
-from parallel.phases import PhaseTimer
-from train import checkpoint, guards, watchdog
-from train.batch import context_sentence
-from train.build import local_device, start_world
-from train.config import Config
-from train.dataset import Data, open_data
-from train.feed import AgreedError
-from train.health import Health
-from train.metrics import Logger, StepMetrics
-from train.saving import Saver
-from train.schedule import learning_rate
-from train.start import Places, Position, agree_on_places, go_back, restore
-from train.stopping import end_launcher, follow_launcher, stop_wish
-from train.tasks import find
-from train.tasks.base import Trainer
-from train.watchdog import Heartbeat
+from tandem.parallel.hybrid_step import StepOutput
+from tandem.parallel.layout import Layout
+from tandem.parallel.runtime.phases import PhaseTimer
+from tandem.train.build import local_device, start_world
+from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints.saving import Saver
+from tandem.train.config.checks import check_config
+from tandem.train.config.schema import Config
+from tandem.train.input.batch import context_sentence
+from tandem.train.input.dataset import Data, open_data
+from tandem.train.input.prefetcher import AgreedError
+from tandem.train.metrics import Logger, StepMetrics
+from tandem.train.reliability import guards, watchdog
+from tandem.train.reliability.health import Health
+from tandem.train.reliability.stopping import end_launcher, follow_launcher, stop_wish
+from tandem.train.reliability.watchdog import Heartbeat
+from tandem.train.schedule import learning_rate
+from tandem.train.start import Position, RunPaths, agree_on_run_paths, go_back, restore
+from tandem.train.tasks import find
+from tandem.train.tasks.base import Trainer
 
 COLLECT_EVERY = 50  # steps between garbage collections, on all ranks at once
 
@@ -41,10 +43,26 @@ class Run:
     config: Config
     trainer: Trainer
     data: Data
-    places: Places
+    paths: RunPaths
     saver: Saver
     logger: Logger
     heartbeat: Heartbeat
+
+
+@dataclass
+class Progress:
+    """Where training stands: steps done, the last of them that is saved, where the data goes on, and what the guards
+    remember."""
+
+    step: int
+    saved: int
+    data: dict
+    record: guards.Record
+
+    @classmethod
+    def at(cls, position: Position) -> "Progress":
+        """Of a run that begins at `position`, whose steps are saved."""
+        return cls(position.step, position.step, position.data, position.record)
 
 
 def run(config: Config) -> str:
@@ -52,7 +70,7 @@ def run(config: Config) -> str:
 
     Raises ValueError, before the world starts, for settings or data that cannot work.
     """
-    layout = config.check(int(os.environ.get("WORLD_SIZE", "1")))
+    layout = check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     launcher = follow_launcher()
     with watchdog.watch(config.watchdog.timeout_s, config.watchdog.patience_s) as heartbeat:
         find(config.task).check_folders(config)
@@ -81,12 +99,12 @@ def run_in_world(
 ) -> str:
     """The run itself, in a world that has started (collective); returns how it ended."""
     torch.use_deterministic_algorithms(config.train.deterministic)
-    places = agree_on_places(config)
-    heartbeat.place(places.run_dir, places.attempt)
+    paths = agree_on_run_paths(config)
+    heartbeat.place(paths.run_dir, paths.attempt)
     heartbeat.beat("build")
     trainer = find(config.task).trainer(config, layout, device, data)
     saver = Saver(
-        places.folder,
+        paths.folder,
         trainer.engines,
         task=config.task,
         trainable=config.train.trainable,
@@ -95,11 +113,9 @@ def run_in_world(
         keep_every=config.checkpoint.keep_every,
     )
     heartbeat.beat("restore")
-    position, told = restore(config, trainer, data, start, saver, places)
-    logger = Logger(config, places, trainer.engines.grid.rank, position)
-    logger.say(
-        f"{config.label} at {config.scale['name']} scale on {layout.world} ranks, run directory {places.run_dir}"
-    )
+    position, told = restore(config, trainer, data, start, saver, paths)
+    logger = Logger(config, paths, trainer.engines.grid.rank, position)
+    logger.say(f"{config.label} at {config.scale['name']} scale on {layout.world} ranks, run directory {paths.run_dir}")
     if layout.cp > 1:
         told = [context_sentence(config, layout), *told]
     for name, engine in trainer.engines.by_name.items():
@@ -107,7 +123,7 @@ def run_in_world(
             logger.say(f"{name} is updated by {engine.optimizer_name}")
     for sentence in told:
         logger.say(sentence)
-    status = train(Run(config, trainer, data, places, saver, logger, heartbeat), position)
+    status = train(Run(config, trainer, data, paths, saver, logger, heartbeat), position)
     data.reader.close()
     return status
 
@@ -115,75 +131,74 @@ def run_in_world(
 def train(run: Run, position: Position) -> str:
     """Trains from `position` to train.steps, saving checkpoints on the way; returns "finished" or "stopped".
 
-    A wish to stop ends it after the same step on all ranks; what ends the feed on all ranks (AgreedError) does too, and
-    is raised once the steps so far are saved.  Steps that the guards refuse are skipped on all ranks; too many of them
+    A wish to stop ends it after the same step on all ranks; what ends the prefetchers (AgreedError) does too, and is
+    raised once the steps so far are saved.  Steps that the guards refuse are skipped on all ranks; too many of them
     send the run back to its last checkpoint.
     """
     config, trainer, saver, logger, heartbeat = run.config, run.trainer, run.saver, run.logger, run.heartbeat
     grid = trainer.engines.grid
     metrics = StepMetrics(config, grid)
     timer = PhaseTimer(grid.device, begins=heartbeat.beat)
-    health = Health(run.places.folder, grid.device)
-    step, saved, data, record = position.step, position.step, position.data, position.record
-    staging, failure = trainer.steps(config.train.steps - step), None
+    health = Health(run.paths.folder, grid.device)
+    state, failure = Progress.at(position), None
+    batches = trainer.steps(_steps_left(run, state))
     with stop_wish() as stop, _quiet_collector():
         begin = time.perf_counter()
         while True:
             try:
                 with timer.phase("wait"):
-                    prepared, batch = next(staging)
+                    prepared, batch = next(batches)
             except StopIteration:
                 break
             except AgreedError as error:
                 logger.unreadable(error.skipped)
                 failure = error
                 break
-            lr = _set_lr(run, step)
-            output = _step(run, batch, record, timer, stop.is_set())
+            lr = _set_lr(run, state.step)
+            output = _step(run, batch, state.record, timer, stop.is_set())
             if not output.applied:
-                _tell_skipped(run, step, batch, record, output, timer)
+                _tell_skipped(run, state, batch, output, timer)
             batch = None  # gone before the copy after the next begins: two lie on the device, not three
-            record = guards.after(config.guard, record, output.loss, output.grad_norm, output.applied)
+            state.record = guards.after(config.guard, state.record, output.loss, output.grad_norm, output.applied)
             prepared.release()
             logger.unreadable(prepared.skipped)
             heartbeat.beat("metrics")
             facts = trainer.facts(prepared, output)
             now, phases = time.perf_counter(), timer.take()
-            logger.log(metrics.numbers(step, lr, now - begin, prepared, output, facts), phases)
+            logger.log(metrics.numbers(state.step, lr, now - begin, prepared, output, facts), phases)
             health.add(phases)
-            begin, step, data = now, step + 1, prepared.plan.state_after
-            heartbeat.step_done(step)
-            if step % COLLECT_EVERY == 0:
+            begin, state.step, state.data = now, state.step + 1, prepared.plan.state_after
+            heartbeat.step_done(state.step)
+            if state.step % COLLECT_EVERY == 0:
                 gc.collect(1)
-            if config.health.every and step % config.health.every == 0:
+            if config.health.every and state.step % config.health.every == 0:
                 logger.tell_health(*health.look(config.health.slow_factor))
-            if (why := guards.past_limit(config.guard, record)) and not output.stop:
-                staging.drain()
+            if (why := guards.should_roll_back(config.guard, state.record)) and not output.stop:
+                batches.drain()
                 try:
-                    position = _roll_back(run, why, step, data)
+                    state = Progress.at(_roll_back(run, why, state))
                 except AgreedError as error:
                     failure = error
                     break
-                step, saved, data, record = position.step, position.step, position.data, position.record
-                staging, begin = trainer.steps(config.train.steps - step), time.perf_counter()
+                batches, begin = trainer.steps(_steps_left(run, state)), time.perf_counter()
                 continue
-            if config.checkpoint.every and step % config.checkpoint.every == 0:
-                _save(run, step, data, record)
-                saved, begin = step, time.perf_counter()
+            if config.checkpoint.every and state.step % config.checkpoint.every == 0:
+                _save(run, state)
+                begin = time.perf_counter()
             if sentence := saver.poll():
                 logger.say(sentence)
             if output.stop:
                 stop.set()
-                staging.drain()
+                batches.drain()
                 break
-        if step != saved:
-            _save(run, step, data, record)
+        if state.step != state.saved:
+            _save(run, state)
         with heartbeat.patient("save"):
             newest = saver.wait()
         if sentence := saver.poll():
             logger.say(sentence)
-        status = "failed" if failure else "finished" if step == config.train.steps else "stopped"
-        logger.finish(status, step, newest)
+        status = "failed" if failure else "finished" if state.step >= config.train.steps else "stopped"
+        logger.finish(status, state.step, newest)
     if failure:
         raise failure
     return status
@@ -193,23 +208,31 @@ def _step(run: Run, batch, record: guards.Record, timer: PhaseTimer, stop: bool,
     """One step, applied if the guards have nothing against it."""
 
     def accept(loss: float, norm: float) -> bool:
-        return update and guards.verdict(run.config.guard, record, loss, norm) is None
+        return update and guards.spike_reason(run.config.guard, record, loss, norm) is None
 
     return run.trainer.step(batch, timer=timer, stop=stop, accept=accept)
 
 
-def _tell_skipped(run: Run, step: int, batch, record: guards.Record, output: StepOutput, timer: PhaseTimer) -> None:
+def _steps_left(run: Run, state: Progress) -> int:
+    """Says so where a run begins behind its last step, as a resumed one may whose train.steps was lowered."""
+    left = run.config.train.steps - state.step
+    if left <= 0:
+        run.logger.say(f"nothing to train: {state.step} steps are done, and train.steps={run.config.train.steps}")
+    return max(left, 0)
+
+
+def _tell_skipped(run: Run, state: Progress, batch, output: StepOutput, timer: PhaseTimer) -> None:
     """Records why a step was skipped and, where asked for, what computing it again says (collective)."""
     guard, first, finding = run.config.guard, (output.loss, output.grad_norm), None
-    why = guards.verdict(guard, record, *first)
+    why = guards.spike_reason(guard, state.record, *first)
     if guard.replay and why:
-        again = _step(run, batch, record, timer, stop=False, update=False)
+        again = _step(run, batch, state.record, timer, stop=False, update=False)
         second = (again.loss, again.grad_norm)
-        finding = guards.replay_finding(first, second, guards.verdict(guard, record, *second))
-    run.logger.skipped(step, output, why or "nothing in it can be learnt from", finding)
+        finding = guards.replay_finding(first, second, guards.spike_reason(guard, state.record, *second))
+    run.logger.skipped(state.step, output, why or "nothing in it can be learnt from", finding)
 
 
-def _roll_back(run: Run, why: str, step: int, data: dict) -> Position:
+def _roll_back(run: Run, why: str, state: Progress) -> Position:
     """Back to the last checkpoint, with the data after this step (collective); AgreedError where that cannot help."""
     with run.heartbeat.patient("roll back"):
         run.saver.wait()
@@ -217,19 +240,20 @@ def _roll_back(run: Run, why: str, step: int, data: dict) -> Position:
         if newest is None:
             raise AgreedError(f"{why}, and there is no checkpoint to go back to; see guard.* and checkpoint.every")
         target = checkpoint.step_of(newest)
-        before = sum(to_step == target for to_step, _ in run.places.rollbacks)
+        before = sum(to_step == target for to_step, _ in run.paths.rollbacks)
         if before >= run.config.guard.rollbacks:
             raise AgreedError(f"{why} after {before} rollbacks to step {target}; guard.rollbacks allows no more")
-        run.places.rollbacks.append((target, data))
-        position = go_back(run.config, run.trainer, run.data, newest, run.places.rollbacks)
-        run.logger.rolled_back(why, step, position)
+        run.paths.rollbacks.append((target, state.data))
+        position = go_back(run.config, run.trainer, run.data, newest, run.paths.rollbacks)
+        run.logger.rolled_back(why, state.step, position)
         cleared = guards.Record(position.record.losses, position.record.norms)
         return Position(position.step, position.data, cleared, newest)
 
 
-def _save(run: Run, step: int, data: dict, record: guards.Record) -> None:
+def _save(run: Run, state: Progress) -> None:
     with run.heartbeat.patient("save"):  # it may have to wait for the write before
-        run.saver.save(step, data, {"guard": record.state()}, run.trainer.tensors())
+        run.saver.save(state.step, state.data, {"guard": state.record.state()}, run.trainer.tensors())
+    state.saved = state.step
 
 
 def _set_lr(run: Run, step: int) -> float:

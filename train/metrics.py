@@ -16,18 +16,18 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.reader import Failure
-from parallel.grid import Grid
-from parallel.hybrid_step import StepOutput
-from train import history
-from train.config import Config
-from train.feed import PreparedStep
-from train.flops import device_peak_tflops
-from train.health import Slow
-from train.history import History
-from train.start import Places, Position
-from train.stopping import launch_id
-from train.tasks.base import StepFacts
+from tandem.data.reading.reader import Failure
+from tandem.parallel.grid import Grid
+from tandem.parallel.hybrid_step import StepOutput
+from tandem.train.config.schema import Config
+from tandem.train.cost.flops import device_peak_tflops
+from tandem.train.input.prefetcher import PreparedStep
+from tandem.train.reliability import history
+from tandem.train.reliability.health import Slow
+from tandem.train.reliability.history import History
+from tandem.train.reliability.stopping import launch_id
+from tandem.train.start import Position, RunPaths
+from tandem.train.tasks.base import StepFacts
 
 
 class StepMetrics:
@@ -67,11 +67,11 @@ class StepMetrics:
 class Logger:
     """Files, wandb and progress of one run; does nothing on ranks other than 0."""
 
-    def __init__(self, config: Config, places: Places, rank: int, position: Position):
+    def __init__(self, config: Config, paths: RunPaths, rank: int, position: Position):
         self._active = rank == 0
         if not self._active:
             return
-        self._config, self._dir = config, places.run_dir
+        self._config, self._dir = config, paths.run_dir
         self._begin, self._last, self._steps = time.time(), {}, 0
         self._unreadable: Counter[tuple[str, str]] = Counter()  # (shard, reason) -> samples
         (self._dir / "summary.json").unlink(missing_ok=True)  # of an attempt before this one
@@ -80,15 +80,15 @@ class Logger:
         self._happened(
             "start",
             began=history.process_began(),
-            attempt=places.attempt,
+            attempt=paths.attempt,
             launch=launch_id(),
             world=dist.get_world_size(),
             step=position.step,
             checkpoint=str(position.checkpoint) if position.checkpoint else None,
-            cause=places.cause,
+            cause=paths.cause,
             lost_steps=lost,
         )
-        self._wandb = _start_wandb(config, places.run_dir)
+        self._wandb = _start_wandb(config, paths.run_dir)
         self._console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),

@@ -7,22 +7,23 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from data.vision import OLDEST
-from train import checkpoint, history, watchdog
-from train.config import Config
-from train.dataset import Data
-from train.guards import Record
-from train.saving import Saver, verify_together
-from train.stopping import launch_id
-from train.tasks import find
-from train.tasks.base import Trainer
+from tandem.data.vision import OLDEST
+from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints.saving import Saver, verify_together
+from tandem.train.config.schema import Config
+from tandem.train.input.dataset import Data
+from tandem.train.reliability import history, watchdog
+from tandem.train.reliability.guards import Record
+from tandem.train.reliability.stopping import launch_id
+from tandem.train.tasks import find
+from tandem.train.tasks.base import Trainer
 
 RUNS = Path("runs")
 LOOKED_AT = 20  # newest run directories among which a restarted rank looks for its own
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """run_dir has config.yaml and history.jsonl; folder holds the checkpoints.  attempt: starts before this one; cause:
     why the one before ended.  rollbacks: of all attempts, (to step, where the data went on)."""
 
@@ -43,15 +44,15 @@ class Position:
     checkpoint: Path | None = None
 
 
-def agree_on_places(config: Config) -> Places:
-    """Rank 0's places, on all ranks.
+def agree_on_run_paths(config: Config) -> RunPaths:
+    """Rank 0's paths, on all ranks.
 
     Raises ValueError on all of them where the directory cannot be written or belongs to another run.
     """
     agreed: list = [None]
     if dist.get_rank() == 0:
         try:
-            agreed[0] = _places(config)
+            agreed[0] = _paths(config)
         except (OSError, ValueError) as error:
             agreed[0] = f"run.dir={config.run.dir}: {error}"
     dist.broadcast_object_list(agreed, src=0)
@@ -60,7 +61,7 @@ def agree_on_places(config: Config) -> Places:
     return agreed[0]
 
 
-def _places(config: Config) -> Places:
+def _paths(config: Config) -> RunPaths:
     new = RUNS / (config.run.name or f"{config.label}-{datetime.now():%Y%m%d-%H%M%S}")
     run_dir = Path(config.run.dir) if config.run.dir else _of_this_launch() or new
     folder = Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
@@ -74,7 +75,7 @@ def _places(config: Config) -> Places:
     for alarm in (run_dir / watchdog.STACKS).glob("alarm-*"):
         alarm.unlink()
     rollbacks = [(event["to_step"], event["data"]) for event in events if event["event"] == "rollback"]
-    return Places(run_dir, folder, attempt, history.cause_of_start(events, history.take_ends(run_dir)), rollbacks)
+    return RunPaths(run_dir, folder, attempt, history.cause_of_start(events, history.take_ends(run_dir)), rollbacks)
 
 
 def _of_this_launch() -> Path | None:
@@ -92,13 +93,13 @@ def restore(
     data: Data,
     start: checkpoint.Reader | None,
     saver: Saver,
-    places: Places,
+    paths: RunPaths,
 ) -> tuple[Position, list[str]]:
     """(position to go on from, what to tell about it): resumes, or starts from `checkpoint.load_from`."""
     newest, damaged = saver.newest_valid()
     told = [f"DAMAGED, an older one is used: {sentence}" for sentence in damaged]
     if newest is not None:
-        position = go_back(config, trainer, data, newest, places.rollbacks)
+        position = go_back(config, trainer, data, newest, paths.rollbacks)
         if "vision" not in position.data:
             told.append(f"{newest} does not say its vision settings: those of its time are taken, {OLDEST}")
         return position, told

@@ -1,8 +1,8 @@
 """The VisionSpec of a model's parts: where settings become the plain numbers that data/vision.py reckons with."""
 
-from data.vision import VisionSpec
-from train.models.vision_tower import ConnectorConfig
-from train.models.vit import ViTConfig
+from tandem.data.vision import VisionSpec
+from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.towers.vision_tower import ConnectorConfig
 
 
 def vision_spec(

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data.curation.similar import MAX_DISTANCE
-from data.image import MAX_PIXELS, ImageError, image_size
-from data.text import SampleError, parse_sample
+from tandem.data.curation.similar import MAX_DISTANCE
+from tandem.data.media.image import MAX_PIXELS, ImageError, image_size
+from tandem.data.media.text import SampleError, parse_sample
 
 _PLACEHOLDER = re.compile("<(image|video)>")
 

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from data.curation.duplicates import DIGEST_BYTES, Duplicates, Fingerprint
-from data.curation.filters import (
+from tandem.data.curation.duplicates import DIGEST_BYTES, Duplicates, Fingerprint
+from tandem.data.curation.filters import (
     Rules,
     assistant_text,
     check_image,
@@ -26,12 +26,12 @@ from data.curation.filters import (
     check_url,
     read_content,
 )
-from data.curation.report import Report
-from data.curation.similar import perceptual_hash
-from data.image import MAX_PIXELS, ImageError, decode_image
-from data.storage import open_range
-from data.tars import Member, Sample, TarSamples
-from data.text import SampleError
+from tandem.data.curation.report import Report
+from tandem.data.curation.similar import perceptual_hash
+from tandem.data.media.image import MAX_PIXELS, ImageError, decode_image
+from tandem.data.media.text import SampleError
+from tandem.data.shards.storage import open_range
+from tandem.data.shards.tars import Member, Sample, TarSamples
 
 SCORED_TOGETHER = 64  # samples
 
@@ -39,7 +39,7 @@ Runner = Callable[[Callable, Sequence], Iterator]  # (task, items) -> results in
 
 
 class Scorer(Protocol):
-    """Similarity of images and text; launch/clip_similarity.py has one."""
+    """Similarity of images and text; train/models/pretrained/clip_similarity.py has one."""
 
     def prepare(self, pixels_HW3: np.ndarray) -> np.ndarray:
         """What the model sees of an image: small, so that a batch of them fits memory."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 from rich.text import Text
 
-from data.tars import printable
+from tandem.data.shards.tars import printable
 
 EXAMPLES = 3  # keys shown for a reason
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.catalog import expand_shards
-from data.index import load_index
-from data.indexing import build_index
-from launch.toy.videos import encode_clip
+from tandem.data.shards.catalog import expand_shards
+from tandem.data.shards.index import load_index
+from tandem.data.shards.indexing import build_index
+from tandem.data.synthesis.videos import encode_clip
 from tests.support import write_tar
 
 

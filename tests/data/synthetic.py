@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.corpus import Corpus, SourceSettings
-from data.index import EVENT, IMAGE, MEDIA, SAMPLE, VIDEO
+from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.shards.index import EVENT, IMAGE, MEDIA, SAMPLE, VIDEO
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import av
 import numpy as np
 import pytest
 
-from data.audio import FLOOR, MELS, RATE, TOP, decode_audio, log_mel, sound_grid, spectrogram
-from data.video import SoundError, VideoError, decode_frames, probe
-from data.vision import VisionSpec
+from tandem.data.media.audio import FLOOR, MELS, RATE, TOP, decode_audio, log_mel, sound_grid, spectrogram
+from tandem.data.media.video import SoundError, VideoError, decode_frames, probe
+from tandem.data.vision import VisionSpec
 from tests.data.conftest import encoded_video, sound_of
 from tests.data.videos import Counted, make_video
 

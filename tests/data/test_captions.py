@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.captions import captions
+from tandem.data.reading.captions import captions
 
 EOS = 7
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.catalog import Catalog, expand_shards, gather_catalog, open_catalog, write_catalog
-from data.indexing import build_index
+from tandem.data.shards.catalog import Catalog, expand_shards, gather_catalog, open_catalog, write_catalog
+from tandem.data.shards.indexing import build_index
 from tests.data.range_server import serving
 from tests.support import ROOT, write_tar
 
@@ -190,7 +190,7 @@ SHARDS, SAMPLES, ROWS, ENTITIES = 100_000, 10_000, 4, 1000
 OPEN = """
 import pathlib, re, sys, time
 import numpy, psutil
-from data.catalog import open_catalog
+from tandem.data.shards.catalog import open_catalog
 before = psutil.Process().memory_info().rss
 begin = time.perf_counter()
 catalog = open_catalog([sys.argv[1]], "0" * 64)

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from data.corpus import Corpus, SourceSettings
+from tandem.data.planning.corpus import Corpus, SourceSettings
 from tests.data.synthetic import MemoryCatalog, MemoryShard, Sample, corpus_of
 
 
@@ -29,7 +29,7 @@ def test_domains_are_one_list_over_the_sources():
 
 
 def test_few_indexes_stay_open_and_threads_may_share_them(monkeypatch):
-    monkeypatch.setattr("data.corpus.CACHED_INDEXES", 2)
+    monkeypatch.setattr("tandem.data.planning.corpus.CACHED_INDEXES", 2)
     corpus = corpus_of(shards(*"abcdef"))
     with ThreadPoolExecutor(4) as pool:
         wanted = np.random.default_rng(0).integers(0, 6, 200).tolist()
@@ -78,6 +78,6 @@ def test_impossible_corpora(monkeypatch):
         Corpus([settings(), settings(name="b", weight=2)], [catalog] * 2, "tokenizer")
     with pytest.raises(ValueError, match="data.sources.web: its 1 shards hold no usable sample"):
         Corpus([settings()], [MemoryCatalog([MemoryShard.of([])])], "tokenizer")
-    monkeypatch.setattr("data.corpus.MAX_DOMAINS", 3)
+    monkeypatch.setattr("tandem.data.planning.corpus.MAX_DOMAINS", 3)
     with pytest.raises(ValueError, match="4 domains; at most 3"):
         Corpus([settings()], [MemoryCatalog(shards("x", "y", "z"))], "tokenizer")

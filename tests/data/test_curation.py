@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.curation.duplicates import Duplicates
-from data.curation.filters import (
+from tandem.data.curation.duplicates import Duplicates
+from tandem.data.curation.filters import (
     Rules,
     assistant_text,
     blocking_entry,
@@ -20,12 +20,12 @@ from data.curation.filters import (
     read_block_list,
     read_content,
 )
-from data.curation.pipeline import Examiner, curate
-from data.curation.runners import RayWorker, in_processes
-from data.curation.similar import NearestEarlier, perceptual_hash
-from data.storage import open_range
-from data.tars import TarSamples
-from data.text import SampleError
+from tandem.data.curation.pipeline import Examiner, curate
+from tandem.data.curation.runners import RayWorker, in_processes
+from tandem.data.curation.similar import NearestEarlier, perceptual_hash
+from tandem.data.media.text import SampleError
+from tandem.data.shards.storage import open_range
+from tandem.data.shards.tars import TarSamples
 from tests.curation_shards import content, defective_shards, encoded, pair, picture
 from tests.support import write_tar
 

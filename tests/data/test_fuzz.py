@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.audio import decode_audio
-from data.catalog import gather_catalog, open_catalog, write_catalog
-from data.image import ImageError, decode_image, image_size
-from data.index import load_index
-from data.indexing import build_index
-from data.jobs import WHOLE_VIDEO_BYTES
-from data.text import SampleError, parse_sample
-from data.video import VideoError, decode_frames, probe
+from tandem.data.media.audio import decode_audio
+from tandem.data.media.image import ImageError, decode_image, image_size
+from tandem.data.media.text import SampleError, parse_sample
+from tandem.data.media.video import VideoError, decode_frames, probe
+from tandem.data.reading.jobs import WHOLE_VIDEO_BYTES
+from tandem.data.shards.catalog import gather_catalog, open_catalog, write_catalog
+from tandem.data.shards.index import load_index
+from tandem.data.shards.indexing import build_index
 from tests.data.conftest import encoded_image, encoded_video, sample_json
 from tests.support import write_tar
 

@@ -9,13 +9,8 @@ import pytest
 import skimage.data
 from PIL import ExifTags, Image
 
-from data.image import (
-    ImageError,
-    decode_image,
-    image_size,
-    to_patches,
-)
-from data.vision import VisionSpec
+from tandem.data.media.image import ImageError, decode_image, image_size, to_patches
+from tandem.data.vision import VisionSpec
 
 VISION = VisionSpec()
 

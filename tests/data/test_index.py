@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import indexing, tars
-from data.index import EVENT, IMAGE, MAGIC, MEDIA, SAMPLE, VIDEO, Group, load_index
-from data.indexing import IndexReport, build_index, is_current
+from tandem.data.shards import indexing, tars
+from tandem.data.shards.index import EVENT, IMAGE, MAGIC, MEDIA, SAMPLE, VIDEO, Group, load_index
+from tandem.data.shards.indexing import IndexReport, build_index, is_current
 from tests.data.range_server import serving
 from tests.data.videos import make_video, only_sound
 from tests.support import ROOT, write_tar
@@ -370,7 +370,7 @@ def test_a_remote_shard_is_read_once_in_order_and_gives_the_same_records(make_sh
 
 
 def test_a_server_that_fails_gives_an_error_and_no_index(make_shard, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.storage._PAUSE_S", 0.001)
+    monkeypatch.setattr("tandem.data.shards.storage._PAUSE_S", 0.001)
     shard, _ = make_shard([("a.json", make_shard.json("a", "b"))])
     with serving(Path(shard).parent) as server:
         server.failures = 10**9
@@ -381,7 +381,8 @@ def test_a_server_that_fails_gives_an_error_and_no_index(make_shard, tokenizer, 
 
 def test_shards_of_images_load_no_video_library(corpus, tmp_path):
     write_tar(tmp_path / "a.tar", [("a.json", b"{}")])
-    code = "import sys; from data.indexing import build_index; from data.text import Tokenizer; "
+    code = "import sys; from tandem.data.shards.indexing import build_index; "
+    code += "from tandem.data.media.text import Tokenizer; "
     code += "build_index(sys.argv[1], Tokenizer(sys.argv[2]), sys.argv[3]); assert 'av' not in sys.modules"
     arguments = [str(corpus / "train" / "read-0000.tar"), str(corpus / "tokenizer.json"), str(tmp_path / "read.index")]
     subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True)

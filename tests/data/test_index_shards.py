@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data.catalog import open_catalog
-from data.index import load_index
-from launch.index_shards import main
+from tandem.data.shards.catalog import open_catalog
+from tandem.data.shards.index import load_index
+from tandem.launch.index_shards import main
 from tests.data.range_server import serving
 from tests.support import ROOT, write_tar
 
@@ -122,7 +122,10 @@ def test_bad_arguments_are_told_in_one_sentence(shards, tokenizer, tmp_path, cap
 
 def test_an_interrupted_run_leaves_whole_indexes_and_goes_on(tokenizer, tmp_path, make_shard):
     members = [(f"{i}.json", make_shard.json("a", "b")) for i in range(1500)]
-    shards = [write_tar(tmp_path / f"{n:02}.tar", members) for n in range(16)]  # more than are done before the signal
+    shards = [write_tar(tmp_path / "00.tar", members)]
+    for n in range(1, 64):  # more than are done before the signal, even where this process is given no time
+        shards.append(str(tmp_path / f"{n:02}.tar"))
+        os.link(shards[0], shards[-1])
     command = [sys.executable, "launch/index_shards.py", *shards, "--tokenizer", tokenizer.path, "--workers", "2"]
     running = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.audio import sound_grid, spectrogram
-from data.image import decode_image, to_patches
-from data.labelled import Labelled, Sizes
-from data.video import decode_frames
-from data.vision import VisionSpec
+from tandem.data.media.audio import sound_grid, spectrogram
+from tandem.data.media.image import decode_image, to_patches
+from tandem.data.media.video import decode_frames
+from tandem.data.reading.labelled import Labelled, Sizes
+from tandem.data.vision import VisionSpec
 from tests.data.videos import make_video
 from tests.support import write_tar
 

@@ -9,10 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from data.index import load_index
-from data.text import Tokenizer
-from launch.make_shards import ALL_TASKS, TASKS, main, make_shards, plan_shards
-from launch.toy.maker import PHOTOGRAPHS, load_sources
+from tandem.data.media.text import Tokenizer
+from tandem.data.shards.index import load_index
+from tandem.data.synthesis.maker import PHOTOGRAPHS, load_sources
+from tandem.launch.make_shards import ALL_TASKS, TASKS, main, make_shards, plan_shards
 
 
 def contents(corpus, split, task="*"):

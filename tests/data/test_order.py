@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.order import SourceOrder, permutation
+from tandem.data.planning.order import SourceOrder, permutation
 from tests.data.synthetic import MemoryCatalog, MemoryShard, Sample, random_shards
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import pack_block
+from tandem.data.planning.packing import pack_block
 
 
 @settings(max_examples=200, deadline=None)

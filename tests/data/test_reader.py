@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import jobs, slots
-from data.corpus import Corpus, SourceSettings
-from data.image import decode_image, to_patches
-from data.index import VIDEO
-from data.reader import ShardReader
-from data.storage import Section
-from data.stream import Stream, StreamConfig
-from data.text import Tokenizer
-from data.video import decode_frames
-from data.vision import VisionSpec
+from tandem.data.media.image import decode_image, to_patches
+from tandem.data.media.text import Tokenizer
+from tandem.data.media.video import decode_frames
+from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.reading import jobs, slots
+from tandem.data.reading.reader import ShardReader
+from tandem.data.shards.index import VIDEO
+from tandem.data.shards.storage import Section
+from tandem.data.vision import VisionSpec
 
 CONFIG = StreamConfig(
     seq_length=1024, rows_per_step=6, seed=3, vision=VisionSpec(4, 64), video_budget=256, video_levels=(32, 16, 8)

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from data.layout import lay_out
-from data.text import SampleError
+from tandem.data.media.text import SampleError
+from tandem.data.reading.sample_layout import lay_out
 
 CONVERSATION = [
     {"role": "user", "text": "a<image>b"},

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.corpus import Corpus, SourceSettings
-from data.plan import row_cu_seqlens
-from data.reader import ShardReader
-from data.stream import Stream
-from data.vision import VisionSpec
+from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.planning.plan import row_cu_seqlens
+from tandem.data.planning.stream import Stream
+from tandem.data.reading.reader import ShardReader
+from tandem.data.vision import VisionSpec
 from tests.data.synthetic import MemoryShard, Sample, corpus_of, stamp_lengths
 from tests.data.test_stream import CONFIG, equal, mixed_shards
 

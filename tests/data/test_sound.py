@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from data import jobs
-from data.audio import sound_grid, spectrogram
-from data.corpus import Corpus, SourceSettings
-from data.image import to_patches
-from data.plan import AUDIO
-from data.reader import ShardReader
-from data.storage import Section, open_range
-from data.stream import Stream, StreamConfig
-from data.view import NO_SOUND, REASONS, SOUND_CUT
-from data.vision import VisionSpec
+from tandem.data.media.audio import sound_grid, spectrogram
+from tandem.data.media.image import to_patches
+from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.planning.plan import AUDIO
+from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.planning.view import NO_SOUND, REASONS, SOUND_CUT
+from tandem.data.reading import jobs
+from tandem.data.reading.reader import ShardReader
+from tandem.data.shards.storage import Section, open_range
+from tandem.data.vision import VisionSpec
 from tests.data.conftest import sound_of
 from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, stamp_lengths
 from tests.data.test_view import samples, view_of

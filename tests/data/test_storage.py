@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data import storage
-from data.storage import RangeFiles, Section, base_name, check_path, is_url, open_range, shown
+from tandem.data.shards import storage
+from tandem.data.shards.storage import RangeFiles, Section, base_name, check_path, is_url, open_range, shown
 from tests.data.range_server import serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +160,7 @@ def test_a_section_is_a_file_of_its_own(folder):
 
 
 def test_local_reading_loads_no_network_library():
-    code = "import sys, data.storage, data.catalog; data.storage.open_range('pyproject.toml').read(0, 9); "
+    code = "import sys, data.shards.catalog; from tandem.data.shards.storage import open_range; "
+    code += "open_range('pyproject.toml').read(0, 9); "
     code += "assert not {'fsspec', 'aiohttp', 'av'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -6,14 +6,14 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from data.corpus import Corpus, SourceSettings
-from data.index import VIDEO
-from data.layout import lay_out
-from data.plan import row_cu_seqlens, row_domains, row_labels, row_positions, row_samples
-from data.storage import open_range
-from data.stream import Stream, StreamConfig
-from data.text import parse_sample
-from data.vision import VisionSpec
+from tandem.data.media.text import parse_sample
+from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.planning.plan import row_cu_seqlens, row_domains, row_labels, row_positions, row_samples
+from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.reading.sample_layout import lay_out
+from tandem.data.shards.index import VIDEO
+from tandem.data.shards.storage import open_range
+from tandem.data.vision import VisionSpec
 from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, random_shards, stamp_lengths
 
 CONFIG = StreamConfig(

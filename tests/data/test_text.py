@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from data.text import SPECIALS, SampleError, Tokenizer, build_byte_tokenizer, parse_sample, texts_of
+from tandem.data.media.text import SPECIALS, SampleError, Tokenizer, build_byte_tokenizer, parse_sample, texts_of
 
 
 def turns(*pairs):

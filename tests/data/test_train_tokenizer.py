@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data.text import SPECIALS, Tokenizer
-from launch.train_tokenizer import main, train_tokenizer
+from tandem.data.media.text import SPECIALS, Tokenizer
+from tandem.launch.train_tokenizer import main, train_tokenizer
 from tests.support import ROOT
 
 HARD = (

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from data.video import SoundError, VideoError, _Frames, decode_frames, opened, probe, sample_frames
-from data.vision import VisionSpec
+from tandem.data.media.video import SoundError, VideoError, _Frames, decode_frames, opened, probe, sample_frames
+from tandem.data.vision import VisionSpec
 from tests.data.videos import Counted, make_video, number_of, only_sound
 
 LEVELS = (640, 512, 384, 256, 160, 128)

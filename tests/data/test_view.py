@@ -3,9 +3,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.video import sample_frames
-from data.view import FIRST_IMAGE_CUT, IMAGE_TOO_LONG, NO_TEXT_LEFT, REASONS, TOO_LONG, Resolution, Views, view_shard
-from data.vision import VisionSpec
+from tandem.data.media.video import sample_frames
+from tandem.data.planning.view import (
+    FIRST_IMAGE_CUT,
+    IMAGE_TOO_LONG,
+    NO_TEXT_LEFT,
+    REASONS,
+    TOO_LONG,
+    Resolution,
+    Views,
+    view_shard,
+)
+from tandem.data.vision import VisionSpec
 from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, random_shards, stamp_lengths
 
 RESOLUTION = Resolution(

@@ -6,22 +6,22 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.audio import RATE, decode_audio
-from data.captions import captions
-from data.corpus import Corpus, SourceSettings
-from data.image import image_size
-from data.index import load_index
-from data.plan import AUDIO
-from data.reader import ShardReader
-from data.stream import Stream, StreamConfig
-from data.text import Tokenizer
-from data.video import probe
-from data.vision import VisionSpec
-from launch.make_shards import VISION_TASKS
-from launch.toy import speech, vision
-from launch.toy.images import WORDS
-from launch.toy.maker import PHOTOGRAPHS, load_sources
-from launch.toy.vision import DIGITS, VisionTasks
+from tandem.data.media.audio import RATE, decode_audio
+from tandem.data.media.image import image_size
+from tandem.data.media.text import Tokenizer
+from tandem.data.media.video import probe
+from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.planning.plan import AUDIO
+from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.reading.captions import captions
+from tandem.data.reading.reader import ShardReader
+from tandem.data.shards.index import load_index
+from tandem.data.synthesis import speech, vision
+from tandem.data.synthesis.images import WORDS
+from tandem.data.synthesis.maker import PHOTOGRAPHS, load_sources
+from tandem.data.synthesis.vision import DIGITS, VisionTasks
+from tandem.data.vision import VisionSpec
+from tandem.launch.make_shards import VISION_TASKS
 from tests.data.test_make_shards import contents
 
 SPLITS = {"train": 60, "heldout": 16}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.vision import VisionSpec, changed
+from tandem.data.vision import VisionSpec, changed
 
 
 @st.composite

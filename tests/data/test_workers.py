@@ -14,11 +14,11 @@ import numpy as np
 import psutil
 import pytest
 
-from data import workers
-from data.jobs import Areas, Job
-from data.slots import SLOT_STEP, Slots
-from data.vision import VisionSpec
-from data.workers import ROOT, WorkerPool
+from tandem.data.reading import workers
+from tandem.data.reading.jobs import Areas, Job
+from tandem.data.reading.slots import SLOT_STEP, Slots
+from tandem.data.reading.workers import ROOT, WorkerPool
+from tandem.data.vision import VisionSpec
 
 
 @pytest.fixture
@@ -223,11 +223,11 @@ def test_a_tokenizer_that_changed_is_told(settings, slots, texts, capfd):
 PARENT = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from data.corpus import Corpus, SourceSettings
-from data.reader import ShardReader
-from data.stream import Stream, StreamConfig
-from data.text import Tokenizer
-from data.vision import VisionSpec
+from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.reading.reader import ShardReader
+from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.media.text import Tokenizer
+from tandem.data.vision import VisionSpec
 
 tokenizer = Tokenizer({folder!r} + "/tokenizer.json")
 corpus = Corpus.open([SourceSettings(name="main", shards=({folder!r} + "/train/*.tar",))], tokenizer.sha256)

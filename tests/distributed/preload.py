@@ -16,7 +16,7 @@ import torch
 MODULES = (
     "pytest",
     "torch._dynamo",  # imported by every torch optimizer
-    "parallel.encoder_engine",  # before anything else of deepspeed: it chooses the accelerator
+    "parallel.engines.encoder_engine",  # before anything else of deepspeed: it chooses the accelerator
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every deepspeed.initialize, and slow
     "megatron.core.distributed",
     "megatron.core.models.gpt",
@@ -25,7 +25,7 @@ MODULES = (
 )
 
 if not torch.cuda.is_available():
-    from parallel import cpu_backend
+    from tandem.parallel.runtime import cpu_backend
 
     cpu_backend.install()
     with warnings.catch_warnings():

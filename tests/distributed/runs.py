@@ -6,33 +6,35 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallel.hybrid_step import hybrid_step
-from parallel.phases import PhaseTimer
+from tandem.parallel.hybrid_step import hybrid_step
+from tandem.parallel.runtime.phases import PhaseTimer
+from tandem.train.build import build_engines
+from tandem.train.checkpoints import checkpoint
+from tandem.train.config.checks import check_config
+from tandem.train.input.dataset import open_data
+from tandem.train.input.rows import row_prefetcher
+from tandem.train.loop import run_in_world
+from tandem.train.objectives.language import train_forward, train_loss
+from tandem.train.reliability.watchdog import Heartbeat
 from tests.support import settings
-from train import checkpoint
-from train.build import build_engines, train_forward, train_loss
-from train.dataset import open_data
-from train.loop import run_in_world
-from train.rows import row_feed
-from train.watchdog import Heartbeat
 
 
 def train_run(recipe: str, overrides: list[str], run_dir: str) -> None:
     """One whole training run in a world that exists."""
     config = settings(recipe, f"run.dir={run_dir}", "logger.wandb=disabled", "logger.peak_tflops=1", *overrides)
-    layout = config.check(dist.get_world_size())
+    layout = check_config(config, dist.get_world_size())
     start = config.checkpoint.load_from and checkpoint.Reader(checkpoint.resolve(Path(config.checkpoint.load_from)))
     run_in_world(config, layout, open_data(config), start, torch.device("cpu"), Heartbeat())
 
 
 def build_run(recipe: str, overrides: list[str], steps: int):
-    """(config, engines, data, feed) of a run in this world, to step by hand."""
+    """(config, engines, data, prefetcher) of a run in this world, to step by hand."""
     config = settings(recipe, "logger.wandb=disabled", *overrides)
-    layout = config.check(dist.get_world_size())
+    layout = check_config(config, dist.get_world_size())
     data = open_data(config)
     loss = functools.partial(train_loss, domains=len(data.stream.domains))
     engines = build_engines(config, layout, torch.device("cpu"), forward=train_forward, loss=loss)
-    return config, engines, data, row_feed(data, config, engines.grid, steps=steps)
+    return config, engines, data, row_prefetcher(data, config, engines.grid, steps=steps)
 
 
 def step_by_hand(config, engines, prepared, lr: float = 1e-3):

@@ -1,18 +1,19 @@
 """Checkpoints across layouts: every tensor equal to the bit, training that goes on as if nothing had happened."""
 
+import json
 import shutil
 
 import pytest
 import torch
 
+from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints.saving import Saver
+from tandem.train.input.dataset import open_data
+from tandem.train.tasks.language import LanguageTask
 from tests.distributed.runs import build_run, train_run, whole_state
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, identity, read_metrics
 from tests.support import settings as toy_settings
-from train import checkpoint
-from train.dataset import open_data
-from train.saving import Saver
-from train.tasks.language import LanguageTask
 
 SMALL = ["train.seq_length=256", "train.global_batch_size=8", "data.max_patches=64", "optim.lr=1e-3"]
 LAYOUTS = {
@@ -193,3 +194,11 @@ def test_moments_that_were_never_saved_are_refused(corpus, tmp_path):
     run(corpus, tmp_path / "0", "one process", "train.steps=1", recipe="stage0")
     with pytest.raises(RuntimeError, match="has no optimizer state of the llm"):
         run(corpus, tmp_path / "2", "one process", f"checkpoint.load_from={tmp_path}/0", recipe="stage2")
+
+
+def test_a_resume_behind_the_last_step_has_finished(half_way, corpus, tmp_path):
+    """And stops nowhere: a job that is requeued for what was stopped would be requeued for ever."""
+    shutil.copytree(half_way, tmp_path / "run")
+    run(corpus, tmp_path / "run", "one process", "train.steps=2", "checkpoint.resume=true")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps_this_run"] == 0

@@ -6,17 +6,17 @@ Legend: I images.
 import numpy as np
 import torch
 
-from data.vision import VisionSpec
-from parallel import compilation
-from parallel.encoder_engine import EncoderEngine
-from parallel.state import AdamSettings
+from tandem.data.vision import VisionSpec
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.state import AdamSettings
+from tandem.parallel.kernels import compilation
+from tandem.train.models.encoders.vit import PackedImages, ViTConfig
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.layers.masking import drop_path_factors
+from tandem.train.models.towers.vision_tower import ConnectorConfig, VisionTower
 from tests.distributed.runs import whole_state
 from tests.distributed.world import run_world
 from tests.graphs import CountedGraphs
-from train.models.initial import initialize
-from train.models.masking import drop_path_factors
-from train.models.vision_tower import ConnectorConfig, VisionTower
-from train.models.vit import PackedImages, ViTConfig
 
 ENCODER = ViTConfig(width=16, depth=2, heads=2, drop_path=0.4)
 ADAM = AdamSettings(lr=1e-3, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1)

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.attention import Segments, attention
-from parallel.context import attend, elements_sent, pack_row
-from parallel.layout import Layout
-from parallel.routes import local_positions
+from tandem.parallel.comm.context import attend, elements_sent, pack_row
+from tandem.parallel.kernels.attention import Segments, attention
+from tandem.parallel.layout import Layout
+from tandem.parallel.plan.routes import local_positions
 from tests.distributed.world import run_world
 
 ROW = 96
@@ -47,7 +47,7 @@ def gradients(output, inputs, weight):
 
 
 class Counted:
-    """Counts the elements that leave this rank, as the collectives of `parallel.context` are called."""
+    """Counts the elements that leave this rank, as the collectives of `parallel.comm.context` are called."""
 
     def __init__(self, monkeypatch):
         self.elements = 0

@@ -7,14 +7,14 @@ import pytest
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from parallel import llm_shards
-from parallel.grid import build_grid, destroy_grid
-from parallel.layout import Layout
+from tandem.parallel.engines import llm_shards
+from tandem.parallel.grid import build_grid, destroy_grid
+from tandem.parallel.layout import Layout
+from tandem.train.models.language.llm import VisualGPT
+from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 from tests.distributed.world import run_world
 from tests.support import settings
 from tests.train.toys import CPU
-from train.models.llm import VisualGPT
-from train.models.llm_spec import build_chunk, transformer_config
 
 TOKENS = 24
 OTHERS = dict.fromkeys(["input_ids", "position_ids", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin"])

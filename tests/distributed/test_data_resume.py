@@ -1,7 +1,7 @@
 """The stream goes on where it was killed, on any world, layout and number of workers: same samples, bytes, order.
 
-Real gloo worlds run the feed alone, without a model. A world is killed at a random moment after step k was used; the
-next one starts from the position that step k left.
+Real gloo worlds run the prefetcher alone, without a model. A world is killed at a random moment after step k was used;
+the next one starts from the position that step k left.
 """
 
 import json
@@ -17,11 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.grid import build_grid
+from tandem.parallel.grid import build_grid
+from tandem.train.config.checks import check_config
+from tandem.train.input.dataset import open_data
+from tandem.train.input.rows import row_prefetcher
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, settings
-from train.dataset import open_data
-from train.rows import row_feed
 
 STEPS = 9
 BATCH = ["train.global_batch_size=24", "train.seq_length=256", "data.max_patches=64", "data.block_samples=128"]
@@ -57,13 +58,13 @@ def contents(prepared, grid) -> torch.Tensor:
 
 
 def live(overrides: list[str], steps: int, position: str, log: str, deadly: bool) -> None:
-    """Runs the feed from `position` and logs what each step holds; `deadly` kills one rank after the last of them."""
+    """Runs the prefetcher from `position` and logs what each step holds; `deadly` kills one rank after the last one."""
     config = settings("stage1", *BATCH, *overrides)
     data = open_data(config)
-    grid = build_grid(config.check(dist.get_world_size()), torch.device("cpu"), 0)
+    grid = build_grid(check_config(config, dist.get_world_size()), torch.device("cpu"), 0)
     if Path(position).exists():
         data.stream.load_state(json.loads(Path(position).read_text()))
-    for done, prepared in enumerate(row_feed(data, config, grid, steps=STEPS), 1):
+    for done, prepared in enumerate(row_prefetcher(data, config, grid, steps=STEPS), 1):
         plan, sums = prepared.plan, contents(prepared, grid).tolist()
         prepared.release()
         assert not prepared.skipped
@@ -77,7 +78,7 @@ def live(overrides: list[str], steps: int, position: str, log: str, deadly: bool
             break
     dist.barrier()
     if deadly and grid.rank == dist.get_world_size() - 1:
-        time.sleep(random.random() * 0.2)  # the feeds are a few steps ahead, somewhere in a read or a collective
+        time.sleep(random.random() * 0.2)  # the prefetchers are a few steps ahead, somewhere in a read or a collective
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Event().wait(30 if deadly else 0)
 
@@ -123,13 +124,13 @@ def read_an_epoch(overrides: list[str]) -> tuple[int, int]:
     beginning bring into one step is used once there."""
     config = settings("stage1", *BATCH, *overrides)
     data = open_data(config)
-    grid = build_grid(config.check(dist.get_world_size()), torch.device("cpu"), 0)
+    grid = build_grid(check_config(config, dist.get_world_size()), torch.device("cpu"), 0)
     seen, read, used = 0, 0, 0
     start, steps = data.stream.state(), 0
     while seen < data.stream.samples_per_epoch:
         seen, steps = seen + data.stream.next_step().shard_S.size, steps + 1
     data.stream.load_state(start)
-    for prepared in row_feed(data, config, grid, steps=steps):
+    for prepared in row_prefetcher(data, config, grid, steps=steps):
         plan = prepared.plan
         read += prepared.bytes_read
         for shard, sample in sorted(set(zip(plan.shard_S.tolist(), plan.index_S.tolist(), strict=True))):

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from parallel import encoder_engine
-from parallel.encoder_engine import EncoderEngine
-from parallel.state import KINDS, AdamSettings
+from tandem.parallel.engines import encoder_engine
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.state import KINDS, AdamSettings
 from tests.distributed.runs import whole_state
 from tests.distributed.world import run_world
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from parallel import encoder_engine
-from parallel.encoder_engine import EncoderEngine
-from parallel.state import EMA, AdamSettings
+from tandem.parallel.engines import encoder_engine
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.state import EMA, AdamSettings
 from tests.distributed.runs import whole_state
 from tests.distributed.world import run_world
 

@@ -12,17 +12,17 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.spec_utils import build_module
 
-from parallel.experts import moe_spec
-from parallel.grid import build_grid
-from parallel.layout import Layout
-from parallel.llm_shards import initialize, shards_of
+from tandem.parallel.engines.llm_shards import initialize, shards_of
+from tandem.parallel.grid import build_grid
+from tandem.parallel.kernels.experts import moe_spec
+from tandem.parallel.layout import Layout
+from tandem.train.checkpoints import checkpoint
+from tandem.train.models.language import llm_spec
 from tests.distributed.test_checkpoints import SMALL, differences_after_loading
 from tests.distributed.test_checkpoints import run as train
 from tests.distributed.world import run_world
 from tests.parallel.test_experts import D, config_of
 from tests.support import corpus_overrides
-from train import checkpoint
-from train.models import llm_spec
 
 TOKENS = 64
 LAYOUTS = {

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.exchange import Exchange, Journeys
-from parallel.layout import Layout
-from parallel.routes import VisualPlan, assign_owners, build_routes, place_of
+from tandem.parallel.comm.exchange import DispatchPlan, Exchange
+from tandem.parallel.layout import Layout
+from tandem.parallel.plan.routes import VisualPlan, assign_encoding_ranks, build_routes, place_of
 from tests.distributed.runs import build_run, step_by_hand, weights_of
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides
@@ -19,9 +19,9 @@ SMALL = ["train.seq_length=256", "train.global_batch_size=4", "data.max_patches=
 
 
 def count_elements(overrides):
-    config, engines, _, feed = build_run("stage2", overrides, steps=3)
+    config, engines, _, prefetcher = build_run("stage2", overrides, steps=3)
     seen = []
-    for prepared in feed:
+    for prepared in prefetcher:
         before = (engines.exchange.elements_delivered, engines.exchange.elements_returned)
         step_by_hand(config, engines, prepared)
         moved = torch.tensor([engines.exchange.elements_delivered, engines.exchange.elements_returned])
@@ -54,10 +54,10 @@ def random_plan(layout, images):
     )
 
 
-def leaf_numbers(plan, owner_I, layout):
+def leaf_numbers(plan, encoding_rank_I, layout):
     """Numbers in the step of the rows that this rank's leaves hold, found row by row."""
     place, first_I, found = layout.coordinates(dist.get_rank()), np.cumsum(plan.tokens_I) - plan.tokens_I, []
-    for image in np.lexsort((owner_I, plan.micro_batch_I)):
+    for image in np.lexsort((encoding_rank_I, plan.micro_batch_I)):
         for token in range(plan.tokens_I[image]):
             cp, tp, _ = place_of(plan.start_I[image] + token, layout, plan.row_tokens)
             if (place.pp, place.dp, place.cp, place.tp) == (0, plan.replica_I[image], cp, tp):
@@ -72,23 +72,23 @@ def rows_of(numbers):
 def travel(layout, exchange, plan):
     """With rows that carry their own number: (the leaves hold what the plan says, the gradients of every chunk came
     home, images of each chunk)."""
-    owner_I = assign_owners(plan, layout, balance=True)
-    routes = build_routes(plan, owner_I, layout, dist.get_rank(), MICRO_BATCHES, 32)
-    first_I, journeys = np.cumsum(plan.tokens_I) - plan.tokens_I, Journeys.of(routes)
+    encoding_rank_I = assign_encoding_ranks(plan, layout, balance=True)
+    routes = build_routes(plan, encoding_rank_I, layout, dist.get_rank(), MICRO_BATCHES, 32)
+    first_I, dispatch_plan = np.cumsum(plan.tokens_I) - plan.tokens_I, DispatchPlan.of(routes)
     rows_C = [
         rows_of(np.concatenate([np.arange(first_I[i], first_I[i] + plan.tokens_I[i]) for i in ids] or [[]]))
         for ids in routes.chunks
     ]
-    delivery = exchange.deliver(journeys)
+    dispatch = exchange.dispatch(dispatch_plan)
     for rows_V2 in rows_C:
-        delivery.send(torch.cat([rows_V2, torch.full((1, 2), torch.nan)]))  # and a row of padding
-    leaf_U2 = delivery.leaves()
-    returned = zip(rows_C, exchange.give_back(leaf_U2 * 2, journeys), strict=True)
+        dispatch.send(torch.cat([rows_V2, torch.full((1, 2), torch.nan)]))  # and a row of padding
+    leaf_U2 = dispatch.leaves()
+    returned = zip(rows_C, exchange.combine(leaf_U2 * 2, dispatch_plan), strict=True)
     home = [
         torch.equal(torch.empty_like(rows_V2).index_copy_(0, place_V, gradient_V2), rows_V2 * 2)
         for rows_V2, (place_V, gradient_V2) in returned
     ]
-    arrived = torch.equal(leaf_U2, rows_of(leaf_numbers(plan, owner_I, layout)))
+    arrived = torch.equal(leaf_U2, rows_of(leaf_numbers(plan, encoding_rank_I, layout)))
     return arrived, all(home), [ids.size for ids in routes.chunks]
 
 
@@ -111,11 +111,11 @@ def autograd_reference(overrides):
     """Gradient norms and loss of one step: the hybrid step against one plain autograd graph over everything."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    config, engines, _, feed = build_run("stage1", [*overrides, "optim.clip_norm=0"], steps=1)
-    prepared = next(feed)
+    config, engines, _, prefetcher = build_run("stage1", [*overrides, "optim.clip_norm=0"], steps=1)
+    prepared = next(prefetcher)
     batch, routes = prepared.batch, prepared.share.routes
     tower, chunk = engines.encoder._run.module, engines.llm.chunks[0]
-    sent = zip(batch.chunks, batch.journeys.send_CV, strict=True)
+    sent = zip(batch.chunks, batch.dispatch_plan.send_CV, strict=True)
     rows_VD = torch.cat([tower(images)[place_V] for images, place_V in sent])
     rows_UD = rows_VD[torch.from_numpy(np.argsort(routes.leaf_U))]
     places = torch.from_numpy(routes.at_U).split(routes.leaf_rows_M)
@@ -142,9 +142,9 @@ def test_one_autograd_graph_gives_the_same_gradients(corpus):
 
 
 def spoil_one_rank(overrides, where):
-    config, engines, _, feed = build_run("stage1", overrides, steps=2)
+    config, engines, _, prefetcher = build_run("stage1", overrides, steps=2)
     before = weights_of(engines)
-    first, second = list(feed)
+    first, second = list(prefetcher)
     if dist.get_rank() == 1:
         if where == "encoder":
             backward = engines.encoder.backward
@@ -169,9 +169,9 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(corpus, wh
 
 
 def freeze(overrides):
-    config, engines, _, feed = build_run("stage0", overrides, steps=2)
+    config, engines, _, prefetcher = build_run("stage0", overrides, steps=2)
     before = weights_of(engines)
-    for prepared in feed:
+    for prepared in prefetcher:
         assert step_by_hand(config, engines, prepared).applied
     after = weights_of(engines)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -192,9 +192,9 @@ def test_stage0_changes_the_adapter_alone(corpus, layout):
 
 def step_without_targets(overrides):
     """(applied, weights before, weights after) of a step of which no token is trained."""
-    config, engines, _, feed = build_run("stage1", overrides, steps=2)
-    step_by_hand(config, engines, next(feed))
-    prepared, before = next(feed), weights_of(engines)
+    config, engines, _, prefetcher = build_run("stage1", overrides, steps=2)
+    step_by_hand(config, engines, next(prefetcher))
+    prepared, before = next(prefetcher), weights_of(engines)
     for micro_batch in prepared.batch.micro_batches:
         if micro_batch.loss_mask_1T is not None:
             micro_batch.loss_mask_1T.zero_()

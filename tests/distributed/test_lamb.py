@@ -9,9 +9,9 @@ import functools
 import pytest
 import torch
 
-from parallel import encoder_engine, encoder_state
-from parallel.encoder_engine import EncoderEngine
-from parallel.state import AdamSettings
+from tandem.parallel.engines import encoder_engine, encoder_state
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.state import AdamSettings
 from tests.distributed.runs import whole_state
 from tests.distributed.test_encoder_engine import Plan, Tower, assert_same_state, images, lr, train, weights_of
 from tests.distributed.world import run_world

@@ -7,12 +7,13 @@ in another order, and nothing else, may differ.  (A gradient wrong by a factor o
 import numpy as np
 import pytest
 
-from parallel.routes import place_of
+from tandem.parallel.plan.routes import place_of
+from tandem.train.config.checks import check_config
+from tandem.train.input.batch import visual_plan
+from tandem.train.input.dataset import open_data
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
-from train.batch import visual_plan
-from train.dataset import open_data
 
 COMMON = [
     "train.steps=5",
@@ -102,7 +103,7 @@ def test_layout_trains_like_one_process(name, trained):
 def test_images_of_the_runs_cross_borders_of_cp(name, corpus):
     world, overrides = LAYOUTS[name]
     config = settings("stage1", *COMMON, *corpus_overrides(corpus), *overrides)
-    layout, stream, crossing = config.check(world), open_data(config).stream, 0
+    layout, stream, crossing = check_config(config, world), open_data(config).stream, 0
     for plan in (stream.next_step() for _ in range(5)):
         visual = visual_plan(plan, layout, config.train.micro_batch_size, config.vision, 256)
         ends = visual.start_I, visual.start_I + visual.tokens_I - 1

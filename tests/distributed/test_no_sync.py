@@ -1,4 +1,4 @@
-"""A step asks the device for one thing, in `agree`: no other operation of it would stop the host on a CUDA device."""
+"""A step waits for the device once, in `reduce_step_stats`: no other operation of it would stop the host on CUDA."""
 
 import dataclasses
 import itertools
@@ -10,23 +10,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import cpu_backend
-from parallel.phases import PhaseTimer
-from parallel.transfer import to_device
+from tandem.parallel.comm.transfer import to_device
+from tandem.parallel.runtime import cpu_backend
+from tandem.parallel.runtime.phases import PhaseTimer
+from tandem.train.config.checks import check_config
+from tandem.train.config.schema import Config
+from tandem.train.input.dataset import open_data
+from tandem.train.tasks import find
 from tests.distributed.runs import train_run
 from tests.distributed.test_vision_stages import overrides as vision_overrides
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, settings
 from tests.syncs import ForbidSyncs
-from train.config import Config
-from train.dataset import open_data
-from train.tasks import find
 
 WARM = 2  # steps: ZeRO-3 writes down the order of modules in its first ones
 SMALL = ["train.seq_length=256", "train.global_batch_size=4", "data.max_patches=64"]
 ALLOWED = (
-    "parallel/hybrid_step.py:agree",  # the one place
-    "parallel/experts.py:arrange",  # how experts are laid out on a CPU; on CUDA `Grouped` takes counts of the device
+    "parallel/hybrid_step.py:reduce_step_stats",  # the one place
+    "parallel/kernels/experts.py:arrange",  # on a CPU; on CUDA `Grouped` takes counts of the device
     "torch/optim/optimizer.py:_get_value",  # Adam's count, a host tensor; on CUDA the fused update takes it as it is
     "zero/partition_parameters.py:__init__",  # ZeRO-3 in a world of one: "to" the device on which it is already
 )
@@ -41,14 +42,14 @@ def settled_step(recipe: str, overrides: list[str], allowed: tuple[str, ...] = A
     """One turn of the loop, as `train.loop` makes it, that must not wait; whether it updated."""
     config = settings(recipe, "logger.wandb=disabled", "optim.lr=1e-3", "optim.warmup_steps=0", *overrides)
     stage = stage_of(config)
-    timer, staging = PhaseTimer(torch.device("cpu")), stage.steps(WARM + 1)
+    timer, batches = PhaseTimer(torch.device("cpu")), stage.steps(WARM + 1)
     arguments = {"timer": timer, "stop": False, "accept": lambda loss, norm: True}
     for _ in range(WARM):
-        stage.step(next(staging)[1], **arguments)
+        stage.step(next(batches)[1], **arguments)
     with ForbidSyncs(allowed=allowed) as waits:
         for kind in (cpu_backend._CUDA, cpu_backend._InOrder):  # streams, events and devices as Megatron-core sees them
             kind.synchronize = lambda *_: waits.note("synchronize")
-        prepared, batch = next(staging)
+        prepared, batch = next(batches)
         assert all(tensor.is_meta for tensor in tensors_of(to_device(batch, torch.device("meta"))))
         output = stage.step(batch, **arguments)
         prepared.release()
@@ -69,7 +70,7 @@ def tensors_of(value) -> Iterator[torch.Tensor]:
 
 def stage_of(config: Config):
     return find(config.task).trainer(
-        config, config.check(dist.get_world_size()), torch.device("cpu"), open_data(config)
+        config, check_config(config, dist.get_world_size()), torch.device("cpu"), open_data(config)
     )
 
 
@@ -106,14 +107,14 @@ def test_masked_encoder_step(corpus, tmp_path):
 
 def batches_alive(overrides: list[str], run_dir: str) -> list[int]:
     """Batches that still lie on the device whenever a run has copied another one, as a run on CUDA copies them."""
-    from train import staging
+    from tandem.train.input import device_prefetcher
 
     copies, seen = [], []
 
-    class Copying(staging.Staging):
+    class Copying(device_prefetcher.DevicePrefetcher):
         def __next__(self):
-            staged, self._ahead = self._ahead or self._stage(next(self._feed)), None
-            ready = self._feed.poll()
+            staged, self._ahead = self._ahead or self._stage(next(self._prefetcher)), None
+            ready = self._prefetcher.poll()
             self._ahead = self._stage(ready) if ready else None
             return staged
 
@@ -123,7 +124,7 @@ def batches_alive(overrides: list[str], run_dir: str) -> list[int]:
             seen.append(sum(copy() is not None for copy in copies))
             return prepared, batch
 
-    with mock.patch("train.tasks.language.Staging", Copying):
+    with mock.patch("tandem.train.tasks.language.DevicePrefetcher", Copying):
         train_run("stage1", overrides, run_dir)
     return seen
 

@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data.vision import VisionSpec
-from parallel import encoder_engine
-from parallel.encoder_engine import EncoderEngine
-from parallel.state import AdamSettings
+from tandem.data.vision import VisionSpec
+from tandem.parallel.engines import encoder_engine
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.state import AdamSettings
+from tandem.train.models.towers.omni import OmniChunk, OmniConfig
+from tandem.train.objectives.omni import omni_loss
 from tests.distributed.world import run_world
 from tests.reference.vision import dense_siglip
 from tests.train.omni_reference import (
@@ -22,8 +24,6 @@ from tests.train.omni_reference import (
     toy_tuples,
 )
 from tests.train.toys import CPU
-from train.models.omni import OmniChunk, OmniConfig
-from train.objectives.omni import omni_loss
 
 CONFIG = OmniConfig(**SIZES)
 SAMPLES = 5

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tandem.train.objectives.siglip import siglip_loss
 from tests.distributed.world import run_world
 from tests.train.test_siglip import WIDTH, Largest, assert_close, dense, embeddings, scalars, value_and_gradients
-from train.objectives.siglip import siglip_loss
 
 TILE = 4
 FACTOR = -3.0  # of the loss in what is differentiated

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tandem.train.objectives.superclass import InverseFrequency
 from tests.distributed.world import run_world
 from tests.train.test_superclass import VOCAB, captions, counted, sets_of
-from train.objectives.superclass import InverseFrequency
 
 STEPS = 4
 

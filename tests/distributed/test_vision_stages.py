@@ -11,13 +11,13 @@ import shutil
 import pytest
 import torch
 
-from data.index import load_index
-from data.text import Tokenizer
+from tandem.data.media.text import Tokenizer
+from tandem.data.shards.index import load_index
+from tandem.train.checkpoints import checkpoint
+from tandem.train.tasks import find
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import read_metrics, settings
-from train import checkpoint
-from train.tasks import find
 
 TASKS = {"vit_mim": "digit", "vit_contrastive": "*o*", "vit_omni": "sound"}  # photographs, and clips as many images
 SMALL = ["train.global_batch_size=7", "train.steps=5", "optim.lr=1e-3", "optim.min_lr=1e-4", "data.max_patches=256"]

@@ -14,20 +14,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.vision import VisionSpec
-from parallel import encoder_engine
-from parallel.encoder_engine import EncoderEngine
-from parallel.state import AdamSettings
+from tandem.data.vision import VisionSpec
+from tandem.parallel.engines import encoder_engine
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.state import AdamSettings
+from tandem.train.models.encoders.text_encoder import PackedTexts, TextConfig
+from tandem.train.models.encoders.vit import PackedImages, ViTConfig
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.layers.masking import drop_path_factors, mask_images
+from tandem.train.models.towers.contrastive import ContrastiveConfig, ContrastiveTower
+from tandem.train.models.towers.masked import MaskedImages, MimConfig, MimTower
+from tandem.train.objectives.siglip import siglip_loss
+from tandem.train.objectives.superclass import InverseFrequency, TokenSets
 from tests.distributed.runs import whole_state
 from tests.distributed.world import run_world
-from train.models.contrastive import ContrastiveConfig, ContrastiveTower
-from train.models.initial import initialize
-from train.models.masked import MaskedImages, MimConfig, MimTower
-from train.models.masking import drop_path_factors, mask_images
-from train.models.text_encoder import PackedTexts, TextConfig
-from train.models.vit import PackedImages, ViTConfig
-from train.objectives.siglip import siglip_loss
-from train.objectives.superclass import InverseFrequency, TokenSets
 
 CPU = torch.device("cpu")
 # eps above the rounding noise of a gradient that is zero (key biases), which Adam would turn into whole steps

@@ -16,8 +16,8 @@ def several(*harms: tuple) -> None:
 
 def nan_gradient(rank: int, where: str, calls: list[int]) -> None:
     """Makes the encoder's or the LLM's gradient not a number in these calls of the hybrid step, counted from 0."""
-    from parallel.encoder_engine import EncoderEngine
-    from parallel.llm_engine import LLMEngine
+    from tandem.parallel.engines.encoder_engine import EncoderEngine
+    from tandem.parallel.engines.llm_engine import LLMEngine
 
     if int(os.environ[RANK]) != rank:
         return
@@ -42,7 +42,7 @@ def fail(rank: int, call: int) -> None:
 
 def slow(rank: int, seconds: float) -> None:
     """Encodes every chunk late."""
-    from parallel.encoder_engine import EncoderEngine
+    from tandem.parallel.engines.encoder_engine import EncoderEngine
 
     if int(os.environ[RANK]) != rank:
         return
@@ -60,16 +60,16 @@ def hang(rank: int, call: int) -> None:
     _in_step(rank, call, threading.Event().wait)
 
 
-def hang_feed(rank: int, call: int) -> None:
+def hang_prefetcher(rank: int, call: int) -> None:
     """The thread that makes steps ready stands still."""
-    from data.stream import Stream
+    from tandem.data.planning.stream import Stream
 
     _in_call(Stream, "next_step", rank, call, threading.Event().wait)
 
 
 def signal_worker(rank: int, call: int, number: int) -> None:
     """One of the processes that read and decode for a rank gets a signal while it has work."""
-    from data.reader import ShardReader
+    from tandem.data.reading.reader import ShardReader
 
     if int(os.environ[RANK]) != rank:
         return
@@ -87,7 +87,7 @@ def signal_worker(rank: int, call: int, number: int) -> None:
 
 def note_samples(path: str) -> None:
     """Rank 0 writes down which samples every step took."""
-    from train.metrics import StepMetrics
+    from tandem.train.metrics import StepMetrics
 
     if int(os.environ[RANK]) != 0:
         return
@@ -108,7 +108,7 @@ def _raise():
 
 
 def _in_step(rank: int, call: int, what) -> None:
-    from parallel.exchange import Exchange
+    from tandem.parallel.comm.exchange import Exchange
 
     _in_call(Exchange, "deliver", rank, call, what)
 

@@ -123,8 +123,8 @@ def _main(connection, environment, payload: bytes, output: Path | None) -> None:
 
 def train(arguments: list[str], harm: tuple) -> int:
     """What launch/pretrain.py does, after harm[0](*harm[1:]); the exit code."""
-    from train.loop import run
-    from train.stopping import STOPPED
+    from tandem.train.loop import run
+    from tandem.train.reliability.stopping import STOPPED
 
     if harm:
         harm[0](*harm[1:])

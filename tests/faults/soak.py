@@ -26,11 +26,12 @@ from pathlib import Path
 
 import torch
 
+from tandem.train.checkpoints import checkpoint
+from tandem.train.input.dataset import open_data
+from tandem.train.reliability import history
 from tests.faults import harm
 from tests.faults.ranks import WORLD, Ranks, Torchrun, steps_done, tiny, until
 from tests.support import ROOT, make_corpus, read_metrics, settings
-from train import checkpoint, history
-from train.dataset import open_data
 
 STEPS = 24  # of a round
 EVERY = 2

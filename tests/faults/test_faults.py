@@ -7,11 +7,11 @@ import time
 
 import pytest
 
+from tandem.train.reliability import history
+from tandem.train.reliability.stopping import STOPPED
 from tests.faults import harm
 from tests.faults.ranks import WORLD, Ranks, Torchrun, steps_done, tiny, until
 from tests.support import read_metrics
-from train import history
-from train.stopping import STOPPED
 
 TIMEOUT_S = 6  # of the watchdog
 SILENT_S = (
@@ -168,7 +168,7 @@ def test_a_stopped_rank_is_found_and_ended(start, run_dir):
     assert " stopped for " in cause
 
 
-@pytest.mark.parametrize("fault", [harm.hang, harm.hang_feed], ids=["collective", "feed"])
+@pytest.mark.parametrize("fault", [harm.hang, harm.hang_prefetcher], ids=["collective", "prefetcher"])
 def test_a_rank_that_hangs_is_found_and_its_stacks_say_where(start, run_dir, fault):
     ranks = start("train.steps=100000", harm=(fault, 1, 6))
     step(run_dir, ranks, 2)

@@ -10,13 +10,13 @@ import subprocess
 import pytest
 import torch.distributed as dist
 
+from tandem.train.checkpoints import checkpoint, saving
+from tandem.train.checkpoints.saving import Saver
+from tandem.train.metrics import Logger
 from tests.distributed.runs import build_run, train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, identity, read_metrics
 from tests.train.folders import flip, truncate
-from train import checkpoint, saving
-from train.metrics import Logger
-from train.saving import Saver
 
 SMALL = ["train.seq_length=256", "train.global_batch_size=8", "data.max_patches=64"]
 LAYOUT = ["parallel.pp=2", "parallel.ep=2"]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # golden values are the CPU's, as all tests' are
 
+from tandem.train.checkpoints import checkpoint
 from tests.distributed.world import run_world
 from tests.golden import __doc__ as usage
 from tests.golden import compare, runs
 from tests.golden.corpus import make_corpus
-from train import checkpoint
 
 
 def main() -> None:

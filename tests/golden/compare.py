@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from train import checkpoint
+from tandem.train.checkpoints import checkpoint
 
 HERE = Path(__file__).parent
 LOSSES, DIGESTS = HERE / "losses.json", HERE / "digests.json"

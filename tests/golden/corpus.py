@@ -17,8 +17,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from data.indexing import build_index
-from data.text import Tokenizer, build_byte_tokenizer
+from tandem.data.media.text import Tokenizer, build_byte_tokenizer
+from tandem.data.shards.indexing import build_index
 from tests.support import write_tar
 
 SAMPLES = 16  # per shard

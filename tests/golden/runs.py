@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from parallel.grid import destroy_grid
+from tandem.parallel.grid import destroy_grid
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.golden.compare import Numbers, golden_part, saved_norms

@@ -7,11 +7,11 @@ import json
 
 import pytest
 
-from launch.evaluate import settings_of
+from tandem.launch.evaluate import settings_of
+from tandem.train.checkpoints import checkpoint
 from tests.golden import compare
 from tests.golden.runs import CHECKPOINT, RUNS, SMALL, numbers_of_world
 from tests.support import settings
-from train import checkpoint
 
 RECORDED_BY, GOLDEN = compare.golden()
 

@@ -12,8 +12,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from parallel.attention import NAMES, Segments, attention, choose, saved_ops
-from parallel.flash4 import packed_attention
+from tandem.parallel.kernels.attention import NAMES, Segments, attention, choose, saved_ops
+from tandem.parallel.kernels.flash4 import packed_attention
 from tests.attention_reference import dense, drawn, packing, with_gradients
 
 DTYPE = torch.bfloat16
@@ -159,7 +159,7 @@ def test_what_a_backend_cannot_take_goes_to_the_next_with_one_line(caplog):
     segments = Segments.of([40, 30], device="cuda")
     for width, dtype in ((20, DTYPE), (20, DTYPE), (64, torch.float32), (64, torch.float32)):
         q, k, v, weight = drawn(segments, 4, 2, width, dtype, "cuda")
-        caplog.set_level(logging.WARNING, "parallel.attention")
+        caplog.set_level(logging.WARNING, "tandem.parallel.kernels.attention")
         ours = with_gradients(attention(q, k, v, segments, causal=True), (q, k, v), weight)
         assert_close(ours, with_gradients(dense(q, k, v, segments, True), (q, k, v), weight))
     assert sum("varlen does not serve: head width 20" in line for line in caplog.messages) == 1

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.vision import VisionSpec
-from parallel import compilation
-from parallel.attention import choose
-from train.models.initial import initialize
-from train.models.masking import drop_path_factors
-from train.models.vit import PackedImages, SeedViT, ViTConfig
+from tandem.data.vision import VisionSpec
+from tandem.parallel.kernels import compilation
+from tandem.parallel.kernels.attention import choose
+from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.layers.masking import drop_path_factors
 
 CUDA = torch.device("cuda", 0)
 CONFIG = ViTConfig(width=256, depth=4, heads=4)

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.attention import Segments, attention
-from parallel.context import attend, pack_row
-from parallel.layout import Layout
-from parallel.routes import local_positions
+from tandem.parallel.comm.context import attend, pack_row
+from tandem.parallel.kernels.attention import Segments, attention
+from tandem.parallel.layout import Layout
+from tandem.parallel.plan.routes import local_positions
 
 CUDA = torch.device("cuda", 0)
 LENGTHS = [1500, 1, 36, 700, 1, 1, 833, 1024]  # over borders, inside chunks, single tokens

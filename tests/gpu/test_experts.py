@@ -8,18 +8,18 @@ Legend: T rows, E experts, D width, F expert width.
 import pytest
 import torch
 
-import parallel  # noqa: F401  (before megatron, which it prepares for machines without CUDA)
+import tandem.parallel  # noqa: F401  (before megatron, which it prepares for machines without CUDA)
 
 # isort: split
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
 from megatron.core.transformer.spec_utils import build_module
 
-from parallel.dispatch import RouterLogits
-from parallel.experts import Grouped, GroupedExperts, Looped, arrange, moe_spec
-from parallel.llm_shards import shards_of
+from benchmarks.workloads.language import World
+from tandem.parallel.engines.llm_shards import shards_of
+from tandem.parallel.kernels.dispatch import RouterLogits
+from tandem.parallel.kernels.experts import Grouped, GroupedExperts, Looped, arrange, moe_spec
+from tandem.train.models.language.llm_spec import build_chunk
 from tests.parallel.test_experts import config_of
-from train.models.llm_spec import build_chunk
-from train.slices.language import World
 
 CUDA = torch.device("cuda", 0)
 E, D, F = 16, 256, 192

@@ -17,13 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.grid import destroy_grid
+from tandem.parallel.grid import destroy_grid
+from tandem.train.build import local_device, start_world
+from tandem.train.checkpoints import checkpoint
+from tandem.train.config.checks import check_config
+from tandem.train.input.dataset import open_data
+from tandem.train.loop import run_in_world
+from tandem.train.reliability.watchdog import Heartbeat
 from tests.support import ROOT, make_corpus, read_metrics, settings
-from train import checkpoint
-from train.build import local_device, start_world
-from train.dataset import open_data
-from train.loop import run_in_world
-from train.watchdog import Heartbeat
 
 STEPS = 12
 DETERMINISTIC = "train.deterministic=true"
@@ -67,7 +68,7 @@ def start(corpus: Path, folder: Path, recipe: str, *overrides: str) -> list[dict
         "optim.lr=1e-3",
         *overrides,
     )
-    layout, load_from = config.check(1), config.checkpoint.load_from
+    layout, load_from = check_config(config, 1), config.checkpoint.load_from
     before = checkpoint.Reader(checkpoint.resolve(load_from)) if load_from else None
     try:
         assert run_in_world(config, layout, open_data(config), before, local_device(), Heartbeat()) == "finished"

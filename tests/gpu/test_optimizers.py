@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import optimizers
-from parallel.encoder_engine import EncoderEngine
-from parallel.state import AdamSettings
+from tandem.parallel.engines import optimizers
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.state import AdamSettings
 from tests.distributed.test_encoder_engine import Tower
 
 SIZES = ((64, 48), (1000,), (7, 11))

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel import encoder_engine
-from parallel.encoder_engine import EncoderEngine
-from parallel.exchange import Exchange, Journeys
-from parallel.layout import Layout
-from parallel.routes import VisualPlan, assign_owners, build_routes
-from parallel.state import AdamSettings
-from parallel.transfer import pinned, to_device
+from tandem.parallel.comm.exchange import DispatchPlan, Exchange
+from tandem.parallel.comm.transfer import pinned, to_device
+from tandem.parallel.engines import encoder_engine
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.state import AdamSettings
+from tandem.parallel.layout import Layout
+from tandem.parallel.plan.routes import VisualPlan, assign_encoding_ranks, build_routes
 
 CUDA = torch.device("cuda", 0)
 WIDTH, ROWS, CHUNKS = 2048, 4096, 4
@@ -36,8 +36,8 @@ def no_waiting():
     torch.cuda.set_sync_debug_mode("default")
 
 
-def journeys_of_a_step() -> tuple[Journeys, list[int], np.ndarray]:
-    """(journeys, rows of each chunk, row of the step in each leaf row) of images in one process."""
+def dispatch_plan_of_a_step() -> tuple[DispatchPlan, list[int], np.ndarray]:
+    """(dispatch_plan, rows of each chunk, row of the step in each leaf row) of images in one process."""
     tokens_I = np.random.default_rng(0).integers(16, 256, 40)
     plan = VisualPlan(
         unit_I=np.arange(40),
@@ -50,18 +50,18 @@ def journeys_of_a_step() -> tuple[Journeys, list[int], np.ndarray]:
         row_tokens=256,
     )
     layout = Layout(world=1)
-    routes = build_routes(plan, assign_owners(plan, layout, True), layout, 0, 3, 4096)
+    routes = build_routes(plan, assign_encoding_ranks(plan, layout, True), layout, 0, 3, 4096)
     first_I = np.cumsum(tokens_I) - tokens_I
     order_I = np.argsort(plan.micro_batch_I, kind="stable")
     row_U = np.concatenate([np.arange(first_I[i], first_I[i] + tokens_I[i]) for i in order_I])
-    return Journeys.of(routes), [int(tokens_I[ids].sum()) for ids in routes.chunks], row_U
+    return DispatchPlan.of(routes), [int(tokens_I[ids].sum()) for ids in routes.chunks], row_U
 
 
 def test_rows_arrive_and_gradients_come_home_while_products_run(request):
     """Products of one chunk keep the current stream busy while the rows of the other travel."""
-    journeys, rows_C, row_U = journeys_of_a_step()
+    dispatch_plan, rows_C, row_U = dispatch_plan_of_a_step()
     assert len(rows_C) > 2
-    on_device = to_device(pinned(journeys), CUDA)
+    on_device = to_device(pinned(dispatch_plan), CUDA)
     rows_VD = torch.randn(sum(rows_C), WIDTH, device=CUDA)
     weight_DD = torch.randn(WIDTH, WIDTH, device=CUDA) / WIDTH**0.5
     expected_UD = (rows_VD @ weight_DD)[torch.from_numpy(row_U).to(CUDA)]
@@ -69,12 +69,12 @@ def test_rows_arrive_and_gradients_come_home_while_products_run(request):
     dist.barrier()  # NCCL has its communicator
     torch.cuda.synchronize()
     request.getfixturevalue("no_waiting")
-    delivery = exchange.deliver(on_device)
+    dispatch = exchange.dispatch(on_device)
     for rows in rows_VD.split(rows_C):
-        delivery.send(rows @ weight_DD)
-    leaf_UD = delivery.leaves()
+        dispatch.send(rows @ weight_DD)
+    leaf_UD = dispatch.leaves()
     home = []
-    for rows, (place_V, gradient_VD) in zip(rows_C, exchange.give_back(leaf_UD, on_device), strict=True):
+    for rows, (place_V, gradient_VD) in zip(rows_C, exchange.combine(leaf_UD, on_device), strict=True):
         home.append(gradient_VD.new_empty(rows, WIDTH).index_copy_(0, place_V, gradient_VD))
         home[-1] @ weight_DD
     torch.cuda.set_sync_debug_mode("default")

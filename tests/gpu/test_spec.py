@@ -11,16 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parallel import compilation, llm_shards
-from parallel.context import pack_row
-from parallel.cross_entropy import linear_cross_entropy, peak_bytes
-from parallel.fusion import rms_norm
-from parallel.llm_shards import shards_of
+from benchmarks.workloads.language import World
+from tandem.parallel.comm.context import pack_row
+from tandem.parallel.engines import llm_shards
+from tandem.parallel.engines.llm_shards import shards_of
+from tandem.parallel.kernels import compilation
+from tandem.parallel.kernels.cross_entropy import linear_cross_entropy, peak_bytes
+from tandem.parallel.kernels.fusion import rms_norm
+from tandem.train.models.language.llm_spec import build_chunk, transformer_config
+from tandem.train.models.layers.rotary import axis_angles, tables, turn
 from tests.support import settings
 from tests.train.toys import LLM_KINDS
-from train.models.llm_spec import build_chunk, transformer_config
-from train.models.rotary import axis_angles, tables, turn
-from train.slices.language import World
 
 CUDA = torch.device("cuda", 0)
 LENGTHS = [300, 20, 192]

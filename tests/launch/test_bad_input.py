@@ -11,14 +11,15 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from launch import index_shards
-from launch.evaluate import main as evaluate
+from tandem.launch import index_shards
+from tandem.launch.evaluate import main as evaluate
+from tandem.train import loop
+from tandem.train.config.checks import check_config
+from tandem.train.config.settings import composed, read_config
+from tandem.train.tasks import find
 from tests.curation_shards import encoded, pair
 from tests.distributed.world import run_torchrun, run_world
 from tests.support import ROOT, corpus_overrides, settings, write_tar
-from train import loop
-from train.settings import composed, read_config
-from train.tasks import find
 
 # ---- settings and files, refused before anything starts -----------------------------------------------------------
 
@@ -233,7 +234,7 @@ def test_the_encoders_own_stages_refuse_before_the_ranks_meet(name, files):
     recipe, overrides, words = VIT_REFUSED[name]
     with pytest.raises(ValueError) as error:
         config = settings(recipe, *(override.format(files=files) for override in overrides))
-        config.check(2 if "parallel.tp=2" in overrides else 1)
+        check_config(config, 2 if "parallel.tp=2" in overrides else 1)
         find(config.task).check_folders(config)
     assert words in str(error.value) and "\n" not in str(error.value)
 

@@ -7,10 +7,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from launch.checkpoint import main
+from tandem.launch.checkpoint import main
+from tandem.train.checkpoints.checkpoint import checkpoints
+from tandem.train.reliability import history
 from tests.train.folders import HALVES, flip, truncate, write
-from train import history
-from train.checkpoint import checkpoints
 
 ENCODER, LLM = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 5, 20).view(4, 5)
 

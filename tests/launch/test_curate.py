@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.curate import main
+from tandem.launch.curate import main
 from tests.curation_shards import defective_shards, encoded, pair, picture
 from tests.support import ROOT, write_tar
 
@@ -153,7 +153,7 @@ def scored_pairs(count=24):
 def test_preparation_is_that_of_transformers(clip):
     from transformers import AutoImageProcessor
 
-    from launch.clip_similarity import Preprocessing
+    from tandem.train.models.pretrained.clip_similarity import Preprocessing
 
     ours, processor = Preprocessing(clip), AutoImageProcessor.from_pretrained(clip)
     for image in scored_pairs()[0]:
@@ -163,7 +163,7 @@ def test_preparation_is_that_of_transformers(clip):
 
 def test_similarity_is_that_of_transformers(clip):
     """Batches with padding against single pairs: fp32 sums differ in order, hence 1e-5. Of two images the nearer."""
-    from launch.clip_similarity import ClipSimilarity
+    from tandem.train.models.pretrained.clip_similarity import ClipSimilarity
 
     images, texts = scored_pairs()
     expected = reference_cosines(clip, images, texts)

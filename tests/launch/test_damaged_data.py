@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from data.reader import ShardReader
+from tandem.data.reading.reader import ShardReader
+from tandem.train.input import rows
+from tandem.train.input.dataset import open_data
+from tandem.train.input.prefetcher import AgreedError
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
-from train import rows
-from train.dataset import open_data
-from train.feed import AgreedError
 
 STEPS = 3
 SMALL = [

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-import parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
+from tandem.train.config.checks import check_config
+from tandem.train.config.settings import composed as compose
+from tandem.train.config.settings import keys, read_config
 from tests.support import ROOT
-from train.settings import composed as compose
-from train.settings import keys, read_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STAGES = ("stage0", "stage1", "stage2")
@@ -114,8 +115,10 @@ def test_names_of_code_resolve(page):
 
 
 def resolve(name: str) -> None:
-    """Imports the longest module path of a dotted name and follows the rest by attributes."""
+    """Imports the longest module path of a dotted name and follows the rest; pages leave `tandem.` out."""
     parts = name.split(".")
+    if parts[0] in ("train", "parallel", "data", "launch"):
+        parts.insert(0, "tandem")
     for length in range(len(parts), 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:length]))
@@ -160,13 +163,15 @@ def test_training_commands_compose(words):
     """Settings of every training command are accepted in a world of the size that the command gives."""
     script = next(place for place, word in enumerate(words) if word.startswith("launch/") and "pretrain." in word)
     assert (ROOT / words[script]).is_file()
-    settings = [word for word in words[script + 1 :] if word not in ("--cfg", "job")]
+    settings = [word for word in words[script + 1 :] if word not in ("--cfg", "job", "--multirun")]
+    if "--multirun" in words:  # the first of the runs
+        settings = [word.split(",")[0] for word in settings]
     config = read_config(composed(*settings))
     nodes = [int(word.removeprefix("--nodes=")) for word in words if word.startswith("--nodes=")]
     world = 8 * nodes[0] if nodes else 1
     if "--nproc-per-node" in words:
         world = int(words[words.index("--nproc-per-node") + 1])
-    config.check(world)
+    check_config(config, world)
 
 
 @pytest.mark.parametrize("words", pairs(lambda w: w[0] in ("python", "make")))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launch import evaluate, plot
+from tandem.launch import evaluate, plot
 from tests.support import new_tower, settings
 from tests.train.folders import STATE, write
 

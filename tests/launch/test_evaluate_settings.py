@@ -3,7 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from launch.evaluate import settings_of
+from tandem.launch.evaluate import settings_of
+from tandem.train.config.checks import check_config
 from tests.support import settings
 
 
@@ -38,5 +39,5 @@ def test_settings_that_a_run_did_not_know_take_their_defaults(checkpoint):
     saved.train.recompute = True
     file.write_text(OmegaConf.to_yaml(saved))
     config = settings_of(checkpoint, [])
-    config.check(1)
+    check_config(config, 1)
     assert (config.optim.name, config.parallel.attention, config.train.recompute) == ("adamw", "auto", "none")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import inspect_data
+from tandem.launch import inspect_data
 from tests.support import corpus_overrides
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launch import evaluate, plot
+from tandem.launch import evaluate, plot
 from tests.distributed.world import HOST, run_torchrun
 from tests.support import ROOT, corpus_overrides, read_metrics
 

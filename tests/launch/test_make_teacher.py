@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from launch import make_teacher as command
-from launch.clip_similarity import ClipSimilarity, check_clip_folder
+from tandem.launch import make_teacher as command
+from tandem.train.models.pretrained.clip_similarity import ClipSimilarity, check_clip_folder
 
 STEPS = 2
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
+from tandem.train.config.settings import composed, keys, one_sentence, read_config
 from tests.support import ROOT
-from train.settings import composed, keys, one_sentence, read_config
 
 MIXED = """
 defaults: [default]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from launch import profile_step
-from launch.trace_summary import KINDS, ORDER, kind_of, longest, read_trace, summarise, table
+from benchmarks import profile_workload
+from tandem.launch import profile_step
+from tandem.train.cost.trace_summary import KINDS, ORDER, kind_of, longest, read_trace, summarise, table
 from tests.support import ROOT, corpus_overrides
 
 PACKAGES = sysconfig.get_path("purelib")
@@ -92,7 +93,7 @@ def test_what_is_no_trace_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize("what", ["tower", "moe"])
 def test_the_command_profiles_a_slice_and_reads_its_trace_again(what, tmp_path, capsys):
-    profile_step.main([what, "--size", "toy", "--device", "cpu", "--steps", "1", "--out", str(tmp_path)])
+    profile_workload.main([what, "--size", "toy", "--device", "cpu", "--steps", "1", "--out", str(tmp_path)])
     floors = json.loads((tmp_path / "floors.json").read_text())["floors"]
     assert all(seconds > 0 for seconds in floors.values())
     assert set(floors) <= set(ORDER)

@@ -7,11 +7,12 @@ import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
+from tandem.train.config.checks import check_config
+from tandem.train.config.schema import Config
+from tandem.train.config.settings import composed as compose
+from tandem.train.config.settings import read_config
+from tandem.train.models.encoders.vit import ViTConfig
 from tests.support import ROOT
-from train.config import Config
-from train.models.vit import ViTConfig
-from train.settings import composed as compose
-from train.settings import read_config
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
 WORLDS = {
@@ -61,7 +62,7 @@ def test_recipe_composes_resolves_and_passes_its_checks(recipe, scale):
     OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     config = read_config(settings)
     assert isinstance(config, Config)
-    layout = config.check(world)
+    layout = check_config(config, world)
     assert (config.label, config.scale["name"]) == (recipe, scale)
     rows = config.micro_batches(layout) * layout.dp * config.train.micro_batch_size
     assert recipe in VISION_STAGES or rows == config.train.global_batch_size  # samples need not divide by ranks

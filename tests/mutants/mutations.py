@@ -37,7 +37,7 @@ SURVIVORS = (
     ),
     Mutation(
         "schedule_never_reaches_llm",
-        "parallel/llm_engine.py",
+        "parallel/engines/llm_engine.py",
         "LLMEngine.set_lr",
         'group["lr"] = lr *',
         'group["lr"] = group["lr"] *',
@@ -45,7 +45,7 @@ SURVIVORS = (
     ),
     Mutation(
         "betas_not_passed_to_llm",
-        "parallel/llm_engine.py",
+        "parallel/engines/llm_engine.py",
         "LLMEngine._wrap",
         "adam_beta2=adam.betas[1]",
         "adam_beta2=0.999",
@@ -53,7 +53,7 @@ SURVIVORS = (
     ),
     Mutation(
         "betas_not_passed_to_encoder",
-        "parallel/optimizers.py",
+        "parallel/engines/optimizers.py",
         "build",
         '"betas": adam.betas',
         '"betas": (0.9, 0.999)',
@@ -61,7 +61,7 @@ SURVIVORS = (
     ),
     Mutation(
         "decay_not_passed_to_llm",
-        "parallel/llm_engine.py",
+        "parallel/engines/llm_engine.py",
         "LLMEngine._wrap",
         "self._weight_decay = adam.weight_decay",
         "self._weight_decay = 0.01",
@@ -69,7 +69,7 @@ SURVIVORS = (
     ),
     Mutation(
         "decay_not_passed_to_encoder",
-        "parallel/encoder_engine.py",
+        "parallel/engines/encoder_engine.py",
         "_parameter_groups",
         "0.0 if vector else adam.weight_decay",
         "0.0",
@@ -77,7 +77,7 @@ SURVIVORS = (
     ),
     Mutation(
         "decay_on_norms_of_llm",
-        "parallel/llm_engine.py",
+        "parallel/engines/llm_engine.py",
         "LLMEngine.set_lr",
         'self._weight_decay * group.get("wd_mult", 1.0)',
         "self._weight_decay",
@@ -85,7 +85,7 @@ SURVIVORS = (
     ),
     Mutation(
         "decay_on_norms_of_encoder",
-        "parallel/encoder_engine.py",
+        "parallel/engines/encoder_engine.py",
         "_parameter_groups",
         "0.0 if vector else adam.weight_decay",
         "adam.weight_decay",
@@ -93,7 +93,7 @@ SURVIVORS = (
     ),
     Mutation(
         "z_loss_ignored",
-        "train/models/llm_spec.py",
+        "train/models/language/llm_spec.py",
         "transformer_config",
         "moe_z_loss_coeff=config.z_loss or None",
         "moe_z_loss_coeff=None",
@@ -101,7 +101,7 @@ SURVIVORS = (
     ),
     Mutation(
         "aux_loss_times_10",
-        "train/models/llm_spec.py",
+        "train/models/language/llm_spec.py",
         "transformer_config",
         "moe_aux_loss_coeff=config.aux_loss",
         "moe_aux_loss_coeff=10 * config.aux_loss",
@@ -109,7 +109,7 @@ SURVIVORS = (
     ),
     Mutation(
         "norm_eps_of_llm_hard_wired",
-        "train/models/llm_spec.py",
+        "train/models/language/llm_spec.py",
         "transformer_config",
         "layernorm_epsilon=config.norm_eps",
         "layernorm_epsilon=1e-6",
@@ -117,7 +117,7 @@ SURVIVORS = (
     ),
     Mutation(
         "rope_base_of_llm_hard_wired",
-        "train/models/llm_spec.py",
+        "train/models/language/llm_spec.py",
         "build_chunk",
         "rotary_base=config.rope_base",
         "rotary_base=10000.0",
@@ -125,7 +125,7 @@ SURVIVORS = (
     ),
     Mutation(
         "rope_base_of_encoder_hard_wired",
-        "train/models/vit.py",
+        "train/models/encoders/vit.py",
         "SeedViT.rotary",
         "self.config.rope_base",
         "100.0",
@@ -133,7 +133,7 @@ SURVIVORS = (
     ),
     Mutation(
         "residual_init_dropped",
-        "parallel/llm_shards.py",
+        "parallel/engines/llm_shards.py",
         "initialize",
         "scale = std / (2 * layers) ** 0.5 if to_residual else std",
         "scale = std",
@@ -141,7 +141,7 @@ SURVIVORS = (
     ),
     Mutation(
         "losses_booked_to_first_domain",
-        "train/build.py",
+        "train/objectives/language.py",
         "train_loss",
         "domain_1T = batch.domain_1T.long().clamp(min=0)",
         "domain_1T = batch.domain_1T.long().clamp(min=0, max=0)",
@@ -197,8 +197,8 @@ SURVIVORS = (
     ),
     Mutation(
         "same_drop_path_in_every_step",
-        "train/rows.py",
-        "Rows.divide",
+        "train/input/rows.py",
+        "Rows.shard",
         "np.broadcast_arrays(config.train.seed, plan.step, image_ids)",
         "np.broadcast_arrays(config.train.seed, 0, image_ids)",
         (CHOICES,),
@@ -216,7 +216,7 @@ SURVIVORS = (
 DATA = (
     Mutation(
         "order_is_the_same_in_every_epoch",
-        "data/order.py",
+        "data/planning/order.py",
         "permutation",
         "key=[seed, epoch]",
         "key=[seed, 0]",
@@ -224,7 +224,7 @@ DATA = (
     ),
     Mutation(
         "entity_cap_plus_one",
-        "data/order.py",
+        "data/planning/order.py",
         "_Groups.samples_of_shard",
         "% total_X[group_N] < self._cap",
         "% total_X[group_N] <= self._cap",
@@ -232,7 +232,7 @@ DATA = (
     ),
     Mutation(
         "domains_below_the_mean_are_rare",
-        "data/order.py",
+        "data/planning/order.py",
         "_Groups.__init__",
         "2 * samples_D < samples_D.mean()",
         "samples_D < samples_D.mean()",
@@ -240,7 +240,7 @@ DATA = (
     ),
     Mutation(
         "mixture_weights_inverted",
-        "data/mixture.py",
+        "data/planning/mixture.py",
         "Mixture.block",
         "unit = self._common // weight",
         "unit = weight",
@@ -248,7 +248,7 @@ DATA = (
     ),
     Mutation(
         "packing_forgets_carried_tokens",
-        "data/packing.py",
+        "data/planning/packing.py",
         "pack_block",
         "seq_length - sum(lengths[:carried]) << bits",
         "seq_length << bits",
@@ -256,7 +256,7 @@ DATA = (
     ),
     Mutation(
         "fullest_row_is_carried",
-        "data/packing.py",
+        "data/planning/packing.py",
         "_row_to_carry",
         "in reversed(rooms)",
         "in rooms",
@@ -264,7 +264,7 @@ DATA = (
     ),
     Mutation(
         "carried_samples_are_lost",
-        "data/stream.py",
+        "data/planning/stream.py",
         "Stream._make_block",
         "[open_N].tolist()",
         "[open_N][:0].tolist()",
@@ -272,7 +272,7 @@ DATA = (
     ),
     Mutation(
         "next_block_is_the_same_block",
-        "data/stream.py",
+        "data/planning/stream.py",
         "Stream._make_block",
         '"slot": slot + config.block_samples',
         '"slot": slot',
@@ -280,7 +280,7 @@ DATA = (
     ),
     Mutation(
         "resume_forgets_the_row",
-        "data/stream.py",
+        "data/planning/stream.py",
         "Stream.load_state",
         "self._state = json.loads(json.dumps(state))",
         'self._state = json.loads(json.dumps(state)) | {"row": 0}',
@@ -288,7 +288,7 @@ DATA = (
     ),
     Mutation(
         "labels_are_the_tokens_themselves",
-        "data/plan.py",
+        "data/planning/plan.py",
         "row_labels",
         "tokens_RP[:, 1:]",
         "tokens_RP[:, :-1]",
@@ -296,7 +296,7 @@ DATA = (
     ),
     Mutation(
         "prompts_are_trained_on",
-        "data/plan.py",
+        "data/planning/plan.py",
         "row_labels",
         "followed_RP & trained_RP[:, 1:]",
         "followed_RP",
@@ -304,7 +304,7 @@ DATA = (
     ),
     Mutation(
         "positions_run_on_over_samples",
-        "data/plan.py",
+        "data/planning/plan.py",
         "row_positions",
         "- np.repeat(cu[:-1], np.diff(cu))",
         "",
@@ -312,7 +312,7 @@ DATA = (
     ),
     Mutation(
         "long_captions_are_not_cut",
-        "data/captions.py",
+        "data/reading/captions.py",
         "captions",
         "np.minimum(end_X - begin_X, max_tokens)",
         "end_X - begin_X",
@@ -320,14 +320,19 @@ DATA = (
     ),
     Mutation(
         "image_orientation_ignored",
-        "data/image.py",
+        "data/media/image.py",
         "decode_image",
         "if orientation in _TURNS:",
         "if orientation == 0:",
         ("tests/data/test_image.py",),
     ),
     Mutation(
-        "transparency_turns_black", "data/image.py", "_to_rgb", '"white"', '"black"', ("tests/data/test_image.py",)
+        "transparency_turns_black",
+        "data/media/image.py",
+        "_to_rgb",
+        '"white"',
+        '"black"',
+        ("tests/data/test_image.py",),
     ),
     Mutation(
         "patches_in_raster_order",
@@ -347,7 +352,7 @@ DATA = (
     ),
     Mutation(
         "video_budget_never_filled",
-        "data/video.py",
+        "data/media/video.py",
         "sample_frames",
         "frames * level <= budget",
         "frames * level < budget",
@@ -355,7 +360,7 @@ DATA = (
     ),
     Mutation(
         "frames_not_spread_over_long_videos",
-        "data/video.py",
+        "data/media/video.py",
         "sample_frames",
         "* duration_ms // frames",
         "* 1000 // frames",
@@ -363,7 +368,7 @@ DATA = (
     ),
     Mutation(
         "frame_before_the_one_shown",
-        "data/video.py",
+        "data/media/video.py",
         "_Frames.at",
         "self._time(self._next) <= time_ms",
         "self._time(self._next) < time_ms",
@@ -371,7 +376,7 @@ DATA = (
     ),
     Mutation(
         "spectrogram_upside_down",
-        "data/audio.py",
+        "data/media/audio.py",
         "spectrogram",
         "0, 255).T",
         "0, 255).T[::-1]",
@@ -379,7 +384,7 @@ DATA = (
     ),
     Mutation(
         "images_are_cut_at_the_end_of_a_row",
-        "data/view.py",
+        "data/planning/view.py",
         "_fit",
         "_sums(end_I <= seq_length",
         "_sums(begin_I <= seq_length",
@@ -387,7 +392,7 @@ DATA = (
     ),
     Mutation(
         "events_follow_the_frame_before",
-        "data/view.py",
+        "data/planning/view.py",
         "_event_tokens",
         'side="right"',
         'side="left"',
@@ -414,7 +419,7 @@ DATA = (
 PARALLEL = (
     Mutation(
         "balance_shortest_image_first",
-        "parallel/balance.py",
+        "parallel/plan/balance.py",
         "assign_images",
         "np.argsort(-costs_I",
         "np.argsort(costs_I",
@@ -430,7 +435,7 @@ PARALLEL = (
     ),
     Mutation(
         "full_chunks_are_refused",
-        "parallel/balance.py",
+        "parallel/plan/balance.py",
         "cut_in_order",
         "used + size > most",
         "used + size >= most",
@@ -438,7 +443,7 @@ PARALLEL = (
     ),
     Mutation(
         "cp_chunks_not_in_zigzag",
-        "parallel/routes.py",
+        "parallel/plan/routes.py",
         "place_of",
         "2 * layout.cp - 1 - chunk",
         "chunk - layout.cp",
@@ -446,7 +451,7 @@ PARALLEL = (
     ),
     Mutation(
         "rows_leave_in_order_of_images",
-        "parallel/routes.py",
+        "parallel/plan/routes.py",
         "_outgoing",
         "np.lexsort((to_V, chunk_V))",
         "np.lexsort((chunk_V,))",
@@ -454,7 +459,7 @@ PARALLEL = (
     ),
     Mutation(
         "leaf_rows_not_ordered_by_owner",
-        "parallel/routes.py",
+        "parallel/plan/routes.py",
         "_incoming",
         "np.lexsort((from_U, micro_U))",
         "np.lexsort((micro_U,))",
@@ -478,7 +483,7 @@ PARALLEL = (
     ),
     Mutation(
         "leaf_gradient_without_dp",
-        "parallel/llm_engine.py",
+        "parallel/engines/llm_engine.py",
         "LLMEngine.leaf_gradient",
         "self.grid.layout.dp * self.grid.layout.cp",
         "self.grid.layout.cp",
@@ -486,7 +491,7 @@ PARALLEL = (
     ),
     Mutation(
         "leaf_gradient_without_cp",
-        "parallel/llm_engine.py",
+        "parallel/engines/llm_engine.py",
         "LLMEngine.leaf_gradient",
         "self.grid.layout.dp * self.grid.layout.cp",
         "self.grid.layout.dp",
@@ -494,7 +499,7 @@ PARALLEL = (
     ),
     Mutation(
         "llm_loss_not_scaled_by_micro_batches",
-        "parallel/llm_engine.py",
+        "parallel/engines/llm_engine.py",
         "LLMEngine.forward_backward",
         "scale * count * self.grid.layout.dp",
         "scale * self.grid.layout.dp",
@@ -502,7 +507,7 @@ PARALLEL = (
     ),
     Mutation(
         "encoder_gradients_averaged_over_ranks",
-        "parallel/encoder_engine.py",
+        "parallel/engines/encoder_engine.py",
         "EncoderEngine.step",
         "scale * self._world",
         "scale",
@@ -510,7 +515,7 @@ PARALLEL = (
     ),
     Mutation(
         "encoder_norm_without_world",
-        "parallel/encoder_engine.py",
+        "parallel/engines/encoder_engine.py",
         "EncoderEngine.squared_grad_norms",
         "squares * self._world**2",
         "squares * self._world",
@@ -533,11 +538,16 @@ PARALLEL = (
         ("tests/distributed/test_hybrid_step.py::test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all",),
     ),
     Mutation(
-        "eps_not_passed_to_encoder", "parallel/optimizers.py", "build", '"eps": adam.eps', '"eps": 1e-8', (UPDATES,)
+        "eps_not_passed_to_encoder",
+        "parallel/engines/optimizers.py",
+        "build",
+        '"eps": adam.eps',
+        '"eps": 1e-8',
+        (UPDATES,),
     ),
     Mutation(
         "lamb_ratio_inverted",
-        "parallel/optimizers.py",
+        "parallel/engines/optimizers.py",
         "Lamb._adapt",
         "weight_P / update_P",
         "update_P / weight_P",
@@ -545,7 +555,7 @@ PARALLEL = (
     ),
     Mutation(
         "lamb_second_moment_not_corrected",
-        "parallel/optimizers.py",
+        "parallel/engines/optimizers.py",
         "Lamb._update",
         'math.sqrt(1 - beta2 ** group["step"])',
         "1.0",
@@ -553,7 +563,7 @@ PARALLEL = (
     ),
     Mutation(
         "average_of_weights_without_warm_up",
-        "parallel/encoder_state.py",
+        "parallel/engines/encoder_state.py",
         "EncoderState.update",
         "min(self._ema, (1 + self._steps) / (10 + self._steps))",
         "self._ema",
@@ -561,7 +571,7 @@ PARALLEL = (
     ),
     Mutation(
         "boxes_begin_a_row_early",
-        "parallel/state.py",
+        "parallel/engines/state.py",
         "boxes_of_run",
         "-(-begin // row)",
         "begin // row",
@@ -569,7 +579,7 @@ PARALLEL = (
     ),
     Mutation(
         "pieces_begin_at_their_start",
-        "parallel/state.py",
+        "parallel/engines/state.py",
         "StateChunk.boxes",
         "piece.start + low - piece.local",
         "piece.start",
@@ -577,7 +587,7 @@ PARALLEL = (
     ),
     Mutation(
         "cross_entropy_of_the_last_block",
-        "parallel/cross_entropy.py",
+        "parallel/kernels/cross_entropy.py",
         "_LinearCrossEntropy.forward",
         "torch.logaddexp(log_sum_S, part_2S[0])",
         "part_2S[0]",
@@ -585,7 +595,7 @@ PARALLEL = (
     ),
     Mutation(
         "cross_entropy_slope_at_the_label",
-        "parallel/cross_entropy.py",
+        "parallel/kernels/cross_entropy.py",
         "_LinearCrossEntropy.backward",
         "torch.expm1(-loss_S)",
         "torch.exp(-loss_S)",
@@ -593,7 +603,7 @@ PARALLEL = (
     ),
     Mutation(
         "swiglu_slope_without_silu",
-        "parallel/experts.py",
+        "parallel/kernels/experts.py",
         "swiglu_backward",
         "up_gradient = gradient * act",
         "up_gradient = gradient * gate",
@@ -601,7 +611,7 @@ PARALLEL = (
     ),
     Mutation(
         "second_expert_is_left_out",
-        "parallel/dispatch.py",
+        "parallel/kernels/dispatch.py",
         "sum_over_places",
         "place_TK.unbind(1)[1:]",
         "place_TK.unbind(1)[2:]",
@@ -609,7 +619,7 @@ PARALLEL = (
     ),
     Mutation(
         "router_gradients_of_other_experts",
-        "parallel/dispatch.py",
+        "parallel/kernels/dispatch.py",
         "WeightsToPlaces.backward",
         "gradient_P[place_TK]",
         "gradient_P[place_TK.flip(1)]",
@@ -617,7 +627,7 @@ PARALLEL = (
     ),
     Mutation(
         "attention_sees_one_token_ahead",
-        "parallel/attention_sdpa.py",
+        "parallel/kernels/attention_sdpa.py",
         "_mask",
         "(0 if causal else furthest)",
         "(1 if causal else furthest)",
@@ -625,7 +635,7 @@ PARALLEL = (
     ),
     Mutation(
         "cp_ranks_see_later_keys",
-        "parallel/context.py",
+        "parallel/comm/context.py",
         "attend",
         "k_XGK, v_XGK, row.segments, causal=True",
         "k_XGK, v_XGK, row.segments, causal=False",
@@ -634,7 +644,7 @@ PARALLEL = (
     ),
     Mutation(
         "gate_and_up_are_cut_as_one",
-        "parallel/llm_shards.py",
+        "parallel/engines/llm_shards.py",
         "_shard",
         '2 if "linear_fc1" in name else 1',
         "1",
@@ -642,7 +652,7 @@ PARALLEL = (
     ),
     Mutation(
         "ring_turns_the_other_way",
-        "parallel/ring.py",
+        "parallel/comm/ring.py",
         "Ring.origin",
         "self._rank - passes",
         "self._rank + passes",
@@ -661,7 +671,7 @@ TRAIN = (
     ),
     Mutation(
         "norm_eps_of_encoder_hard_wired",
-        "train/models/vit.py",
+        "train/models/encoders/vit.py",
         "SeedViT.__init__",
         "config.mlp_ratio, config.norm_eps)",
         "config.mlp_ratio, 1e-6)",
@@ -685,15 +695,15 @@ TRAIN = (
     ),
     Mutation(
         "spikes_judged_on_a_full_window_only",
-        "train/guards.py",
-        "verdict",
+        "train/reliability/guards.py",
+        "spike_reason",
         "len(before) * 2 >= config.window",
         "len(before) >= config.window",
         ("tests/train/test_guards.py",),
     ),
     Mutation(
         "skipped_losses_are_remembered",
-        "train/guards.py",
+        "train/reliability/guards.py",
         "after",
         "if not applied:",
         "if False:",
@@ -701,15 +711,15 @@ TRAIN = (
     ),
     Mutation(
         "one_more_skipped_step_allowed",
-        "train/guards.py",
-        "past_limit",
+        "train/reliability/guards.py",
+        "should_roll_back",
         "sum(record.skipped) >= config.total",
         "sum(record.skipped) > config.total",
         ("tests/train/test_guards.py",),
     ),
     Mutation(
         "stopped_process_not_noticed",
-        "train/watchdog.py",
+        "train/reliability/watchdog.py",
         "_Monitor._is_too_long",
         "(self.silent > limit or self.stopped > self.timeout_s)",
         "(self.silent > limit)",
@@ -717,7 +727,7 @@ TRAIN = (
     ),
     Mutation(
         "pauses_count_as_lost_time",
-        "train/history.py",
+        "train/reliability/history.py",
         "totals",
         'now - starts[0]["began"] - paused',
         'now - starts[0]["began"]',
@@ -725,7 +735,7 @@ TRAIN = (
     ),
     Mutation(
         "ranks_that_wait_are_called_slow",
-        "train/health.py",
+        "train/reliability/health.py",
         "slow_ranks",
         "count <= len(seconds) // 4",
         "count <= len(seconds)",
@@ -733,7 +743,7 @@ TRAIN = (
     ),
     Mutation(
         "oldest_checkpoints_are_kept",
-        "train/retention.py",
+        "train/checkpoints/retention.py",
         "superfluous",
         "good[-max(keep, 1) :]",
         "good[: max(keep, 1)]",
@@ -741,7 +751,7 @@ TRAIN = (
     ),
     Mutation(
         "boxes_are_read_from_their_corner",
-        "train/checkpoint.py",
+        "train/checkpoints/checkpoint.py",
         "Reader.read",
         "zip(low, high, corner, strict=True)",
         "zip(low, high, start, strict=True)",
@@ -749,7 +759,7 @@ TRAIN = (
     ),
     Mutation(
         "masked_patches_rounded_down",
-        "train/models/masking.py",
+        "train/models/layers/masking.py",
         "masked_patches",
         "ratio * patches_I + 0.5",
         "ratio * patches_I",
@@ -757,7 +767,7 @@ TRAIN = (
     ),
     Mutation(
         "first_block_never_dropped",
-        "train/models/masking.py",
+        "train/models/layers/masking.py",
         "drop_path_factors",
         "np.arange(1, depth + 1)",
         "np.arange(depth)",
@@ -765,7 +775,7 @@ TRAIN = (
     ),
     Mutation(
         "kept_branches_not_scaled_up",
-        "train/models/masking.py",
+        "train/models/layers/masking.py",
         "drop_path_factors",
         "1.0 / (1.0 - drop_L1)",
         "1.0",
@@ -773,7 +783,7 @@ TRAIN = (
     ),
     Mutation(
         "rotation_is_a_reflection",
-        "train/models/rotary.py",
+        "train/models/layers/rotary.py",
         "_turned",
         "-x[..., half:]",
         "x[..., half:]",
@@ -781,7 +791,7 @@ TRAIN = (
     ),
     Mutation(
         "rotary_frequencies_too_close",
-        "train/models/rotary.py",
+        "train/models/layers/rotary.py",
         "axis_angles",
         "/ width)",
         "/ (2 * width))",
@@ -789,7 +799,7 @@ TRAIN = (
     ),
     Mutation(
         "columns_turn_like_rows",
-        "train/models/vit.py",
+        "train/models/encoders/vit.py",
         "grid_rotary",
         "positions_N2[:, axis]",
         "positions_N2[:, 0]",
@@ -797,7 +807,7 @@ TRAIN = (
     ),
     Mutation(
         "visual_tokens_pool_a_row_of_patches",
-        "train/models/vit.py",
+        "train/models/encoders/vit.py",
         "pool",
         "features_ND.unflatten(0, (-1, merge * merge)).mean(dim=1)",
         "features_ND.unflatten(0, (merge * merge, -1)).mean(dim=0)",
@@ -805,7 +815,7 @@ TRAIN = (
     ),
     Mutation(
         "visual_rows_in_reverse",
-        "train/models/llm.py",
+        "train/models/language/llm.py",
         "VisualGPT.forward",
         "index_copy(0, at_U,",
         "index_copy(0, at_U.flip(0),",
@@ -813,7 +823,7 @@ TRAIN = (
     ),
     Mutation(
         "pool_without_residual",
-        "train/models/attention_pool.py",
+        "train/models/layers/attention_pool.py",
         "AttentionPool.forward",
         "y_ID = y_ID + self.mlp_down",
         "y_ID = self.mlp_down",
@@ -821,7 +831,7 @@ TRAIN = (
     ),
     Mutation(
         "pixels_not_centred",
-        "train/models/vit.py",
+        "train/models/encoders/vit.py",
         "SeedViT.embed",
         "self.config.image_mean, self",
         "[0.0] * 3, self",
@@ -861,7 +871,7 @@ TRAIN = (
     ),
     Mutation(
         "masked_loss_without_its_one",
-        "train/models/masked.py",
+        "train/models/towers/masked.py",
         "MimTower.forward",
         "(1.0 - cosine_M,)",
         "(-cosine_M,)",
@@ -885,7 +895,7 @@ TRAIN = (
     ),
     Mutation(
         "loss_of_prompts_is_trained",
-        "train/build.py",
+        "train/objectives/language.py",
         "train_loss",
         "(losses_1T.float() * mask_1T).sum()",
         "losses_1T.float().sum()",
@@ -893,7 +903,7 @@ TRAIN = (
     ),
     Mutation(
         "two_sounds_pass_as_one",
-        "train/samples.py",
+        "train/input/samples.py",
         "Samples.inspect",
         "(sounds != 1)",
         "(sounds < 1)",
@@ -941,7 +951,7 @@ TRAIN = (
     ),
     Mutation(
         "flops_with_half_the_attention",
-        "train/flops.py",
+        "train/cost/flops.py",
         "llm_flops",
         "4 * heads * pairs",
         "2 * heads * pairs",
@@ -949,7 +959,7 @@ TRAIN = (
     ),
     Mutation(
         "frozen_llm_costs_one_forward",
-        "train/flops.py",
+        "train/cost/flops.py",
         "step_flops",
         "2 * forward + attention",
         "forward",
@@ -957,7 +967,7 @@ TRAIN = (
     ),
     Mutation(
         "optimizer_memory_not_divided",
-        "train/memory.py",
+        "train/cost/memory.py",
         "encoder_memory",
         "parameters * OPTIMIZER // world",
         "parameters * OPTIMIZER",
@@ -965,7 +975,7 @@ TRAIN = (
     ),
     Mutation(
         "output_layer_without_memory",
-        "train/memory.py",
+        "train/cost/memory.py",
         "stage_parameters",
         "(stage == 0) + (stage == layout.pp - 1)",
         "(stage == 0)",

@@ -145,8 +145,8 @@ def test_no_mutation_takes_longer_than_it_may(tree):
 
 def test_a_copy_runs_its_own_modules_whatever_is_installed(tmp_path):
     copy = run.Copy(run.ROOT, tmp_path / "copy")
-    imports = "import data.mixture, train.schedule\n"
-    here = f"[m.__file__.startswith({str(copy.folder)!r}) for m in (data.mixture, train.schedule)]"
+    imports = "from tandem.data.planning import mixture\nfrom tandem.train import schedule\n"
+    here = f"[m.__file__.startswith({str(copy.folder)!r}) for m in (mixture, schedule)]"
     (copy.folder / "tests/test_here.py").write_text(f"{imports}\n\ndef test_here():\n    assert all({here})\n")
     assert copy.test(["tests/test_here.py"], "", 120, "--noconftest")[0] == 0
     copy.environment["PYTHONPATH"] = str(run.ROOT)  # what an editable installation alone would give

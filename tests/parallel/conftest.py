@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.slices.language import World
+from benchmarks.workloads.language import World
 
 
 @pytest.fixture(scope="module")

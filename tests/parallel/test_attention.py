@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parallel import attention as entry
-from parallel.attention import Segments, attention, choose
-from parallel.flash4 import packed_attention
+from tandem.parallel.kernels import attention as entry
+from tandem.parallel.kernels.attention import Segments, attention, choose
+from tandem.parallel.kernels.flash4 import packed_attention
+from tandem.train.config.checks import check_config
 from tests.attention_reference import dense, drawn, packing, with_gradients
 from tests.support import settings
 
@@ -98,7 +99,7 @@ def test_what_cannot_be_computed_is_refused():
 
 
 def test_choosing_logs_one_line(caplog):
-    with caplog.at_level(logging.INFO, "parallel.attention"):
+    with caplog.at_level(logging.INFO, "tandem.parallel.kernels.attention"):
         assert choose("auto", "cpu", torch.float32) == "sdpa"
         assert choose("auto", "cpu", torch.bfloat16) == "sdpa"
         assert choose("sdpa", "cuda", torch.float32) == "sdpa"
@@ -113,7 +114,7 @@ def test_choosing_logs_one_line(caplog):
 
 def test_a_choice_that_cannot_be_served_is_refused():
     with pytest.raises(ValueError, match=r"parallel.attention=flash: must be one of auto, flash4"):
-        settings("stage1", "parallel.attention=flash").check(1)
+        check_config(settings("stage1", "parallel.attention=flash"), 1)
     with pytest.raises(ValueError, match=r"parallel.attention=flash: must be one of auto, flash4"):
         choose("flash", "cpu", torch.float32)
     with pytest.raises(ValueError, match=r"parallel.attention=flash4: it runs on CUDA, not on cpu"):
@@ -140,6 +141,8 @@ def test_a_missing_package_is_named_with_its_command(name, package, command):
 def test_a_fallback_is_logged_once_a_cause(caplog, monkeypatch):
     monkeypatch.setattr(entry, "_chosen", "varlen")  # as in a process that chose it for its CUDA device
     monkeypatch.setattr(entry, "_said", set())
+    monkeypatch.setattr(entry.logger, "disabled", False)  # as a library that configures logging leaves it at times
+    caplog.set_level(logging.WARNING, entry.logger.name)
     entry._route.cache_clear()
     segments = Segments.of([3, 4])
     for dtype in (torch.float32, torch.bfloat16, torch.float32):

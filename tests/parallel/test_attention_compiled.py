@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from parallel.attention import Segments, attention, saved_ops
-from parallel.flash4 import packed_attention
+from tandem.parallel.kernels.attention import Segments, attention, saved_ops
+from tandem.parallel.kernels.flash4 import packed_attention
 from tests.attention_reference import drawn, packing, with_gradients
 
 HEADS, WIDTH = 4, 8

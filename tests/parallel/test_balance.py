@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.vision import VisionSpec
-from parallel.balance import assign_images, cut_in_order, load_max_over_mean
+from tandem.data.vision import VisionSpec
+from tandem.parallel.plan.balance import assign_images, cut_in_order, load_max_over_mean
 
 
 def log_uniform_mix(images, seed=0):

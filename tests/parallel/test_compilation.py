@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from parallel import compilation
-from parallel.compilation import BUCKET, bucket_of
+from tandem.parallel.kernels import compilation
+from tandem.parallel.kernels.compilation import BUCKET, bucket_of
 from tests.graphs import CountedGraphs
 
 
@@ -77,7 +77,7 @@ def test_modules_with_hooks_in_them_are_not_compiled(caplog):
     block = nn.Sequential(nn.Linear(4, 4))
     assert compilation.compilable([block, block]) and compilation.compilable([])
     block[0].register_forward_pre_hook(lambda module, inputs: None)
-    with caplog.at_level("INFO", "parallel"):
+    with caplog.at_level("INFO", "tandem.parallel"):
         assert not compilation.compilable([block])
         assert not compilation.compilable([block])
     assert caplog.text.count("parallel.encoder.zero_stage=3") == 1

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.attention import attention
-from parallel.context import attend, elements_sent, pack_row
-from parallel.layout import Layout, choose_cp_comm_type
+from tandem.parallel.comm.context import attend, elements_sent, pack_row
+from tandem.parallel.kernels.attention import attention
+from tandem.parallel.layout import Layout, choose_cp_comm_type
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from parallel.cross_entropy import block_of, linear_cross_entropy, peak_bytes
+from tandem.parallel.kernels.cross_entropy import block_of, linear_cross_entropy, peak_bytes
 
 MIB = 2**20
 TILES = (2**26, 7 * 128, 1)  # one block, a few uneven ones, as many as there can be

@@ -18,14 +18,14 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, router_gating_linear
 from megatron.core.transformer.spec_utils import build_module
 
-from parallel import experts
-from parallel.dispatch import FromPlaces, Order, RouterLogits, ToPlaces, WeightsToPlaces, bf16_parts
-from parallel.experts import Grouped, GroupedExperts, Looped, Padded, moe_spec
-from parallel.llm_shards import initialize, shards_of
+from tandem.parallel.engines.llm_shards import initialize, shards_of
+from tandem.parallel.kernels import experts
+from tandem.parallel.kernels.dispatch import FromPlaces, Order, RouterLogits, ToPlaces, WeightsToPlaces, bf16_parts
+from tandem.parallel.kernels.experts import Grouped, GroupedExperts, Looped, Padded, moe_spec
+from tandem.train.models.language import llm_spec
+from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 from tests.syncs import ForbidSyncs
-from train.models import llm_spec
-from train.models.llm import LLMConfig
-from train.models.llm_spec import build_chunk, transformer_config
 
 E, D, F = 8, 32, 48
 TOY = LLMConfig(

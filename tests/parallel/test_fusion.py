@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from parallel import compilation, fusion
-from train.models.rotary import axis_angles, rotate_qkv, tables, turn
+from tandem.parallel.kernels import compilation, fusion
+from tandem.train.models.layers.rotary import axis_angles, rotate_qkv, tables, turn
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.layout import Layout
+from tandem.parallel.layout import Layout
 
 
 def test_coordinates_and_ranks_are_inverse():

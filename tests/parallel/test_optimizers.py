@@ -1,11 +1,12 @@
-"""AdamW and LAMB of parallel/optimizers.py by themselves: against formulas written parameter by parameter, in fp64."""
+"""AdamW and LAMB of parallel/engines/optimizers.py by themselves: against formulas written parameter by parameter, in
+fp64."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import optimizers
-from parallel.state import AdamSettings
+from tandem.parallel.engines import optimizers
+from tandem.parallel.engines.state import AdamSettings
 
 SHAPES = ((5, 7), (3, 4), (6,), (2, 9))
 ADAM = AdamSettings(lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05)

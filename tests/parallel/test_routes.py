@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from parallel.layout import Layout
-from parallel.routes import VisualPlan, assign_owners, build_routes, local_positions, place_of
+from tandem.parallel.layout import Layout
+from tandem.parallel.plan.routes import VisualPlan, assign_encoding_ranks, build_routes, local_positions, place_of
 
 ROW, CHUNK = 96, 32
 LAYOUTS = [
@@ -35,7 +35,7 @@ def random_plan(layout, images, micro_batches=3, seed=0):
 
 def simulate(plan, layout, balance):
     """Moves row names by the routes of every rank; returns what each rank's leaves hold."""
-    owners = assign_owners(plan, layout, balance)
+    owners = assign_encoding_ranks(plan, layout, balance)
     routes = [build_routes(plan, owners, layout, rank, 3, CHUNK) for rank in range(layout.world)]
     leaves = [[None] * route.leaf_U.size for route in routes]
     departed, arrived = [0] * layout.world, [0] * layout.world
@@ -106,7 +106,7 @@ def test_places_cover_a_row_once(layout):
 def test_chunks_hold_at_most_chunk_patches_in_order():
     layout = Layout(world=2)
     plan = random_plan(layout, 50)
-    owners = assign_owners(plan, layout, True)
+    owners = assign_encoding_ranks(plan, layout, True)
     for rank in range(2):
         route = build_routes(plan, owners, layout, rank, 3, 40)
         assert all(plan.patches_I[ids].sum() <= 40 for ids in route.chunks)
@@ -118,6 +118,6 @@ def test_chunks_hold_at_most_chunk_patches_in_order():
 def test_digest_tells_plans_apart():
     layout = Layout(world=2)
     plan = random_plan(layout, 20)
-    owners = assign_owners(plan, layout, True)
+    owners = assign_encoding_ranks(plan, layout, True)
     assert plan.digest(owners) == random_plan(layout, 20).digest(owners.copy())
     assert plan.digest(owners) != plan.digest(1 - owners)

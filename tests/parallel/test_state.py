@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.state import Piece, StateChunk, boxes_of_run
+from tandem.parallel.engines.state import Piece, StateChunk, boxes_of_run
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -7,19 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data.plan import row_cu_seqlens, row_positions
+from tandem.data.planning.plan import row_cu_seqlens, row_positions
+from tandem.train.checkpoints.checkpoint import Reader, resolve
 from tests.distributed.runs import build_run, whole_state
 from tests.support import settings
-from train.checkpoint import Reader, resolve
 
 
 def language_start(recipe: str, overrides: list[str], steps: int) -> tuple[dict, list[dict]]:
     """(initial weights by their names in a checkpoint, batches) of a run on one rank."""
-    config, engines, data, feed = build_run(recipe, overrides, steps)
+    config, engines, data, prefetcher = build_run(recipe, overrides, steps)
     weights = {name: w for (name, kind), w in whole_state(engines.encoder).items() if kind == "param"}
     llm = {f"llm.{name}": w for (name, kind), w in whole_state(engines.llm).items() if kind == "param"}
     batches = []
-    for prepared in feed:
+    for prepared in prefetcher:
         batches.append(_language_batch(prepared, config.train.micro_batch_size, data.stream.domains, config.vision))
         prepared.release()
     data.reader.close()

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from data.plan import AUDIO
+from tandem.data.planning.plan import AUDIO
+from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints.saving import Saver
+from tandem.train.config.checks import check_config
+from tandem.train.input.dataset import open_data
+from tandem.train.tasks import find
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.reference.vision import Followed, Teacher, follow
 from tests.support import identity, read_metrics, settings
-from train import checkpoint
-from train.dataset import open_data
-from train.saving import Saver
-from train.tasks import find
 
 STEPS, SAMPLES = 5, 5
 SHARDS = {"vit_mim": "photo", "vit_contrastive": "*o*", "vit_omni": "sound"}  # *o*: photographs, clips as many images
@@ -110,7 +111,7 @@ def begin(recipe: str, overrides: list[str], folder: str) -> tuple[dict, list[di
     """In a world of one: writes a checkpoint of moved weights; returns them and the batches of all steps."""
     config = settings(recipe, *overrides)
     data = open_data(config)
-    stage = find(config.task).trainer(config, config.check(1), torch.device("cpu"), data)
+    stage = find(config.task).trainer(config, check_config(config, 1), torch.device("cpu"), data)
     engine, generator = stage.engines.encoder, torch.Generator().manual_seed(7)
     found = {c.name: c.tensor_N.view(c.shape) for c in engine.state() if c.kind == "param"}
     weights = {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in sorted(found.items())}

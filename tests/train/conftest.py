@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 
+from benchmarks.workloads.language import World
 from tests.train.toys import toy_llm
-from train.slices.language import World
 
 
 @pytest.fixture(scope="module")

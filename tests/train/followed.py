@@ -16,16 +16,17 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 
-from parallel.grid import destroy_grid
-from parallel.phases import PhaseTimer
+from tandem.parallel.grid import destroy_grid
+from tandem.parallel.runtime.phases import PhaseTimer
+from tandem.train.config.checks import check_config
+from tandem.train.config.schema import Config
+from tandem.train.input.dataset import open_data
+from tandem.train.loop import Run, _set_lr
+from tandem.train.tasks import find
 from tests.distributed.runs import train_run, whole_state
 from tests.distributed.world import run_world
 from tests.reference import optim as plain
 from tests.support import corpus_overrides, settings
-from train.config import Config
-from train.dataset import open_data
-from train.loop import Run, _set_lr
-from train.tasks import find
 
 CPU = torch.device("cpu")
 TASKS = MappingProxyType({"vit_mim": "photo", "vit_contrastive": "photo", "vit_omni": "sound"})
@@ -56,7 +57,7 @@ def data_of(recipe: str, corpus: str) -> list[str]:
 def open_stage(recipe: str, corpus: str, *overrides: str):
     """(config, stage, data) in this world of one; whatever stage was there before is forgotten."""
     config = settings(recipe, "logger.wandb=disabled", *data_of(recipe, corpus), *overrides)
-    layout = config.check(dist.get_world_size())
+    layout = check_config(config, dist.get_world_size())
     destroy_grid()
     data = open_data(config)
     return config, find(config.task).trainer(config, layout, CPU, data), data

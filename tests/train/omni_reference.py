@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tandem.train.models.encoders.text_encoder import TextConfig
+from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.towers.omni import OmniChunk, OmniConfig, OmniTower
 from tests.reference import vision
 from tests.train.toys import packed, random_images
-from train.models.initial import initialize
-from train.models.omni import OmniChunk, OmniConfig, OmniTower
-from train.models.text_encoder import TextConfig
-from train.models.vit import ViTConfig
 
 ENCODER = ViTConfig(width=16, depth=2, heads=2, mlp_ratio=2.0, rope_base=100.0)
 TEXT = TextConfig(width=12, depth=1, heads=2, vocab_size=23, max_tokens=16, mlp_ratio=2.0, rope_base=50.0)

@@ -1,7 +1,7 @@
 """What each setting of model, objective, train and parallel does, seen where it lands, in a world of one.
 
 Each effect builds what a run would build with a value that no recipe has, and asserts what that does: outputs against
-the formulas of `tests/reference`, shapes of all weights, or the batch that a stage's feed hands out.
+the formulas of `tests/reference`, shapes of all weights, or the batch that a stage's prefetcher hands out.
 """
 
 import traceback
@@ -17,12 +17,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data.vision import VisionSpec
-from parallel import attention, compilation
-from parallel.context import pack_row
-from parallel.grid import destroy_grid
-from parallel.layout import Layout
-from parallel.llm_engine import Leaf
+from tandem.data.vision import VisionSpec
+from tandem.parallel.comm.context import pack_row
+from tandem.parallel.engines.llm_engine import Leaf
+from tandem.parallel.grid import destroy_grid
+from tandem.parallel.kernels import attention, compilation
+from tandem.parallel.layout import Layout
+from tandem.train.build import build_engines
+from tandem.train.config.checks import check_config
+from tandem.train.input.batch import MicroBatch
+from tandem.train.models.encoders.text_encoder import PackedTexts
+from tandem.train.models.encoders.vit import PackedImages
+from tandem.train.models.towers.masked import MaskedImages
+from tandem.train.objectives.language import train_forward, train_loss
+from tandem.train.tasks import find
 from tests.distributed.runs import whole_state
 from tests.reference import encoder as plain
 from tests.reference import language as plain_llm
@@ -30,12 +38,6 @@ from tests.reference.vision import text_embedding
 from tests.support import new_tower, settings
 from tests.train.followed import CPU, open_stage
 from tests.train.toys import ToyLLM, packed, random_images
-from train.batch import MicroBatch
-from train.build import build_engines, train_forward, train_loss
-from train.models.masked import MaskedImages
-from train.models.text_encoder import PackedTexts
-from train.models.vit import PackedImages
-from train.tasks import find
 
 GRID, TOKENS = [4, 6], 24  # of the image and of the text that go through the models
 EFFECTS: dict[str, Callable[["Lab"], None]] = {}
@@ -97,7 +99,7 @@ def differs(found, wanted):
 def language(*overrides: str):
     """(config, engines) of stage1 in this world."""
     config = settings("stage1", *overrides)
-    layout = config.check(1)
+    layout = check_config(config, 1)
     destroy_grid()
     return config, build_engines(config, layout, CPU, forward=train_forward, loss=partial(train_loss, domains=1))
 
@@ -592,5 +594,5 @@ def divisions(lab):
         assert settings("stage1", "parallel.cp=2", f"parallel.cp_comm_type={name}").layout(2).cp_comm_type == name
     assert settings("stage1", "parallel.balance_group_size=2").layout(8).groups == 4
     config = settings("stage1", "parallel.tp=2", "parallel.sequence_parallel=false")
-    refused("parallel.sequence_parallel", "false", lambda: config.check(2))
+    refused("parallel.sequence_parallel", "false", lambda: check_config(config, 2))
     assert Layout(world=8).groups == 1

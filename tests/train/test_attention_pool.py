@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parallel.attention import Segments
-from train.models.attention_pool import AttentionPool
-from train.models.initial import initialize
+from tandem.parallel.kernels.attention import Segments
+from tandem.train.models.layers.attention_pool import AttentionPool
+from tandem.train.models.layers.initial import initialize
 
 PATCHES = [8, 16, 16, 4, 12]
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from parallel import compilation, recompute
-from parallel.recompute import activation_bytes
+from tandem.parallel.kernels import compilation, recompute
+from tandem.train.cost.memory import activation_bytes
+from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
+from tandem.train.models.layers.blocks import _lengthened, run_blocks
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.layers.masking import drop_path_factors
 from tests.graphs import CountedGraphs
 from tests.train.toys import packed, random_images
-from train.models.blocks import _lengthened, run_blocks
-from train.models.initial import initialize
-from train.models.masking import drop_path_factors
-from train.models.vit import PackedImages, SeedViT, ViTConfig
 
 CONFIG = ViTConfig(width=32, depth=3, heads=2)
 KEPT = ("selective", "offload", "full")

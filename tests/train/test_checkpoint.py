@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints.checkpoint import Reader, resolve
+from tandem.train.config.checks import check_config
 from tests.support import settings
 from tests.train.folders import HALVES, STATE, WHOLE, flip, truncate, write
-from train import checkpoint
-from train.checkpoint import Reader, resolve
 
 # ---- any box out of any boxes ---------------------------------------------------------------------------------------
 
@@ -273,4 +274,4 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 )
 def test_settings_that_cannot_work_are_refused(recipe, override, words):
     with pytest.raises(ValueError, match=words):
-        settings(recipe, override).check(1)
+        check_config(settings(recipe, override), 1)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.layout import Coordinates, Layout
-from parallel.routes import assign_owners, build_routes, place_of
+from tandem.parallel.layout import Coordinates, Layout
+from tandem.parallel.plan.routes import assign_encoding_ranks, build_routes, place_of
+from tandem.train.config.checks import check_config
+from tandem.train.config.schema import Config
+from tandem.train.input.batch import RowText, context_sentence, micro_batch_of, rows_of_replica, visual_plan
+from tandem.train.input.dataset import open_data
 from tests.support import corpus_overrides, settings
-from train.batch import RowText, context_sentence, micro_batch_of, rows_of_replica, visual_plan
-from train.config import Config
-from train.dataset import open_data
 
 SMALL = ["train.seq_length=256", "train.global_batch_size=8", "data.max_patches=64", "data.video.budget=32"]
 CPU = torch.device("cpu")
@@ -32,13 +33,13 @@ CPU = torch.device("cpu")
 )
 def test_what_cannot_work_is_refused(world, overrides, words):
     with pytest.raises(ValueError, match="parallel") as error:
-        settings("stage1", *SMALL, *overrides).check(world)
+        check_config(settings("stage1", *SMALL, *overrides), world)
     assert words in str(error.value)
 
 
 def test_the_choice_and_what_it_sends_are_said():
     config = settings("stage1", *SMALL, "parallel.cp=2", "train.seq_length=65536")
-    sentence = context_sentence(config, config.check(2))
+    sentence = context_sentence(config, check_config(config, 2))
     assert "2 ranks share a row by a2a (parallel.cp_comm_type=auto): 12.00 MiB sent by a rank" in sentence
 
 
@@ -77,7 +78,7 @@ def assert_cut_alike(whole, parts):
 @pytest.mark.parametrize(("world", "overrides"), LAYOUTS, ids=str)
 def test_text_positions_and_visual_rows_are_cut_at_one_place(world, overrides, corpus):
     config = settings("stage1", *SMALL, *corpus_overrides(corpus), *overrides)
-    layout = config.check(world)
+    layout = check_config(config, world)
     stream, crossing, count = open_data(config).stream, 0, config.micro_batches(layout)
     for plan in (stream.next_step() for _ in range(2)):
         visual = visual_plan(plan, layout, config.train.micro_batch_size, config.vision, 256)
@@ -90,7 +91,7 @@ def test_text_positions_and_visual_rows_are_cut_at_one_place(world, overrides, c
                 local = tp * (whole.row_tokens // layout.cp // layout.tp) + index
                 assert [int(parts[c].tokens_1T[0, i]) for c, i in zip(cp, local, strict=True)] == at.tolist()
                 crossing += len(set(cp.tolist())) > 1
-        owner_I = assign_owners(visual, layout, True)
-        delivered = [build_routes(visual, owner_I, layout, rank, count, 256).at_U.size for rank in range(world)]
+        encoding_rank_I = assign_encoding_ranks(visual, layout, True)
+        delivered = [build_routes(visual, encoding_rank_I, layout, rank, count, 256).at_U.size for rank in range(world)]
         assert sum(delivered) == visual.tokens_I.sum()
     assert crossing, "no image of these steps crosses a border between cp ranks"

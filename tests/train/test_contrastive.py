@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.vision import VisionSpec
+from tandem.data.vision import VisionSpec
+from tandem.train.models.encoders.text_encoder import PackedTexts, TextConfig
+from tandem.train.models.encoders.vit import PackedImages, ViTConfig
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.towers.contrastive import ContrastiveConfig, ContrastiveTower, mean_of_images
+from tandem.train.objectives.superclass import InverseFrequency, TokenSets, superclass_loss
 from tests.train.toys import CPU, packed, random_images, to_meta
-from train.models.contrastive import ContrastiveConfig, ContrastiveTower, mean_of_images
-from train.models.initial import initialize
-from train.models.text_encoder import PackedTexts, TextConfig
-from train.models.vit import PackedImages, ViTConfig
-from train.objectives.superclass import InverseFrequency, TokenSets, superclass_loss
 
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2], [4, 4]]
 FRAMES = [2, 1, 2]  # images of each sample

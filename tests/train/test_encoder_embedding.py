@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from data.captions import captions
-from data.labelled import LabelledSample, Patches
-from data.vision import VisionSpec
+from tandem.data.reading.captions import captions
+from tandem.data.reading.labelled import LabelledSample, Patches
+from tandem.data.vision import VisionSpec
+from tandem.train.checkpoints.checkpoint import Reader
+from tandem.train.evaluation.embedding import BareEncoder, Embedder, load_weights, pack
+from tandem.train.models.encoders.text_encoder import PackedTexts, TextConfig
+from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.towers.omni import OmniConfig, OmniTower
 from tests.train.folders import write
-from train.checkpoint import Reader
-from train.evaluation.embedding import BareEncoder, Embedder, load_weights, pack
-from train.models.initial import initialize
-from train.models.omni import OmniConfig, OmniTower
-from train.models.text_encoder import PackedTexts, TextConfig
-from train.models.vit import ViTConfig
 
 ENCODER = ViTConfig(width=32, depth=2, heads=2)
 CPU = torch.device("cpu")

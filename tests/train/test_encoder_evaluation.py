@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from train.evaluation import encoder, measures, probe
-from train.evaluation.embedding import Embedded
+from tandem.train.evaluation import encoder, measures, probe
+from tandem.train.evaluation.embedding import Embedded
 
 CPU = torch.device("cpu")
 

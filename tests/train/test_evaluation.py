@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from tandem.train.evaluation.answers import Score, exchange_images
+from tandem.train.input.dataset import open_data
 from tests.support import corpus_overrides, settings
-from train.dataset import open_data
-from train.evaluation.answers import Score, exchange_images
 
 
 def one_step(corpus, shards):

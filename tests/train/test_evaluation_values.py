@@ -32,19 +32,19 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from data.indexing import build_index
-from data.labelled import LabelledSample, Patches
-from data.text import Tokenizer
-from launch import evaluate
-from launch.evaluate_encoder import labelled
-from launch.toy.videos import encode_clip
-from parallel.grid import destroy_grid
+from tandem.data.media.text import Tokenizer
+from tandem.data.reading.labelled import LabelledSample, Patches
+from tandem.data.shards.indexing import build_index
+from tandem.data.synthesis.videos import encode_clip
+from tandem.launch import evaluate
+from tandem.parallel.grid import destroy_grid
+from tandem.train.config.schema import Config
+from tandem.train.evaluation.evaluate_encoder import labelled
+from tandem.train.evaluation.probe import held_back
 from tests.reference import vision
 from tests.reference.encoder import vit
 from tests.support import new_tower, settings, write_tar
 from tests.train.folders import STATE, write
-from train.config import Config
-from train.evaluation.probe import held_back
 
 
 def save_run(folder: Path, config: Config, weights: dict[str, dict[str, torch.Tensor]]) -> Path:
@@ -80,7 +80,7 @@ def run_evaluation(run: Path, *words: str) -> Evaluated:
             failure = end.code
         finally:
             destroy_grid()
-            logging.getLogger("parallel").handlers.clear()
+            logging.getLogger("tandem.parallel").handlers.clear()
     assert (run / evaluate.RESULT).is_file(), failure
     lines = [line.split("│")[1:-1] for line in out.getvalue().splitlines() if line.startswith("│")]
     rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}

@@ -12,11 +12,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.vision import VisionSpec
-from parallel import experts
-from tests.support import settings
-from tests.train.toys import LLM_KINDS, packed, random_images
-from train.flops import (
+from tandem.data.vision import VisionSpec
+from tandem.parallel.kernels import experts
+from tandem.train.cost.flops import (
     causal_pairs,
     encoder_flops,
     llm_flops,
@@ -26,13 +24,15 @@ from train.flops import (
     step_flops,
     text_flops,
 )
-from train.models.attention_pool import AttentionPool
-from train.models.masked import MaskedImages, MimConfig, MimTower
-from train.models.masking import mask_images
-from train.models.text_encoder import PackedTexts, TextConfig, TextEncoder
-from train.models.vision_tower import Adapter, VisionTower
-from train.models.vit import PackedImages, SeedViT
-from train.vision import vision_spec
+from tandem.train.models.encoders.text_encoder import PackedTexts, TextConfig, TextEncoder
+from tandem.train.models.encoders.vit import PackedImages, SeedViT
+from tandem.train.models.layers.attention_pool import AttentionPool
+from tandem.train.models.layers.masking import mask_images
+from tandem.train.models.towers.masked import MaskedImages, MimConfig, MimTower
+from tandem.train.models.towers.vision_tower import Adapter, VisionTower
+from tandem.train.vision import vision_spec
+from tests.support import settings
+from tests.train.toys import LLM_KINDS, packed, random_images
 
 LENGTHS = [10, 7, 7, 16]
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2]]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from train.config import GuardConfig
-from train.guards import Record, after, deviations, past_limit, replay_finding, verdict
+from tandem.train.config.schema import GuardConfig
+from tandem.train.reliability.guards import Record, after, deviations, replay_finding, should_roll_back, spike_reason
 
 CONFIG = GuardConfig(window=8, spike_loss=6.0, spike_norm=20.0, consecutive=3, total=5, rollbacks=2, replay=False)
 USUAL = Record(losses=(2.0, 2.1, 1.9, 2.05, 1.95), norms=(1.0, 1.3, 0.8, 1.1, 0.9))
@@ -27,14 +27,14 @@ USUAL = Record(losses=(2.0, 2.1, 1.9, 2.05, 1.95), norms=(1.0, 1.3, 0.8, 1.1, 0.
     ],
 )
 def test_verdicts(loss, norm, words):
-    assert verdict(CONFIG, USUAL, loss, norm) == words
+    assert spike_reason(CONFIG, USUAL, loss, norm) == words
 
 
 def test_spikes_are_judged_once_half_the_window_is_seen_and_can_be_turned_off():
     early = Record(USUAL.losses[:3], USUAL.norms[:3])
-    assert verdict(CONFIG, early, 99.0, 99.0) is None
-    assert verdict(CONFIG, early, math.nan, 99.0) is not None
-    assert verdict(replace(CONFIG, spike_loss=0.0), USUAL, 99.0, 1.0) is None
+    assert spike_reason(CONFIG, early, 99.0, 99.0) is None
+    assert spike_reason(CONFIG, early, math.nan, 99.0) is not None
+    assert spike_reason(replace(CONFIG, spike_loss=0.0), USUAL, 99.0, 1.0) is None
 
 
 def test_values_that_hardly_vary_are_not_judged_finely():
@@ -66,7 +66,7 @@ def skipped(*flags: int) -> Record:
     ],
 )
 def test_limits(record, words):
-    assert past_limit(CONFIG, record) == words
+    assert should_roll_back(CONFIG, record) == words
 
 
 def test_a_replay_tells_transient_from_persistent():

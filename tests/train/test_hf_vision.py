@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.vision import VisionSpec
+from tandem.data.vision import VisionSpec
+from tandem.train.models.pretrained import hf_vision
 from tests.train.toys import pack_pictures, pictures
-from train.models import hf_vision
 
 
 def test_pixels_come_back_from_patches():

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from train import history
-from train.health import slow_ranks
-from train.history import History, cause_of_start, explain, read, take_ends, totals
+from tandem.train.reliability import history
+from tandem.train.reliability.health import slow_ranks
+from tandem.train.reliability.history import History, cause_of_start, explain, read, take_ends, totals
 
 
 def start(began, step=0, cause="", lost=0, launch="a"):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from parallel import llm_shards
-from parallel.llm_shards import shards_of
+from tandem.parallel.engines import llm_shards
+from tandem.parallel.engines.llm_shards import shards_of
+from tandem.train.models.language.llm_spec import build_chunk, transformer_config
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.towers.vision_tower import VisionTower
 from tests.support import new_tower, settings
-from train.models.initial import initialize
-from train.models.llm_spec import build_chunk, transformer_config
-from train.models.vision_tower import VisionTower
 
 PLAIN = (  # parts of the LLM that are drawn with init_std
     "embedding.word_embeddings.weight",

@@ -16,12 +16,13 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from parallel import llm_shards
-from parallel.context import pack_row
-from parallel.llm_shards import shards_of
+from tandem.parallel.comm.context import pack_row
+from tandem.parallel.engines import llm_shards
+from tandem.parallel.engines.llm_shards import shards_of
+from tandem.train.config.checks import check_config
+from tandem.train.models.language.llm_spec import choose_kernels, layer_spec
 from tests.support import settings
 from tests.train.toys import LLM_KINDS
-from train.models.llm_spec import choose_kernels, layer_spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -87,7 +88,7 @@ def test_torch_serves_everywhere():
 @pytest.mark.parametrize("name", ["te", "cutlass"])
 def test_kernels_that_are_not_to_be_had_are_refused_before_anything_is_built(name):
     with pytest.raises(ValueError, match=rf"parallel\.kernels={name}: .*torch"):
-        settings("stage1", f"parallel.kernels={name}").check(1)
+        check_config(settings("stage1", f"parallel.kernels={name}"), 1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.vision import VisionSpec
+from tandem.data.vision import VisionSpec
+from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.layers.masking import drop_path_factors, mask_images
+from tandem.train.models.towers.masked import READINGS, MaskedImages, MimConfig, MimTower
 from tests.train.toys import CPU, packed, random_images, to_meta
-from train.models.initial import initialize
-from train.models.masked import READINGS, MaskedImages, MimConfig, MimTower
-from train.models.masking import drop_path_factors, mask_images
-from train.models.vit import ViTConfig
 
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2], [4, 4]]
 PATCHES = [down * across for down, across in GRIDS]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.models.masking import drop_path_factors, mask_images
+from tandem.train.models.layers.masking import drop_path_factors, mask_images
 
 
 def mask_of(patches, ratio, *key):

@@ -11,18 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tandem.train import metrics
+from tandem.train.checkpoints.checkpoint import Reader, resolve
+from tandem.train.config.schema import Config
+from tandem.train.metrics import Logger, StepMetrics
+from tandem.train.reliability.guards import Record
+from tandem.train.start import Position, RunPaths
+from tandem.train.tasks.base import StepFacts
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.reference.batches import language_start
 from tests.support import corpus_overrides, read_metrics, settings
 from tests.train.followed import data_of
-from train import metrics
-from train.checkpoint import Reader, resolve
-from train.config import Config
-from train.guards import Record
-from train.metrics import Logger, StepMetrics
-from train.start import Places, Position
-from train.tasks.base import StepFacts
 
 STEPS, WORLD, PEAK = 3, 2, 1e12  # FLOP/s of a rank, as `train_run` sets it
 ROWS, SEQ = 6, 256
@@ -228,7 +228,7 @@ def clock(monkeypatch):
 
 
 def logger_of(config: Config, run_dir, step: int = 0, attempt: int = 0, cause: str = "first start") -> Logger:
-    return Logger(config, Places(run_dir, run_dir, attempt, cause), 0, Position(step, {}, Record()))
+    return Logger(config, RunPaths(run_dir, run_dir, attempt, cause), 0, Position(step, {}, Record()))
 
 
 def log(logger: Logger, step: int, seconds: float, applied: bool = True) -> None:

@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-from data.image import to_patches
-from data.vision import VisionSpec
-from parallel.llm_shards import shards_of
+from tandem.data.media.image import to_patches
+from tandem.data.vision import VisionSpec
+from tandem.parallel.engines.llm_shards import shards_of
+from tandem.train.cost.flops import llm_parameters
+from tandem.train.models.encoders.vit import SeedViT, ViTConfig, pool
+from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
+from tandem.train.models.layers import blocks
+from tandem.train.models.layers.blocks import RECOMPUTE
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.layers.masking import drop_path_factors
+from tandem.train.models.layers.rotary import axis_angles, tables, turn
+from tandem.train.models.towers.vision_tower import ConnectorConfig, VisionTower
 from tests.support import ROOT, settings
 from tests.train.toys import LLM_KINDS, packed, random_images
-from train.flops import llm_parameters
-from train.models import blocks
-from train.models.blocks import RECOMPUTE
-from train.models.initial import initialize
-from train.models.llm import LLMConfig
-from train.models.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
-from train.models.masking import drop_path_factors
-from train.models.rotary import axis_angles, tables, turn
-from train.models.vision_tower import ConnectorConfig, VisionTower
-from train.models.vit import SeedViT, ViTConfig, pool
 
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2], [4, 4]]  # equal neighbours run as one batch, others alone
 BORDERS = np.cumsum([0, *(down * across for down, across in GRIDS)]).tolist()

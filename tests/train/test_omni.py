@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.vision import VisionSpec
+from tandem.data.vision import VisionSpec
+from tandem.train.models.encoders.text_encoder import PackedTexts
+from tandem.train.models.towers.contrastive import ContrastiveConfig, ContrastiveTower
+from tandem.train.models.towers.omni import MICO_PAIRS, OmniChunk, OmniConfig
+from tandem.train.objectives.omni import omni_loss
 from tests.train.omni_reference import (
     ENCODER,
     SIZES,
@@ -19,10 +23,6 @@ from tests.train.omni_reference import (
     toy_tuples,
 )
 from tests.train.toys import CPU, packed
-from train.models.contrastive import ContrastiveConfig, ContrastiveTower
-from train.models.omni import MICO_PAIRS, OmniChunk, OmniConfig
-from train.models.text_encoder import PackedTexts
-from train.objectives.omni import omni_loss
 
 ALL = OmniConfig(**SIZES)
 OTHERS = OmniConfig(pairs=["frames:audio", "audio+frames:sound", "frames+sound:visual"], **SIZES)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.indexing import build_index
-from data.text import Tokenizer, build_byte_tokenizer
+from tandem.data.media.text import Tokenizer, build_byte_tokenizer
+from tandem.data.shards.indexing import build_index
 from tests.distributed.world import run_world
 from tests.support import write_tar
 from tests.train.followed import make_teacher, open_stage

@@ -4,7 +4,7 @@ import threading
 
 import torch.distributed as dist
 
-from train.rendezvous import agree_on_name
+from tandem.train.reliability.rendezvous import agree_on_name
 
 
 def meet(port: int, ranks: list[int], world: int, timeout: float) -> dict[int, str]:

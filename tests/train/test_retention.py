@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tandem.train.checkpoints.checkpoint import Reader, checkpoints, file_of, write_file
+from tandem.train.checkpoints.retention import clean, prune, superfluous
+from tandem.train.checkpoints.saving import NotSavedError, publish
 from tests.train.folders import HALVES, STATE, WHOLE, write
-from train.checkpoint import Reader, checkpoints, file_of, write_file
-from train.retention import clean, prune, superfluous
-from train.saving import NotSavedError, publish
 
 
 @pytest.mark.parametrize(

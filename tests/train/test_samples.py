@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from data.captions import captions
-from data.indexing import build_index
-from data.plan import images_of
-from data.text import Tokenizer
+from tandem.data.media.text import Tokenizer
+from tandem.data.planning.plan import images_of
+from tandem.data.reading.captions import captions
+from tandem.data.shards.indexing import build_index
+from tandem.train.input.dataset import open_data
+from tandem.train.input.samples import Captions, Samples
 from tests.data.conftest import encoded_image, encoded_video, sound_of
 from tests.support import settings, write_tar
-from train.dataset import open_data
-from train.samples import Captions, Samples
 
 IMAGE = [{"role": "user", "text": "<image>"}]
 
@@ -36,7 +36,7 @@ def test_every_sample_has_one_rank(corpus, recipe, task, wanted, world, balance)
     )  # fmt: skip
     plan = data.stream.next_step()
     kinds = {"eos_id": data.reader.tokenizer.eos_id, "wanted": wanted, "negatives": wanted == 2}
-    shares = [Samples(config, data.stream.corpus, rank, world, **kinds).divide(plan) for rank in range(world)]
+    shares = [Samples(config, data.stream.corpus, rank, world, **kinds).shard(plan) for rank in range(world)]
     assert len({share.digest for share in shares}) == len({len(share.chunks) for share in shares}) == 1
     assert sorted(np.concatenate([np.concatenate(share.chunks) for share in shares])) == list(range(20))
     assert sorted(np.concatenate([share.image_ids for share in shares])) == list(range(plan.tokens_I.size))
@@ -80,10 +80,10 @@ def told(corpus, folder, recipe: str, wanted: int, samples: list[tuple[list, lis
     plan = data.stream.next_step()
     for rank in range(2):
         eos_id = data.reader.tokenizer.eos_id
-        division = Samples(config, data.stream.corpus, rank, 2, eos_id=eos_id, wanted=wanted)
-        share = division.divide(plan)
+        sharding = Samples(config, data.stream.corpus, rank, 2, eos_id=eos_id, wanted=wanted)
+        share = sharding.shard(plan)
         _, text = data.reader.read(plan, share.image_ids, share.rows)
-        failures |= {int(plan.index_S[found.sample]): found for found in division.inspect(plan, share, text)}
+        failures |= {int(plan.index_S[found.sample]): found for found in sharding.inspect(plan, share, text)}
     return failures, shard
 
 

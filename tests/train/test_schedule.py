@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from train.schedule import learning_rate
+from tandem.train.schedule import learning_rate
 
 LR, MIN_LR = 5.22e-5, 5.22e-6
 

@@ -12,11 +12,12 @@ import functools
 import pytest
 from omegaconf import OmegaConf
 
+from tandem.train.config.checks import check_config
+from tandem.train.config.settings import composed, read_config
 from tests.distributed.world import run_world
 from tests.support import settings
 from tests.train import followed, settings_effects
 from tests.train.followed import joint_norm, moment_error, update_error
-from train.settings import composed, read_config
 
 RECIPES = ("vit_mim", "vit_contrastive", "vit_omni", "stage0", "stage1", "stage2")
 SECTIONS = ("optim", "model", "objective", "train", "parallel")
@@ -163,7 +164,7 @@ def test_the_average_follows_its_decay(runs):
 
 def test_the_llm_is_not_trained_by_lamb():
     with pytest.raises(ValueError, match="optim.name=lamb: the LLM is trained by AdamW alone"):
-        settings("stage1", "optim=lamb").check(1)
+        check_config(settings("stage1", "optim=lamb"), 1)
 
 
 # ---- weights of the objectives ---------------------------------------------------------------------------------------
@@ -225,4 +226,4 @@ def test_values_that_cannot_be_are_refused(recipe, override):
     """In a sentence that names the key."""
     key = override.partition("=")[0]
     with pytest.raises(ValueError, match=key.rpartition(".")[2]):
-        read_config(OmegaConf.merge(composed_once(recipe), OmegaConf.from_dotlist([override]))).check(1)
+        check_config(read_config(OmegaConf.merge(composed_once(recipe), OmegaConf.from_dotlist([override]))), 1)

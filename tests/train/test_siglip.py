@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.objectives.siglip import siglip_loss
+from tandem.train.objectives.siglip import siglip_loss
 
 WIDTH = 24
 

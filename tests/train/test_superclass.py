@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.objectives.superclass import InverseFrequency, KHot, TokenSets, superclass_loss
+from tandem.train.objectives.superclass import InverseFrequency, KHot, TokenSets, superclass_loss
 
 VOCAB, EOS = 37, 36
 

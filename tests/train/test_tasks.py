@@ -4,11 +4,12 @@ import shutil
 
 import pytest
 
+from tandem.train import tasks
+from tandem.train.checkpoints.checkpoint import task_of
+from tandem.train.config.checks import check_config
+from tandem.train.config.settings import composed, read_config
+from tandem.train.tasks.language import LanguageTask
 from tests.support import ROOT, settings
-from train import tasks
-from train.checkpoint import task_of
-from train.settings import composed, read_config
-from train.tasks.language import LanguageTask
 
 OF_RECIPES = {
     "stage0": "language",
@@ -55,5 +56,5 @@ def test_a_renamed_recipe_trains_the_same(tmp_path):
 
 def test_a_task_without_a_part_that_it_needs_is_refused():
     with pytest.raises(ValueError, match=r"train.trainable=\['encoder', 'pool'\]: must name adapter"):
-        settings("stage1", "train.trainable=[encoder,pool]").check(1)
+        check_config(settings("stage1", "train.trainable=[encoder,pool]"), 1)
     assert LanguageTask.must_train == ("adapter",)

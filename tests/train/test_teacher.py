@@ -20,13 +20,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers.utils import import_utils
 
-from data.vision import VisionSpec
+from tandem.data.vision import VisionSpec
+from tandem.train.models.encoders.vit import SeedViT, ViTConfig
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.pretrained import hf_vision, hugging_face
+from tandem.train.models.pretrained.teacher import load_teacher
 from tests.train.folders import saved_models, write
 from tests.train.toys import CPU, pack_pictures, packed, pictures, random_images
-from train.models import hf_vision, hugging_face
-from train.models.initial import initialize
-from train.models.teacher import load_teacher
-from train.models.vit import SeedViT, ViTConfig
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 FIXED = dict(**SIZES, image_size=56, patch_size=14)
@@ -285,7 +285,7 @@ def test_folders_that_cannot_teach_are_refused(tmp_path, folders, monkeypatch, k
 def test_the_hub_is_out_of_reach_once_transformers_is_imported():
     """In a process of its own: here the tests have imported it before."""
     import_and_ask = (
-        "from train.models.hugging_face import transformers_for; transformers_for('x'); "
+        "from tandem.train.models.pretrained.hugging_face import transformers_for; transformers_for('x'); "
         "import huggingface_hub; print(huggingface_hub.constants.HF_HUB_OFFLINE)"
     )
     environment = {key: value for key, value in os.environ.items() if key not in hugging_face.OFFLINE}
@@ -301,7 +301,7 @@ def test_timm_is_asked_for_where_a_folder_needs_it(tmp_path, folders):
     load = (
         "import sys, importlib.util as util, torch; find = util.find_spec; "
         "util.find_spec = lambda name, *rest: None if name == 'timm' else find(name, *rest); "
-        "from data.vision import VisionSpec; from train.models.teacher import load_teacher; "
+        "from tandem.data.vision import VisionSpec; from tandem.train.models.pretrained.teacher import load_teacher; "
         "load_teacher(sys.argv[1], torch.device('cpu'), torch.float32, VisionSpec())"
     )
     done = subprocess.run([sys.executable, "-c", load, str(tmp_path)], capture_output=True, text=True)

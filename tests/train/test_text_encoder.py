@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tandem.train.models.encoders.text_encoder import PackedTexts, TextConfig
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.pretrained.hf_text import build_text_encoder
 from tests.train.folders import saved_models
-from train.models.initial import initialize
-from train.models.text_encoder import PackedTexts, TextConfig, build_text_encoder
 
 CPU = torch.device("cpu")
 CONFIG = TextConfig(width=32, depth=2, heads=4, vocab_size=50, max_tokens=9, rope_base=100.0)

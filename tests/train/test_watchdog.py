@@ -17,7 +17,7 @@ LONG_S = 10 * TIMEOUT_S  # for anything that should happen soon
 RANK = """
 import contextlib, signal, sys, time
 from pathlib import Path
-from train.watchdog import watch
+from tandem.train.reliability.watchdog import watch
 
 def ready():
     print("ready", flush=True)
@@ -161,7 +161,7 @@ time.sleep(60)
 """
 FOLLOWING = """
 import time
-from train.stopping import follow_launcher, stop_wish
+from tandem.train.reliability.stopping import follow_launcher, stop_wish
 assert follow_launcher()
 with stop_wish() as stop:
     print("ready", flush=True)

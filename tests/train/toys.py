@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data.vision import VisionSpec
-from parallel import llm_shards
-from parallel.context import pack_row
-from parallel.layout import Layout
-from parallel.transfer import to_device
+from tandem.data.vision import VisionSpec
+from tandem.parallel.comm.context import pack_row
+from tandem.parallel.comm.transfer import to_device
+from tandem.parallel.engines import llm_shards
+from tandem.parallel.layout import Layout
+from tandem.train.models.encoders.vit import PackedImages
+from tandem.train.models.language.llm import LLMConfig, VisualGPT
+from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 from tests.support import settings
-from train.models.llm import LLMConfig, VisualGPT
-from train.models.llm_spec import build_chunk, transformer_config
-from train.models.vit import PackedImages
 
 CPU = torch.device("cpu")
 LLM_KINDS = {

@@ -1,0 +1,1 @@
+"""Scores of checkpoints: answers of language models, features and retrieval of encoders."""

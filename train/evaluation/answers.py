@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data.plan import StepPlan, row_samples
-from parallel.hybrid_step import Engines, forward_only
-from parallel.transfer import to_device
-from train.batch import MicroBatch
-from train.build import train_forward
-from train.config import Config
-from train.dataset import Data
-from train.rows import replace_pixels, row_feed
+from tandem.data.planning.plan import StepPlan, row_samples
+from tandem.parallel.comm.transfer import to_device
+from tandem.parallel.hybrid_step import Engines, forward_only
+from tandem.train.config.schema import Config
+from tandem.train.input.batch import MicroBatch
+from tandem.train.input.dataset import Data
+from tandem.train.input.rows import replace_pixels, row_prefetcher
+from tandem.train.objectives.language import train_forward
 
 
 @dataclass
@@ -78,7 +78,7 @@ def evaluate(config: Config, engines: Engines, data: Data, *, exchanged: bool) -
     scores = {name: Score() for name in data.stream.domains}
     seen: set[tuple[int, int]] = set()
     start, unreadable = data.stream.state(), set()
-    for prepared in row_feed(data, config, engines.grid, steps=steps, substitute=substitute):
+    for prepared in row_prefetcher(data, config, engines.grid, steps=steps, substitute=substitute):
         fresh_S = _first_seen(prepared.plan, seen)
         _add(scores, data.stream.domains, prepared.plan, fresh_S, *_score(engines, prepared))
         places = (prepared.plan.shard_S, prepared.plan.index_S)

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.captions import captions
-from data.labelled import LabelledSample, Patches
-from data.text import Tokenizer
-from data.vision import VisionSpec
-from parallel.balance import cut_in_order
-from train.checkpoint import Reader
-from train.models.text_encoder import PackedTexts
-from train.models.vit import PackedImages, SeedViT, ViTConfig
+from tandem.data.media.text import Tokenizer
+from tandem.data.reading.captions import captions
+from tandem.data.reading.labelled import LabelledSample, Patches
+from tandem.data.vision import VisionSpec
+from tandem.parallel.plan.balance import cut_in_order
+from tandem.train.checkpoints.checkpoint import Reader
+from tandem.train.models.encoders.text_encoder import PackedTexts
+from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
 
 
 @dataclass

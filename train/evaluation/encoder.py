@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from train.evaluation import measures
-from train.evaluation.embedding import Embedded
-from train.evaluation.probe import probe
+from tandem.train.evaluation import measures
+from tandem.train.evaluation.embedding import Embedded
+from tandem.train.evaluation.probe import probe
 
 Texts = Callable[[Sequence[str]], torch.Tensor]  # their unit embeddings, [U, E]
 TEMPLATES = ("{}", "a photo of {}", "a photo of a {}", "a picture of {}", "an image of {}", "a close-up of {}")

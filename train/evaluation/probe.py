@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from train.evaluation.measures import per_class
+from tandem.train.evaluation.measures import per_class
 
 GRID = tuple(10.0**power for power in range(0, -7, -1))  # the stronger first: of equals it is taken
 HELD_BACK = 5  # one in so many training samples of a class chooses l2

@@ -1,0 +1,1 @@
+"""What is trained: encoders, towers around them, the LLM, and models read from folders."""

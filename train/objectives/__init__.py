@@ -1,0 +1,1 @@
+"""Losses: of the language model, of image-text pairs (SigLIP, SuperClass), of frames and sound."""

@@ -3,8 +3,9 @@
     loss = mean over pairs of siglip(side a, side b)
          + matching_weight * sum of matching losses / samples  +  caption_weight * sum of caption losses / tokens
 
-All samples and all caption tokens of the global batch count alike, whichever rank has them.  See `train/models/omni.py`
-for where this comes from; the contrast is that of the contrastive stage, around the ring of ranks.
+All samples and all caption tokens of the global batch count alike, whichever rank has them.  See
+`train/models/towers/omni.py` for where this comes from; the contrast is that of the contrastive stage, around the ring
+of ranks.
 
 Legend: B samples of this rank, E embedding width.
 """
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from train.models.omni import OmniConfig
-from train.objectives.siglip import siglip_loss
+from tandem.train.models.towers.omni import OmniConfig
+from tandem.train.objectives.siglip import siglip_loss
 
 
 def omni_loss(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from parallel.ring import Passage, Ring
+from tandem.parallel.comm.ring import Passage, Ring
 
 TILE = 256  # 256 x 256 logits stay in a core's cache
 

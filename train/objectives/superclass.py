@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from parallel.transfer import host_to_device
+from tandem.parallel.comm.transfer import host_to_device
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import importlib.util
 import pkgutil
 from functools import cache
 
-from train.tasks.base import Task
+from tandem.train.tasks.base import Task
 
 
 def names() -> list[str]:

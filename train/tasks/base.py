@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from parallel.encoder_engine import EncoderEngine
-from parallel.grid import Grid
-from parallel.hybrid_step import StepOutput
-from parallel.layout import Layout
-from parallel.llm_engine import LLMEngine
-from parallel.phases import PhaseTimer
-from train.staging import Staging
+from tandem.parallel.engines.encoder_engine import EncoderEngine
+from tandem.parallel.engines.llm_engine import LLMEngine
+from tandem.parallel.grid import Grid
+from tandem.parallel.hybrid_step import StepOutput
+from tandem.parallel.layout import Layout
+from tandem.parallel.runtime.phases import PhaseTimer
+from tandem.train.input.device_prefetcher import DevicePrefetcher
 
 if TYPE_CHECKING:  # both ask the registry for tasks
-    from train.config import Config
-    from train.corpus import Data
-    from train.feed import PreparedStep
+    from tandem.train.config.schema import Config
+    from tandem.train.corpus import Data
+    from tandem.train.input.prefetcher import PreparedStep
 
 Accept = Callable[[float, float], bool]  # whether to update, from the loss and the gradient norm
 
@@ -53,7 +53,7 @@ class Trainer(Protocol):
 
     engines: Engines
 
-    def steps(self, count: int) -> Staging:
+    def steps(self, count: int) -> DevicePrefetcher:
         """The next `count` steps of the stream, made ready ahead."""
 
     def step(self, batch: Any, *, timer: PhaseTimer, stop: bool, accept: Accept) -> StepOutput:

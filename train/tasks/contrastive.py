@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.text import Tokenizer
-from parallel.encoder_step import Chunk
-from train.config import Config
-from train.models.contrastive import ContrastiveTower
-from train.models.text_encoder import PackedTexts
-from train.models.vit import PackedImages
-from train.objectives.siglip import siglip_loss
-from train.objectives.superclass import InverseFrequency, TokenSets
-from train.tasks.encoder_only import EncoderTask, Losses, SampleBatch, View, pair_flops, whole_world
+from tandem.data.media.text import Tokenizer
+from tandem.parallel.encoder_step import Chunk
+from tandem.train.config.schema import Config
+from tandem.train.models.encoders.text_encoder import PackedTexts
+from tandem.train.models.encoders.vit import PackedImages
+from tandem.train.models.towers.contrastive import ContrastiveTower
+from tandem.train.objectives.siglip import siglip_loss
+from tandem.train.objectives.superclass import InverseFrequency, TokenSets
+from tandem.train.tasks.encoder_only import EncoderTask, Losses, SampleBatch, View, pair_flops, whole_world
 
 BLANK = TokenSets.of(np.empty(0), np.zeros(1))  # the one sample of a blank chunk
 

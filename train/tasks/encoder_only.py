@@ -19,25 +19,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data.plan import images_of
-from data.text import Tokenizer
-from parallel.encoder_step import Chunk, EncoderEngines, encoder_step
-from parallel.grid import build_grid
-from parallel.hybrid_step import StepOutput
-from parallel.layout import Layout
-from parallel.phases import PhaseTimer
-from train.batch import branch_factors
-from train.build import build_encoder_engine, settle_kernels
-from train.config import Config
-from train.dataset import Data
-from train.feed import Feed, PreparedStep
-from train.flops import encoder_flops, pool_flops, text_flops
-from train.models.hf_text import text_folder
-from train.models.initial import initialize
-from train.models.vit import PackedImages
-from train.samples import Captions, Samples, SampleShare
-from train.staging import Staging
-from train.tasks.base import Accept, StepFacts, Task
+from tandem.data.media.text import Tokenizer
+from tandem.data.planning.plan import images_of
+from tandem.parallel.encoder_step import Chunk, EncoderEngines, encoder_step
+from tandem.parallel.grid import build_grid
+from tandem.parallel.hybrid_step import StepOutput
+from tandem.parallel.layout import Layout
+from tandem.parallel.runtime.phases import PhaseTimer
+from tandem.train.build import build_encoder_engine, settle_kernels
+from tandem.train.config.schema import Config
+from tandem.train.cost.flops import encoder_flops, pool_flops, text_flops
+from tandem.train.input.batch import branch_factors
+from tandem.train.input.dataset import Data
+from tandem.train.input.device_prefetcher import DevicePrefetcher
+from tandem.train.input.prefetcher import Prefetcher, PreparedStep
+from tandem.train.input.samples import Captions, SampleRankShard, Samples
+from tandem.train.models.encoders.vit import PackedImages
+from tandem.train.models.layers.initial import initialize
+from tandem.train.models.pretrained.hf_text import text_folder
+from tandem.train.tasks.base import Accept, StepFacts, Task
 
 Losses = tuple[torch.Tensor, dict[str, torch.Tensor]]  # this rank's share, and shares of its terms to report
 
@@ -127,13 +127,13 @@ class EncoderTrainer:
         self._objective = task.objective(config, device, data.reader.tokenizer)
         self.engines = EncoderEngines(grid, build_encoder_engine(config, self._objective.tower, device))
 
-    def steps(self, count: int) -> Staging:
+    def steps(self, count: int) -> DevicePrefetcher:
         data, grid, objective = self._data, self.engines.grid, self._objective
         captions = {"wanted": objective.captions, "negatives": objective.negatives}
         captions["eos_id"] = data.reader.tokenizer.eos_id
-        division = Samples(self._config, data.stream.corpus, grid.rank, grid.layout.world, **captions)
-        feed = Feed(data.stream, data.reader, self._config.data, grid, division, self._compose, steps=count)
-        return Staging(feed, grid.device)
+        sharding = Samples(self._config, data.stream.corpus, grid.rank, grid.layout.world, **captions)
+        prefetcher = Prefetcher(data.stream, data.reader, self._config.data, grid, sharding, self._compose, steps=count)
+        return DevicePrefetcher(prefetcher, grid.device)
 
     def step(self, batch: SampleBatch, *, timer: PhaseTimer, stop: bool, accept: Accept) -> StepOutput:
         objective, config = self._objective, self._config
@@ -180,7 +180,7 @@ class EncoderTrainer:
         self._objective.load_tensors(tensors)
 
     def _compose(self, prepared: PreparedStep) -> SampleBatch:
-        """On the host, in the feed's thread."""
+        """On the host, in the prefetcher's thread."""
         plan, share = prepared.plan, prepared.share
         dropped = np.array([failure.sample for failure in prepared.skipped], np.int64)
         counts_S = np.ones(plan.length_S.size, bool)
@@ -196,7 +196,7 @@ class EncoderTrainer:
             trained_tokens=prepared.trained_tokens,
         )
 
-    def _view(self, prepared: PreparedStep, share: SampleShare, samples: np.ndarray) -> View | None:
+    def _view(self, prepared: PreparedStep, share: SampleRankShard, samples: np.ndarray) -> View | None:
         """Some of this rank's samples; None for none."""
         if not samples.size:
             return None
@@ -229,7 +229,7 @@ class EncoderTrainer:
         )
 
 
-def _patches_of(prepared: PreparedStep, share: SampleShare, image_ids: np.ndarray) -> np.ndarray:
+def _patches_of(prepared: PreparedStep, share: SampleRankShard, image_ids: np.ndarray) -> np.ndarray:
     """Patches of some of the images that this rank has read, uint8 [N, P]; a view where they lie together."""
     patches_J = prepared.images.patches_I
     end_J = np.cumsum(patches_J)

@@ -5,18 +5,19 @@ from collections.abc import Mapping
 
 import torch
 
-from parallel.hybrid_step import StepInput, StepOutput, hybrid_step
-from parallel.layout import Layout
-from parallel.phases import PhaseTimer
-from train.build import build_engines, train_forward, train_loss
-from train.config import Config
-from train.dataset import Data
-from train.feed import PreparedStep
-from train.flops import step_flops
-from train.models.llm_spec import choose_kernels
-from train.rows import row_feed
-from train.staging import Staging
-from train.tasks.base import Accept, StepFacts, Task
+from tandem.parallel.hybrid_step import StepInput, StepOutput, hybrid_step
+from tandem.parallel.layout import Layout
+from tandem.parallel.runtime.phases import PhaseTimer
+from tandem.train.build import build_engines
+from tandem.train.config.schema import Config
+from tandem.train.cost.flops import step_flops
+from tandem.train.input.dataset import Data
+from tandem.train.input.device_prefetcher import DevicePrefetcher
+from tandem.train.input.prefetcher import PreparedStep
+from tandem.train.input.rows import row_prefetcher
+from tandem.train.models.language.llm_spec import choose_kernels
+from tandem.train.objectives.language import train_forward, train_loss
+from tandem.train.tasks.base import Accept, StepFacts, Task
 
 
 class LanguageTrainer:
@@ -27,10 +28,10 @@ class LanguageTrainer:
         loss = functools.partial(train_loss, domains=len(data.stream.domains))
         self.engines = build_engines(config, layout, device, forward=train_forward, loss=loss)
 
-    def steps(self, count: int) -> Staging:
+    def steps(self, count: int) -> DevicePrefetcher:
         grid = self.engines.grid
-        feed = row_feed(self._data, self._config, grid, steps=count)
-        return Staging(feed, grid.device)
+        prefetcher = row_prefetcher(self._data, self._config, grid, steps=count)
+        return DevicePrefetcher(prefetcher, grid.device)
 
     def step(self, batch: StepInput, *, timer: PhaseTimer, stop: bool, accept: Accept) -> StepOutput:
         return hybrid_step(

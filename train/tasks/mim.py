@@ -4,15 +4,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.text import Tokenizer
-from parallel.encoder_step import Chunk
-from parallel.layout import Layout
-from train.config import Config
-from train.flops import mim_flops
-from train.models.masked import MaskedImages, MimTower
-from train.models.masking import mask_images, masked_patches
-from train.models.teacher import check_teacher, load_teacher
-from train.tasks.encoder_only import EncoderTask, Losses, SampleBatch, Stateless, View
+from tandem.data.media.text import Tokenizer
+from tandem.parallel.encoder_step import Chunk
+from tandem.parallel.layout import Layout
+from tandem.train.config.schema import Config
+from tandem.train.cost.flops import mim_flops
+from tandem.train.models.layers.masking import mask_images, masked_patches
+from tandem.train.models.pretrained.teacher import check_teacher, load_teacher
+from tandem.train.models.towers.masked import MaskedImages, MimTower
+from tandem.train.tasks.encoder_only import EncoderTask, Losses, SampleBatch, Stateless, View
 
 
 class MimObjective(Stateless):

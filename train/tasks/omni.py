@@ -4,15 +4,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.audio import sound_grid
-from data.plan import AUDIO
-from data.text import Tokenizer
-from parallel.encoder_step import Chunk
-from parallel.layout import Layout
-from train.config import Config
-from train.models.omni import OmniChunk, OmniTower
-from train.objectives.omni import omni_loss
-from train.tasks.encoder_only import EncoderTask, Losses, SampleBatch, Stateless, View, pair_flops, whole_world
+from tandem.data.media.audio import sound_grid
+from tandem.data.media.text import Tokenizer
+from tandem.data.planning.plan import AUDIO
+from tandem.parallel.encoder_step import Chunk
+from tandem.parallel.layout import Layout
+from tandem.train.config.schema import Config
+from tandem.train.models.towers.omni import OmniChunk, OmniTower
+from tandem.train.objectives.omni import omni_loss
+from tandem.train.tasks.encoder_only import EncoderTask, Losses, SampleBatch, Stateless, View, pair_flops, whole_world
 
 
 class OmniObjective(Stateless):

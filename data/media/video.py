@@ -1,0 +1,226 @@
+"""Which frames a video gives and at what resolution, and decoding just those.
+
+Few frames get many tokens each, many frames get few, the whole video within one budget (Seed1.5-VL section 2.2):
+
+    tokens a frame      640   512   384   256   160   128     then 128, with frames spread evenly over the video
+    frames that fit     128   160   213   320   512   640     in 81,920 tokens
+
+Times count in milliseconds from the first frame. Shapes: F frames, H W pixels.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import av
+import numpy as np
+
+from tandem.data.media.image import ImageError
+
+MAX_FRAME_PIXELS = 1 << 26  # 8192 x 8192
+MAX_DURATION_MS = 24 * 3600 * 1000
+LAST_FRAME_MS = 1000  # a last frame stands at least this long, since headers round durations up
+BUFFER_BYTES = 1 << 17
+
+# Other demuxers are never tried: some of them (playlists) would open files and addresses named in the data.
+CONTAINERS = "mov,mp4,matroska,webm,avi"
+_OPEN = {"format_whitelist": CONTAINERS, "protocol_whitelist": ""}
+_STREAMS = {"max_pixels": str(MAX_FRAME_PIXELS)}  # for what is decoded while the header is read
+
+
+class VideoError(ImageError):
+    """A video cannot be used; the message is one sentence."""
+
+
+class SoundError(VideoError):
+    """A video's sound cannot be used; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a video declares, and the size of its first frame as shown (rotation applied, pixels taken as square)."""
+
+    height: int
+    width: int
+    duration_ms: int
+    fps: float  # mean rate, 0 where the container gives none
+    audio: bool
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling: pure functions
+
+
+def sample_frames(duration_ms: int, fps: float, budget: int, levels: Sequence[int]) -> tuple[np.ndarray, int]:
+    """(times int64 [F] in ms, most visual tokens a frame) of a video sampled at `fps` frames a second.
+
+    Takes the first of the falling `levels` at which all frames fit `budget` tokens. Where even the last does not,
+    keeps that level and spreads as many frames as fit evenly over the video.
+    """
+    frames = max(1, math.ceil(duration_ms * fps / 1000 - 1e-6))
+    for level in levels:
+        if frames * level <= budget:
+            return np.floor(np.arange(frames) * (1000 / fps) + 1e-6).astype(np.int64), int(level)
+    frames = max(1, budget // levels[-1])
+    return np.arange(frames, dtype=np.int64) * duration_ms // frames, int(levels[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def probe(file: BinaryIO, max_pixels: int = MAX_FRAME_PIXELS) -> Probe:
+    """Read the header and decode the first frame. Raises VideoError for what could not be sampled."""
+    with opened(file, "video") as (container, stream):
+        _limit_pixels(stream, max_pixels)
+        duration_ms = _duration_ms(container, stream)
+        if duration_ms < 1:
+            raise VideoError("the video declares no duration")
+        if duration_ms > MAX_DURATION_MS:
+            raise VideoError(f"the video declares {duration_ms} ms; the limit is {MAX_DURATION_MS} ms")
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise VideoError("the video has no frame")
+        height, width = (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
+        rate = stream.average_rate or stream.guessed_rate
+        return Probe(height, width, duration_ms, float(rate or 0), bool(container.streams.audio))
+
+
+def decode_frames(file: BinaryIO, times_ms: Sequence[int], max_pixels: int = MAX_FRAME_PIXELS) -> Iterator[np.ndarray]:
+    """The frames shown at ascending times, one at a time, as RGB pixels uint8 [H, W, 3]; rotation is applied.
+
+    Shown at t is the last frame that begins at or before t. Frames are decoded in order, and where a keyframe lies
+    between here and the next time wanted, decoding goes on from there. Raises VideoError, also for a video that ends
+    before a time wanted.
+    """
+    with opened(file, "video") as (container, stream):
+        _limit_pixels(stream, max_pixels)
+        frames = _Frames(container, stream)
+        shown, pixels_HW3 = None, None
+        for time_ms in times_ms:
+            frame = frames.at(int(time_ms))
+            if frame is not shown:
+                turned = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame))
+                shown, pixels_HW3 = frame, np.ascontiguousarray(turned)
+            yield pixels_HW3
+
+
+class _Frames:
+    """Frames of one stream by rising time: the one last shown, and the one after it."""
+
+    def __init__(self, container, stream):
+        self._container, self._stream = container, stream
+        self._ms = float(1000 * stream.time_base)
+        self._seekable = self._seek(0)  # Matroska loads its table of keyframes at the first seek
+        self._frames = container.decode(stream)
+        self._next = next(self._frames, None)
+        if self._next is None:
+            raise VideoError("the video has no frame")
+        self._shown = self._next
+        first = _pts(self._next)
+        self._start = first if stream.start_time is None else min(stream.start_time, first)
+
+    def at(self, time_ms: int):
+        """The frame shown at a time not before the last one asked for."""
+        if self._seekable and self._keyframe_ahead(time_ms):
+            self._jump(time_ms)
+        while self._next is not None and self._time(self._next) <= time_ms:
+            self._shown, self._next = self._next, next(self._frames, None)
+        if self._next is None:
+            length_ms = max(LAST_FRAME_MS, (self._shown.duration or 0) * self._ms)
+            if time_ms >= self._time(self._shown) + length_ms:
+                raise VideoError(f"the video ends at {self._time(self._shown)} ms, before {time_ms} ms")
+        return self._shown
+
+    def _time(self, frame) -> int:
+        """The millisecond in which a frame begins."""
+        return math.floor((_pts(frame) - self._start) * self._ms + 1e-6)
+
+    def _keyframe_ahead(self, time_ms: int) -> bool:
+        """A keyframe lies after the next frame and not after `time_ms`, by the container's table."""
+        entries = self._stream.index_entries
+        if self._next is None or self._time(self._next) > time_ms:
+            return False
+        at = entries.search_timestamp(self._start + int(time_ms / self._ms), backward=True)
+        return at >= 0 and entries[at].timestamp > _pts(self._next)
+
+    def _jump(self, time_ms: int) -> None:
+        """Go on from the keyframe before `time_ms`; further back where the table was wrong about it."""
+        for earlier_ms in (0, 2000, 20_000, time_ms):
+            if not self._seek(max(0, time_ms - earlier_ms)):
+                break
+            frames = self._container.decode(self._stream)
+            frame = next(frames, None)
+            if frame is not None and (self._time(frame) <= time_ms or earlier_ms >= time_ms):
+                self._frames, self._shown, self._next = frames, frame, frame
+                return
+        raise VideoError(f"the video cannot be decoded from {time_ms} ms on")
+
+    def _seek(self, time_ms: int) -> bool:
+        try:
+            start = getattr(self, "_start", self._stream.start_time or 0)
+            self._container.seek(start + int(time_ms / self._ms), stream=self._stream)
+            return True
+        except av.FFmpegError:
+            return False
+
+
+@contextmanager
+def opened(file: BinaryIO, kind: str) -> Iterator[tuple]:
+    """(container, its first track of `kind`, video or audio); what goes wrong inside comes out as a VideoError.
+
+    Of sound, all that goes wrong once the file is open is a SoundError.
+    """
+    unusable = VideoError
+    try:
+        with av.open(file, container_options=_OPEN, options=_STREAMS, buffer_size=BUFFER_BYTES) as container:
+            unusable = SoundError if kind == "audio" else VideoError
+            tracks = [track for track in container.streams if track.type == kind]
+            if not tracks:
+                raise unusable(f"the file has no {kind} track")
+            if tracks[0].codec_context is None:
+                raise unusable(f"the {kind} track has a codec that cannot be decoded")
+            for other in container.streams:
+                if other is not tracks[0]:
+                    other.discard = av.stream.Discard.all
+            tracks[0].codec_context.thread_count = 1
+            yield container, tracks[0]
+    except ImageError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise unusable(f"the {kind} cannot be decoded: {text[:120]}") from error
+
+
+def _limit_pixels(stream, max_pixels: int) -> None:
+    codec = stream.codec_context
+    if codec.width < 1 or codec.height < 1 or codec.width * codec.height > max_pixels:
+        size = f"{codec.width} x {codec.height}"
+        raise VideoError(f"the video declares {size} pixels a frame; the limit is {max_pixels} pixels in all")
+    codec.options = {"max_pixels": str(max_pixels)}  # what the frames themselves declare is held to it too
+
+
+def _duration_ms(container, stream) -> int:
+    """Length of the video track; of the whole file where the track does not tell."""
+    if stream.duration is not None:
+        return int(stream.duration * stream.time_base * 1000)
+    parts = stream.metadata.get("DURATION", "").split(":")
+    try:
+        hours, minutes, seconds = (float(part) for part in parts)
+        return int(1000 * (3600 * hours + 60 * minutes + seconds))
+    except ValueError:
+        return int((container.duration or 0) * 1000 / av.time_base)
+
+
+def _pts(frame) -> int:
+    time = frame.pts if frame.pts is not None else frame.dts
+    if time is None:
+        raise VideoError("the video has frames without a time")
+    return time
+
+
+def _quarter_turns(frame) -> int:
+    """Quarter turns to the left by which a frame is shown."""
+    return round(frame.rotation / 90) % 4

@@ -1,0 +1,1 @@
+"""WebDataset tars, their indexes and catalogs, on disks and in object stores."""

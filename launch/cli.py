@@ -1,0 +1,46 @@
+"""The command of an installation: `tandem train +recipe=stage1 ...` is `python launch/pretrain.py +recipe=stage1 ...`.
+
+    tandem                     lists the commands
+    tandem evaluate --help     what one of them takes
+
+On several ranks:  torchrun --nproc-per-node 8 -m tandem.launch.pretrain +recipe=stage2 ...
+"""
+
+import ast
+import difflib
+import re
+import runpy
+import sys
+from pathlib import Path
+
+MODULES = {"train": "pretrain"}  # a command's module where its name is another; else `make-shards` is make_shards
+
+
+def main() -> None:
+    """Runs the command that the first word names, with the words behind it."""
+    word = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if word in ("--help", "-h"):
+        print(f"{__doc__.splitlines()[0]}\n\ncommands:")
+        for name, purpose in commands().items():
+            print(f"  tandem {name:16} {purpose}")
+        return
+    if word not in commands():
+        near = difflib.get_close_matches(word, commands(), n=1)
+        sys.exit(
+            f"error: there is no command {word}" + (f"; did you mean {near[0]}?" if near else "; see tandem --help")
+        )
+    module = f"tandem.launch.{MODULES.get(word, word.replace('-', '_'))}"
+    sys.argv = [f"tandem {word}", *sys.argv[2:]]
+    runpy.run_module(module, run_name="__main__")
+
+
+def commands() -> dict[str, str]:
+    """Name of every command, and how the docstring of its module begins."""
+    named = {module: name for name, module in MODULES.items()}
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem not in ("__init__", "cli"):
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            sentence = re.split(r"[.:,](?:\s|$)", " ".join(text.split()))[0]
+            found[named.get(path.stem, path.stem.replace("_", "-"))] = sentence
+    return dict(sorted(found.items()))

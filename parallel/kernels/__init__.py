@@ -1,0 +1,1 @@
+"""Kernels of one rank: attention and its backends, experts, cross-entropy, compiled regions, recomputation."""

@@ -1,0 +1,1 @@
+"""The checkpoint format, its reader, its writer, and which checkpoints stay."""

@@ -1,0 +1,1 @@
+"""The settings of a run: schema, order of precedence, and every rule between them."""

@@ -1,0 +1,154 @@
+"""Every rule between settings that types cannot say, checked before anything is allocated."""
+
+import math
+from operator import attrgetter
+
+from tandem.parallel.engines.optimizers import NAMES as OPTIMIZERS
+from tandem.parallel.kernels.attention import NAMES as ATTENTION
+from tandem.parallel.kernels.compilation import MODES
+from tandem.parallel.layout import Layout
+from tandem.train.config.schema import Config
+from tandem.train.models.language.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
+from tandem.train.models.language.llm_spec import KERNELS
+from tandem.train.models.layers.blocks import RECOMPUTE
+from tandem.train.tasks import find
+from tandem.train.tasks.base import Task
+
+LEAST = {
+    "train.steps": 1,
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.seq_length": 1,
+    "optim.lr": 0,
+    "optim.min_lr": 0,
+    "optim.warmup_steps": 0,
+    "optim.eps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_norm": 0,
+    "data.max_pixels": 1,
+    "data.workers": 0,
+    "data.prefetch": 1,
+    "data.max_skip_rate": 0,
+    "data.audio_seconds": 0,
+    "model.embedding": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
+    "logger.every": 1,
+    "watchdog.timeout_s": 0,
+    "guard.window": 2,
+    "guard.spike_loss": 0,
+    "guard.spike_norm": 0,
+    "guard.consecutive": 1,
+    "guard.total": 1,
+    "guard.rollbacks": 0,
+    "health.every": 0,
+    "health.slow_factor": 1,
+}
+
+
+def check_config(config: Config, world: int) -> Layout:
+    """The layout.  Raises ValueError, one sentence naming keys and values, for any setting that cannot work."""
+    layout, _ = config.layout(world), config.vision  # both checked as they are built
+    for key, least in LEAST.items():
+        if attrgetter(key)(config) < least:
+            raise ValueError(f"{key}={attrgetter(key)(config)}: must be at least {least}")
+    task = find(config.task)
+    task.check(config, layout)
+    _check_parallel(config, layout)
+    _check_choices(config)
+    _check_loading(config, task)
+    if config.watchdog.patience_s < config.watchdog.timeout_s:
+        raise ValueError(
+            f"watchdog.patience_s={config.watchdog.patience_s} is shorter than watchdog.timeout_s="
+            f"{config.watchdog.timeout_s}"
+        )
+    _check_data(config)
+    return layout
+
+
+def _check_parallel(config: Config, layout: Layout) -> None:
+    if config.parallel.sequence_parallel is False and layout.tp > 1:
+        raise ValueError(
+            f"parallel.sequence_parallel=false with parallel.tp={layout.tp}: visual rows and experts need sequence "
+            "parallelism; leave it null"
+        )
+    if config.train.recompute.lower() in ("true", "false"):
+        now = "full" if config.train.recompute.lower() == "true" else "none"
+        raise ValueError(f"train.recompute={config.train.recompute}: say {now}, or one of {', '.join(LLM_RECOMPUTE)}")
+    encoder = config.parallel.encoder
+    if encoder.zero_stage not in (1, 2, 3):
+        raise ValueError(f"parallel.encoder.zero_stage={encoder.zero_stage}: must be 1, 2 or 3")
+    if encoder.chunk_patches < config.data.max_patches:
+        raise ValueError(
+            f"parallel.encoder.chunk_patches={encoder.chunk_patches} is smaller than one image of "
+            f"data.max_patches={config.data.max_patches}"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data, video = config.data, config.data.video
+    if not data.sources:
+        raise ValueError("data.sources is empty: name at least one source of shards")
+    for name, source in data.sources.items():
+        if not source.shards:
+            raise ValueError(
+                f"data.sources.{name}.shards is empty: name one or more WebDataset shards (paths or brace "
+                "patterns) or a .catalog file"
+            )
+    levels = list(video.levels)
+    if not levels or levels != sorted(set(levels), reverse=True) or levels[-1] < 1:
+        raise ValueError(f"data.video.levels={levels}: must be tokens of a frame, falling, at least 1")
+    if not levels[-1] <= video.budget <= config.train.seq_length:
+        raise ValueError(
+            f"data.video.budget={video.budget}: must be from {levels[-1]} (the last of data.video.levels) to "
+            f"train.seq_length={config.train.seq_length}"
+        )
+
+
+def _check_choices(config: Config) -> None:
+    choices = (
+        ("data.too_long", config.data.too_long, ("cut", "refuse")),
+        ("train.precision", config.train.precision, ("fp32", "bf16")),
+        ("optim.name", config.optim.name, OPTIMIZERS),
+        ("parallel.attention", config.parallel.attention, ATTENTION),
+        ("parallel.kernels", config.parallel.kernels, KERNELS),
+        ("parallel.compile", config.parallel.compile, MODES),
+        ("parallel.encoder.recompute", config.parallel.encoder.recompute, RECOMPUTE),
+        ("train.recompute", config.train.recompute, LLM_RECOMPUTE),
+        ("optim.schedule", config.optim.schedule, ("cosine", "constant")),
+        ("logger.wandb", config.logger.wandb, ("offline", "online", "disabled")),
+    )
+    for key, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}")
+    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ValueError(f"optim.betas={list(config.optim.betas)}: must be two numbers from 0 to below 1")
+    for key in ("lr", "min_lr", "eps", "weight_decay", "clip_norm"):
+        if not math.isfinite(getattr(config.optim, key)):
+            raise ValueError(f"optim.{key}={getattr(config.optim, key)}: must be a finite number")
+    if not 0 < config.optim.layer_decay <= 1:
+        raise ValueError(f"optim.layer_decay={config.optim.layer_decay}: must be above 0, and at most 1 for none")
+    if not 0 <= config.optim.ema < 1:
+        raise ValueError(f"optim.ema={config.optim.ema}: must be from 0 to below 1")
+
+
+def _check_loading(config: Config, task: Task) -> None:
+    """What is trained, and what is taken from another checkpoint."""
+    trainable, needed = set(config.train.trainable), set(task.must_train)
+    if trainable - set(task.parts) or needed - trainable or not trainable:
+        may = f"must name one or more of {', '.join(task.parts)}"
+        if needed:
+            others = ", ".join(part for part in task.parts if part not in needed)
+            may = f"must name {', '.join(task.must_train)} and may name {others}"
+        raise ValueError(f"train.trainable={list(config.train.trainable)}: {may}")
+    modules = config.checkpoint.load_modules
+    if modules is None:
+        return
+    if not modules or set(modules) - set(task.parts):
+        raise ValueError(f"checkpoint.load_modules={list(modules)}: must name one or more of {', '.join(task.parts)}")
+    if config.checkpoint.load_optimizer and trainable - set(modules):
+        raise ValueError(
+            f"checkpoint.load_optimizer=true with checkpoint.load_modules={list(modules)}: must name all of "
+            f"train.trainable={list(config.train.trainable)}; set checkpoint.load_optimizer=false"
+        )

@@ -1,0 +1,125 @@
+"""From recipes/ and overrides to typed settings.
+
+    defaults  <  recipe  <  scale  <  groups and files that the user names  <  single keys on the command line
+
+Hydra composes, but it cannot express that a preset yields to the user: a recipe and a scale set single keys of all
+groups, and would overrule a file that the user names, as in data=mixed.  `ranked` restores the order.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import get_args, get_origin
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml.error import MarkedYAMLError
+
+from tandem.train.config.schema import Config
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+PRESETS = ("recipe", "scale")
+WHOLE = ("sources",)  # keys of a group of which a user's file replaces all: the sources that it names are all there are
+
+# Names alone: `read_config` checks types. A typed dictionary would not take +data.sources.NAME.shards=[...].
+ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config)))
+
+
+def composed(overrides: Sequence[str], folder: Path = RECIPES) -> DictConfig:
+    """The settings of a command line.  Raises Hydra's exceptions for overrides that cannot be composed."""
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return ranked(compose("config", overrides=list(overrides)), overrides)
+
+
+def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """What Hydra has composed, in the order of precedence above; for use while Hydra is initialized.
+
+    settings.scale: name, values (of every recipe at this scale) and, by the recipe, sizes.<name> (of this recipe).
+    """
+    loader = GlobalHydra.instance().config_loader()
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    named = {
+        o.key_or_group: o.value() for o in parsed if loader.get_group_options(o.key_or_group) and not o.is_delete()
+    }
+    out = OmegaConf.create(OmegaConf.to_container(settings))
+    scale = out.scale
+    out = OmegaConf.merge(out, scale.get("values", {}), scale.get("sizes", {}).get(scale.name, {}))
+    for group, option in named.items():
+        if group in PRESETS:
+            continue
+        said = _said_by(loader, group, option)
+        for key in set(WHOLE) & set(said):
+            out[group][key] = {}
+        out = OmegaConf.merge(out, {group: said})
+    for override in parsed:
+        key = override.key_or_group
+        if key in named or key in PRESETS:
+            continue
+        if override.is_delete():
+            _delete(out, key)
+        else:
+            OmegaConf.update(out, key, OmegaConf.select(settings, key), merge=False, force_add=True)
+    out.scale = {"name": scale.name}
+    return out
+
+
+def _said_by(loader, group: str, option: str) -> DictConfig:
+    """The keys that a file of a group names itself, without those of the files that it starts from."""
+    said = loader.repository.load_config(f"{group}/{option}").config
+    return OmegaConf.masked_copy(said, [key for key in said if key != "defaults"])
+
+
+def _delete(settings: DictConfig, key: str) -> None:
+    place, _, name = key.rpartition(".")
+    parent = OmegaConf.select(settings, place) if place else settings
+    if parent is not None and name in parent:
+        del parent[name]
+
+
+def read_config(settings: DictConfig) -> Config:
+    """Typed settings of a composed configuration.
+
+    Raises ValueError where a setting is missing, unknown (Hydra lets +key=value through) or of a wrong type.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.to_container(settings, resolve=True)))
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} is missing; choose a recipe, as in +recipe=stage1") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def keys(node: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all settings; those of a dictionary of parts, such as data.sources, with * for its keys."""
+    found = []
+    for field in fields(node):
+        name, kind = prefix + field.name, field.type
+        if get_origin(kind) is dict and is_dataclass(get_args(kind)[1]):
+            name, kind = f"{name}.*", get_args(kind)[1]
+        found += keys(kind, f"{name}.") if is_dataclass(kind) else [name]
+    return found
+
+
+def one_sentence(error: Exception) -> str:
+    """An error of Hydra's or of a YAML file, in one sentence and with the nearest key where one is unknown."""
+    if isinstance(error, MarkedYAMLError):
+        place = f" in {error.problem_mark.name}, line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        return f"broken YAML{place}: {error.problem}"
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        named = re.search(r"override '[+~]*([\w.*]+)'", str(error))
+        key = named[1] if named else str(cause.full_key)
+        near = get_close_matches(key, keys(), n=1, cutoff=0.6)
+        return f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    said = f"{error}".partition("Config search path")[0] + "\n" + f"{cause or ''}".partition("full_key")[0]
+    lines = [line for line in said.splitlines() if not line.startswith(("To append", "See http"))]
+    said = " ".join(" ".join(lines).split())
+    if any(sign in said for sign in ("no viable alternative", "mismatched input", "token recognition")):
+        said += "; quote braces and brackets twice, as in \"data.sources.main.shards=['a-{0..9}.tar']\""
+    return said

@@ -1,0 +1,163 @@
+"""Model FLOPs of a step, for MFU: multiply-adds count two, recomputation counts nothing, causal attention half.
+
+A trained module costs three forwards; a frozen one costs its forward, and where gradients pass through it once more for
+its weights' products and twice more for its attention, which has no weights to save a product on.
+
+Legend: n patches of an image or tokens of a text, d width of its blocks, D LLM width, pairs = query-key pairs that
+attention looks at.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tandem.data.vision import VisionSpec, transformer_flops
+from tandem.train.models.encoders.text_encoder import TextConfig
+from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.towers.masked import MimConfig
+from tandem.train.vision import vision_spec
+
+if TYPE_CHECKING:  # the encoder's FLOPs are counted without Megatron-core
+    from tandem.train.models.language.llm import LLMConfig
+
+PEAK_TFLOPS = {  # by a part of the name, the first that fits: dense bf16, from the vendors' data sheets
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "B300": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L4": 121.0,
+}
+
+
+def encoder_flops(config: ViTConfig, patches_I: np.ndarray) -> int:
+    """Forward FLOPs of the encoder over images of `patches_I` patches."""
+    return int(vision_spec(config).encoder_flops(patches_I).sum())
+
+
+def mim_flops(
+    vit: ViTConfig, mim: MimConfig, patches_I: np.ndarray, visible_I: np.ndarray, teacher_width: int
+) -> tuple[int, int]:
+    """Forward FLOPs of masked image modelling, (encoder, all else), the teacher's own not counted.
+
+    patches_I: of each image; visible_I: those of them that are not masked.
+    """
+    visible, masked = int(np.sum(visible_I)), int(np.sum(patches_I) - np.sum(visible_I))
+    if mim.masked == "token":  # the trunk runs over all places, the embedding over visible patches
+        unseen = 2 * masked * vision_spec(vit).patch_values * vit.width
+        return encoder_flops(vit, patches_I) - unseen, 2 * masked * vit.width * teacher_width
+    mlp_width = int(mim.decoder_width * vit.mlp_ratio)
+    decoder = int(transformer_flops(patches_I, mim.decoder_width, mim.decoder_depth, mlp_width).sum())
+    head = 2 * mim.decoder_width * (visible * vit.width + masked * teacher_width)
+    return encoder_flops(vit, visible_I), decoder + head
+
+
+def pool_flops(vit: ViTConfig, patches_I: np.ndarray, out_width: int) -> int:
+    """Forward FLOPs of attention pooling: one learned query, keys and values of every patch, an MLP of ratio 4."""
+    n, images, d = int(np.sum(patches_I)), len(patches_I), vit.width
+    project = 0 if out_width == d else 2 * d * out_width
+    return 2 * d * d + n * (4 * d * d + 4 * d) + images * (18 * d * d + project)
+
+
+def text_flops(config: TextConfig, lengths_N: np.ndarray) -> np.ndarray:
+    """Forward FLOPs of our text encoder for each text of these tokens, without a projection, int64 [N]."""
+    return transformer_flops(lengths_N, config.width, config.depth, int(config.width * config.mlp_ratio))
+
+
+def llm_flops(config: "LLMConfig", tokens: int, pairs: int) -> int:
+    """Forward FLOPs of the LLM over `tokens` tokens whose attention looks at `pairs` query-key pairs in all."""
+    heads, width = config.heads * config.head_width, config.width
+    attention = 2 * width * (heads + 2 * config.kv_heads * config.head_width) + 2 * heads * width
+    if config.num_experts:
+        experts = config.top_k * config.expert_width + config.shared_expert_width
+        ffn = 6 * width * experts + 2 * width * config.num_experts
+    else:
+        ffn = 6 * width * config.ffn_width
+    layers = config.layers * (tokens * (attention + ffn) + 4 * heads * pairs)
+    return layers + 2 * tokens * width * config.vocab_size
+
+
+def causal_pairs(lengths_N: np.ndarray) -> int:
+    """Query-key pairs of causal attention inside segments of these lengths."""
+    lengths_N = np.asarray(lengths_N, dtype=np.int64)
+    return int((lengths_N * (lengths_N + 1) // 2).sum())
+
+
+def llm_parameters(config: "LLMConfig") -> tuple[int, int]:
+    """(all, active) parameters; active counts top_k of the experts and everything else once."""
+    heads = config.heads * config.head_width
+    attention = config.width * (heads + 2 * config.kv_heads * config.head_width) + heads * config.width
+    norms = 2 * config.width
+    if config.num_experts:
+        expert = 3 * config.width * config.expert_width
+        fixed = 3 * config.width * config.shared_expert_width + config.width * config.num_experts
+        ffn_all, ffn_active = config.num_experts * expert + fixed, config.top_k * expert + fixed
+    else:
+        ffn_all = ffn_active = 3 * config.width * config.ffn_width
+    outside = 2 * config.vocab_size * config.width + config.width
+    per_layer = attention + norms
+    return (
+        config.layers * (per_layer + ffn_all) + outside,
+        config.layers * (per_layer + ffn_active) + outside,
+    )
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Model FLOPs of one training step over the whole world."""
+
+    encoder: int
+    adapter: int
+    llm: int
+
+    @property
+    def total(self) -> int:
+        return self.encoder + self.adapter + self.llm
+
+
+def step_flops(
+    vision: VisionSpec, llm: "LLMConfig", trainable, patches_I: np.ndarray, tokens: int, lengths_N: np.ndarray
+) -> StepFlops:
+    """FLOPs of forward and backward; the adapter always learns, so gradients always pass through the LLM."""
+    visual_tokens, pairs = vision.tokens_of(int(np.sum(patches_I))), causal_pairs(lengths_N)
+    forward, attention = llm_flops(llm, tokens, pairs), llm_flops(llm, 0, pairs)
+    return StepFlops(
+        encoder=int(vision.encoder_flops(patches_I).sum()) * (3 if "encoder" in trainable else 1),
+        adapter=int(vision.connector_flops(visual_tokens)) * 3,
+        llm=3 * forward if "llm" in trainable else 2 * forward + attention,
+    )
+
+
+def device_peak_tflops(device: torch.device) -> float:
+    """Peak of one device: a data sheet's for a known GPU; measured by a matrix product on a CPU or an unknown one."""
+    if device.type == "cuda":
+        return peak_of(torch.cuda.get_device_name(device)) or _measure(device, torch.bfloat16, size=8192)
+    return _measure(device, torch.float32, size=1024)
+
+
+def peak_of(name: str) -> float | None:
+    """Peak of the GPU that calls itself `name`, None for one that is not known."""
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def _measure(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best / 1e12

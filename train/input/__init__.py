@@ -1,0 +1,1 @@
+"""From a planned step to micro-batches on the device, prefetched."""

@@ -1,0 +1,61 @@
+"""The stream of steps that a configuration describes, and the reader of its bytes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tandem.data.media.text import Tokenizer
+from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.reading.reader import ShardReader
+from tandem.parallel.comm.transfer import pin, unpin
+from tandem.train.config.schema import Config
+from tandem.train.input.prefetcher import BATCHES_HELD
+from tandem.train.tasks import find
+
+
+@dataclass(frozen=True)
+class Data:
+    """The stream of steps and the reader of its bytes."""
+
+    stream: Stream
+    reader: ShardReader
+
+
+def open_data(config: Config) -> Data:
+    """Loads tokenizer and indexes.  Raises ValueError, in one sentence, for anything missing or that cannot fit."""
+    data = config.data
+    tokenizer = Tokenizer(data.tokenizer)
+    task = find(config.task)
+    known = getattr(config.model, task.vocabulary).vocab_size
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
+            f"model.{task.vocabulary}.vocab_size={known}"
+        )
+    sources = [
+        SourceSettings(
+            **vars(source) | {"name": name, "shards": tuple(source.shards), "train_roles": tuple(source.train_roles)}
+        )
+        for name, source in data.sources.items()
+    ]
+    corpus = Corpus.open(sources, tokenizer.sha256)
+    settings = StreamConfig(
+        seq_length=config.train.seq_length,
+        rows_per_step=config.train.global_batch_size,
+        seed=config.train.seed,
+        vision=config.vision,
+        video_budget=data.video.budget,
+        video_levels=tuple(data.video.levels),
+        block_samples=data.block_samples,
+        window_shards=data.window_shards,
+        too_long=data.too_long,
+        rows="packed" if task.has_llm else "samples",
+        audio_seconds=data.audio_seconds,
+    )
+    stream = Stream(corpus, settings, tokenizer.stamp_lengths)
+    pinning = {"on_new_buffer": pin, "on_old_buffer": unpin} if torch.cuda.is_available() else {}
+    reader = ShardReader(
+        corpus, tokenizer, config.vision, data.max_pixels, data.workers, slots=data.prefetch + BATCHES_HELD, **pinning
+    )
+    return Data(stream, reader)

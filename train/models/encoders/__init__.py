@@ -1,0 +1,1 @@
+"""Encoders of images and of texts, and the decoder of masked patches."""

@@ -1,0 +1,58 @@
+"""What the LLM's layers keep for their backward, `train.recompute`.
+
+    none       all
+    selective  a layer's input, outputs of attention and of matmuls into another width than the layer's (queries, keys
+               and values, gates of the experts); norms, activations, routing and its exchange are computed again
+    offload    a layer's input, in host memory; the layer is computed again
+    full       a layer's input; the layer is computed again
+
+All ranks of a stage compute the same layers again in the same order, so collectives inside them meet.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from tandem.parallel.kernels.attention import saved_ops
+from tandem.parallel.kernels.recompute import HostStore, kept_matmuls
+
+RECOMPUTE = ("none", "selective", "offload", "full")
+
+
+@dataclass
+class LLMTransformerConfig(TransformerConfig):
+    """Megatron-core's settings, and what a layer keeps."""
+
+    recompute: str = "none"
+
+
+class RecomputedLayer(TransformerLayer):
+    """Megatron-core's layer under `config.recompute`."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        forward, recompute = super().forward, self.config.recompute
+        if recompute == "none" or not torch.is_grad_enabled():
+            return forward(hidden_states, *args, **kwargs)
+        context_fn = noop_context_fn
+        if recompute == "selective":
+            context_fn = kept_matmuls(self.config.hidden_size, saved_ops())
+        more = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context_fn}
+        return checkpoint(forward, hidden_states, *args, **more, **kwargs)
+
+
+def offload(layers: TransformerBlock) -> None:
+    """Sends what these layers save in a forward to host memory."""
+    forward = layers.forward
+
+    def stored(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        parameters = list(layers.parameters())
+        with HostStore(parameters[0].device, parameters):
+            return forward(*args, **kwargs)
+
+    layers.forward = stored

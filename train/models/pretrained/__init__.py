@@ -1,0 +1,1 @@
+"""Models in folders of Hugging Face: teachers and text encoders."""

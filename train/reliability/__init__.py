@@ -1,0 +1,1 @@
+"""What keeps a run alive and tells what happened to it: watchdog, guards, health, signals, history."""
