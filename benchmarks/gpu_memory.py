@@ -17,11 +17,12 @@ from tandem.parallel.engines.llm_engine import LLMEngine
 from tandem.parallel.engines.state import AdamSettings
 from tandem.parallel.layout import Layout
 from tandem.train.cost.memory import encoder_memory, stage_memory
+from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.language.llm import LLMConfig
 from tandem.train.models.language.llm_recompute import RECOMPUTE
 from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 from tandem.train.models.layers.initial import initialize
-from tandem.train.models.towers.vision_tower import ConnectorConfig, VisionTower
+from tandem.train.models.towers.vision_tower import VisionTower
 
 ADAM = AdamSettings(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 STAGE = LLMConfig(

@@ -48,9 +48,9 @@ class VisionSpec:
     """Everything about geometry and cost, built from plain numbers; `train.vision` builds it from the settings.
 
     min_patches, max_patches: of one image.  merge: patches a side of a block that becomes one token.  mean, std: of
-    pixel values from 0 to 1, by channel.  width, depth, mlp_width: of the encoder, and out_width: of the tokens, for
-    cost alone; 0 where nobody asks for cost.  Raises ValueError, one sentence with the key, for a value that cannot
-    work.
+    pixel values from 0 to 1, by channel.  width, depth, mlp_width: of the encoder; token_flops: of the connector,
+    forward, for one token; 0 where nobody asks for cost.  Raises ValueError, one sentence with the key, for a value
+    that cannot work.
     """
 
     min_patches: int = 4
@@ -62,7 +62,7 @@ class VisionSpec:
     width: int = 0
     depth: int = 0
     mlp_width: int = 0
-    out_width: int = 0
+    token_flops: int = 0
 
     INTERPOLATION: ClassVar[str] = "bilinear"
     layout: ClassVar[ViewLayout] = ViewLayout()
@@ -204,7 +204,7 @@ class VisionSpec:
 
     def connector_flops(self, tokens) -> np.ndarray:
         """Forward FLOPs of the connector that makes these tokens, int64."""
-        return 2 * np.asarray(tokens, np.int64) * self.out_width * (self.width + self.out_width)
+        return np.asarray(tokens, np.int64) * self.token_flops
 
     def cost(self, grid_hw_I2: np.ndarray) -> np.ndarray:
         """Forward FLOPs of the encoder's blocks for each view, int64 [I]: what balancing sorts by.

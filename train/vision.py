@@ -1,22 +1,32 @@
 """The VisionSpec of a model's parts: where settings become the plain numbers that data/vision.py reckons with."""
 
 from tandem.data.vision import VisionSpec
+from tandem.train.models import connectors
+from tandem.train.models.connectors.base import ConnectorConfig, Sizes
 from tandem.train.models.encoders.vit import ViTConfig
-from tandem.train.models.towers.vision_tower import ConnectorConfig
 
 
 def vision_spec(
     encoder: ViTConfig, connector: ConnectorConfig | None = None, llm_width: int = 0, **limits: int
 ) -> VisionSpec:
-    """limits: min_patches and max_patches of an image.  Without a connector it is the default one, of no cost."""
+    """limits: min_patches and max_patches of an image.  Without a connector it is the default one, of no cost.
+
+    Raises ValueError, naming the key, for settings that cannot work.
+    """
+    connector = connector or ConnectorConfig()
+    token_flops = 0
+    if llm_width:
+        kind = connectors.find(connector.kind)
+        sizes = Sizes(encoder.width, llm_width, connector.merge, encoder.norm_eps)
+        token_flops = kind.token_flops(sizes, kind.read(connector.options))
     return VisionSpec(
         patch_size=encoder.patch_size,
-        merge=(connector or ConnectorConfig()).merge,
+        merge=connector.merge,
         mean=tuple(encoder.image_mean),
         std=tuple(encoder.image_std),
         width=encoder.width,
         depth=encoder.depth,
         mlp_width=int(encoder.width * encoder.mlp_ratio),
-        out_width=llm_width,
+        token_flops=token_flops,
         **limits,
     )

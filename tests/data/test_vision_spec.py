@@ -57,10 +57,10 @@ def test_sizes_by_hand():
 
 def test_costs_by_hand():
     """Two blocks of width 8 and MLP 24 over 6 patches: 6 (8 64 + 4 8 24) + 4 36 8 operations each."""
-    spec = VisionSpec(width=8, depth=2, mlp_width=24, out_width=5, patch_size=16)
+    spec = VisionSpec(width=8, depth=2, mlp_width=24, token_flops=130, patch_size=16)
     assert spec.cost(np.array([[2, 3]])).tolist() == [2 * (6 * (8 * 64 + 4 * 8 * 24) + 4 * 36 * 8)]
     assert spec.encoder_flops([6]).tolist() == [int(spec.cost(np.array([[2, 3]]))[0]) + 2 * 6 * 768 * 8]
-    assert spec.connector_flops(7) == 2 * 7 * (8 * 5 + 5 * 5)
+    assert spec.connector_flops(7) == 7 * 130
 
 
 @pytest.mark.parametrize(

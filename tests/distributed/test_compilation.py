@@ -10,10 +10,11 @@ from tandem.data.vision import VisionSpec
 from tandem.parallel.engines.encoder_engine import EncoderEngine
 from tandem.parallel.engines.state import AdamSettings
 from tandem.parallel.kernels import compilation
+from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.vit import PackedImages, ViTConfig
 from tandem.train.models.layers.initial import initialize
 from tandem.train.models.layers.masking import drop_path_factors
-from tandem.train.models.towers.vision_tower import ConnectorConfig, VisionTower
+from tandem.train.models.towers.vision_tower import VisionTower
 from tests.distributed.runs import whole_state
 from tests.distributed.world import run_world
 from tests.graphs import CountedGraphs

@@ -45,5 +45,7 @@ def test_nothing_but_the_files_of_the_page_is_added():
     assert [name for name, _ in BLOCK.findall(PAGE)] == [
         "train/tasks/colour.py",
         "recipes/recipe/colour.yaml",
+        "train/models/connectors/shuffle.py",
+        "recipes/model/shuffled.yaml",
         "recipes/model/wide.yaml",
     ]

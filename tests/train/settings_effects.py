@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -191,6 +192,14 @@ def geometry(lab):
     assert (prepared.plan.grid_hw_I2 % 3 == 0).all()
     assert (prepared.plan.tokens_I == prepared.plan.grid_hw_I2.prod(1) // 9).all()
     assert prepared.images.patches_NP.shape == (prepared.plan.patches_I.sum(), 768)
+
+
+@effect("model.connector.kind", "model.connector.options")
+def connector(lab):
+    """Another name, and an option that the kind lacks, are refused."""
+    refused("model.connector.kind", "mlq", lambda: check_config(settings("stage1", "model.connector.kind=mlq"), 1))
+    with pytest.raises(ValueError, match="model.connector.options.wide: there is no such option"):
+        check_config(settings("stage1", "+model.connector.options.wide=3"), 1)
 
 
 @effect("model.encoder.drop_path")

@@ -24,12 +24,14 @@ from tandem.train.cost.flops import (
     step_flops,
     text_flops,
 )
+from tandem.train.models.connectors.base import Sizes
+from tandem.train.models.connectors.mlp import CONNECTOR
 from tandem.train.models.encoders.text_encoder import PackedTexts, TextConfig, TextEncoder
 from tandem.train.models.encoders.vit import PackedImages, SeedViT
 from tandem.train.models.layers.attention_pool import AttentionPool
 from tandem.train.models.layers.masking import mask_images
 from tandem.train.models.towers.masked import MaskedImages, MimConfig, MimTower
-from tandem.train.models.towers.vision_tower import Adapter, VisionTower
+from tandem.train.models.towers.vision_tower import VisionTower
 from tandem.train.vision import vision_spec
 from tests.support import settings
 from tests.train.toys import LLM_KINDS, packed, random_images
@@ -77,10 +79,9 @@ def test_balance_costs_are_the_encoder_without_its_patch_embedding(encoder):
 
 def test_adapter_forward():
     config = settings("stage1").model.encoder
-    adapter = Adapter(config.width, 96, config.norm_eps)
-    assert counted(lambda: adapter(torch.randn(13, config.width))) == vision_spec(config, llm_width=96).connector_flops(
-        13
-    )
+    adapter = CONNECTOR.build(Sizes(config.width, 96, merge=2, norm_eps=1e-6), CONNECTOR.read({}))
+    flops = vision_spec(config, llm_width=96).connector_flops(13)
+    assert counted(lambda: adapter(torch.randn(4 * 13, config.width))) == flops
 
 
 @pytest.mark.parametrize("reading", ["drop", "token"])

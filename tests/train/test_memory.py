@@ -28,11 +28,12 @@ from tandem.train.cost.memory import (
     stage_memory,
     stage_parameters,
 )
+from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.vit import PackedImages, ViTConfig
 from tandem.train.models.language.llm import LLMConfig
 from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 from tandem.train.models.layers.initial import initialize
-from tandem.train.models.towers.vision_tower import ConnectorConfig, VisionTower
+from tandem.train.models.towers.vision_tower import VisionTower
 from tandem.train.vision import vision_spec
 from tests.support import ROOT
 
@@ -114,7 +115,7 @@ def test_what_the_encoder_keeps(recompute):
 
 @pytest.mark.parametrize(("patch_size", "merge"), [(16, 2), (14, 3)])
 def test_other_patches_and_blocks_are_counted(patch_size, merge):
-    config, connector = ViTConfig(width=128, depth=4, heads=2, patch_size=patch_size), ConnectorConfig(merge)
+    config, connector = ViTConfig(width=128, depth=4, heads=2, patch_size=patch_size), ConnectorConfig(merge=merge)
     vision, grids = vision_spec(config, connector), np.array([[12, 12]] * 3)
     module = VisionTower(config, connector, WIDTH)
     initialize(module, seed=0)

@@ -17,6 +17,7 @@ from tandem.data.media.image import to_patches
 from tandem.data.vision import VisionSpec
 from tandem.parallel.engines.llm_shards import shards_of
 from tandem.train.cost.flops import llm_parameters
+from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.vit import SeedViT, ViTConfig, pool
 from tandem.train.models.language.llm import LLMConfig
 from tandem.train.models.language.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
@@ -25,7 +26,7 @@ from tandem.train.models.layers.blocks import RECOMPUTE
 from tandem.train.models.layers.initial import initialize
 from tandem.train.models.layers.masking import drop_path_factors
 from tandem.train.models.layers.rotary import axis_angles, tables, turn
-from tandem.train.models.towers.vision_tower import ConnectorConfig, VisionTower
+from tandem.train.models.towers.vision_tower import VisionTower
 from tests.support import ROOT, settings
 from tests.train.toys import LLM_KINDS, packed, random_images
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 from tandem.parallel.kernels.cross_entropy import peak_bytes
 from tandem.parallel.kernels.recompute import IN_FLIGHT
 from tandem.parallel.layout import Layout
+from tandem.train.models import connectors
+from tandem.train.models.connectors.base import ConnectorConfig, Sizes
 from tandem.train.models.encoders.vit import ViTConfig
-from tandem.train.models.towers.vision_tower import ConnectorConfig
 from tandem.train.vision import vision_spec
 
 if TYPE_CHECKING:  # the encoder's memory is counted without Megatron-core
@@ -50,13 +51,19 @@ class Memory:
 # ---- encoder ---------------------------------------------------------------------------------------------------------
 
 
-def encoder_parameters(config: ViTConfig, llm_width: int) -> tuple[int, int]:
+def encoder_parameters(config: ViTConfig, llm_width: int, connector: ConnectorConfig | None = None) -> tuple[int, int]:
     """Parameters of (encoder, adapter)."""
     d, mlp = config.width, int(config.width * config.mlp_ratio)
     block = 4 * d * d + 2 * d * mlp + 4 * d + d + mlp + 4 * d  # products, their biases, two norms
     encoder = config.depth * block + (vision_spec(config).patch_values + 1) * d + 2 * d
-    adapter = 2 * d + (d + 1) * llm_width + (llm_width + 1) * llm_width
-    return encoder, adapter
+    kind, sizes, options = _connector(config, connector or ConnectorConfig(), llm_width)
+    return encoder, kind.parameters(sizes, options)
+
+
+def _connector(config: ViTConfig, connector: ConnectorConfig, llm_width: int):
+    """(kind, sizes, options) of a connector."""
+    kind = connectors.find(connector.kind)
+    return kind, Sizes(config.width, llm_width, connector.merge, config.norm_eps), kind.read(connector.options)
 
 
 def encoder_memory(
@@ -76,7 +83,7 @@ def encoder_memory(
     recompute: `parallel.encoder.recompute`; with replay one chunk is in memory, whatever their number.  element: bytes
     of an activation, 2 for bf16.
     """
-    parameters = sum(encoder_parameters(config, llm_width))
+    parameters = sum(encoder_parameters(config, llm_width, connector))
     d, mlp = config.width, int(config.width * config.mlp_ratio)
     held, kept = (1, "none") if recompute == "replay" else (chunks, recompute)
 
@@ -85,7 +92,8 @@ def encoder_memory(
 
     vision = vision_spec(config, connector)
     rows, values = vision.tokens_of(chunk_patches), vision.patch_values
-    adapter = rows * element * (2 * d + 2 * llm_width)  # pooled and normed rows, hidden twice
+    kind, sizes, options = _connector(config, connector, llm_width)
+    adapter = rows * element * kind.token_elements(sizes, options)
     ends = chunk_patches * element * (values + d)  # pixels that are embedded, features before the final norm
     inside = 0 if kept == "none" else of_blocks("none", 1, chunk_patches)
     tables = chunk_patches * 2 * FP32 * d // config.heads

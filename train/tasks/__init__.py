@@ -9,34 +9,8 @@ omni           the encoder alone: frames, sound and captions of videos
 A module that is added here is a task without an edit elsewhere; see docs/extending.md.
 """
 
-import difflib
-import importlib
-import importlib.util
-import pkgutil
-from functools import cache
-
+from tandem.train.registry import Registry
 from tandem.train.tasks.base import Task
 
-
-def names() -> list[str]:
-    """Of all tasks."""
-    return sorted(name for name in _modules() if _task(name) is not None)
-
-
-def find(name: str) -> Task:
-    """The task of this name.  Raises ValueError, with the names there are, for any other."""
-    task = _task(name) if name in _modules() else None
-    if task is None:
-        near = difflib.get_close_matches(str(name), names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"task={name}: must be one of {', '.join(names())}{hint}")
-    return task
-
-
-@cache
-def _modules() -> frozenset[str]:
-    return frozenset(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def _task(name: str) -> Task | None:
-    return getattr(importlib.import_module(f"{__name__}.{name}"), "TASK", None)
+TASKS: Registry[Task] = Registry(__name__, __path__, "TASK", "task")
+names, find = TASKS.names, TASKS.find

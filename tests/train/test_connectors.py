@@ -1,0 +1,77 @@
+"""Connectors of models: what the program asks of each, and what it says of options that cannot work."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tandem.train.models import connectors
+from tandem.train.models.connectors.base import Connector, ConnectorConfig, Sizes
+from tandem.train.models.connectors.mlp import PooledMLP
+from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.vision import vision_spec
+from tests.support import settings
+
+SIZES = Sizes(width=8, llm_width=12, merge=3, norm_eps=1e-6)
+
+
+@pytest.mark.parametrize("name", connectors.names())
+def test_a_block_of_patches_becomes_one_row_whatever_the_others_are(name):
+    kind = connectors.find(name)
+    torch.manual_seed(0)
+    module, features_ND = kind.build(SIZES, kind.read({})), torch.randn(5 * 9, 8)
+    rows_VE = module(features_ND)
+    assert rows_VE.shape == (5, 12)
+    features_ND[9:] = torch.randn(36, 8)
+    assert torch.equal(module(features_ND)[0], rows_VE[0])
+    assert kind.parameters(SIZES, kind.read({})) == sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_reports_connector_by_hand():
+    """2 x 12 x (8 + 12) operations a token; a norm of 8 and two products with their biases."""
+    kind = PooledMLP()
+    assert kind.token_flops(SIZES, None) == 2 * 12 * (8 + 12)
+    assert kind.parameters(SIZES, None) == 2 * 8 + (8 + 1) * 12 + (12 + 1) * 12
+
+
+@dataclass(frozen=True)
+class Options:
+    hidden: int
+    bias: bool = True
+
+
+class Picky(Connector):
+    Options = Options
+    build = token_flops = token_elements = None
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"hiden": 3}, "model.connector.options.hiden: there is no such option; did you mean hidden?"),
+        ({"hidden": 3, "x": 1}, "model.connector.options.x: there is no such option"),
+        ({"hidden": "3"}, "model.connector.options.hidden=3: must be of type int"),
+        ({"hidden": True}, "model.connector.options.hidden=True: must be of type int"),
+        ({"hidden": 3, "bias": 1}, "model.connector.options.bias=1: must be of type bool"),
+        ({}, "model.connector.options.hidden is missing"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, sentence):
+    Picky.__abstractmethods__ = frozenset()
+    with pytest.raises(ValueError) as refusal:
+        Picky().read(options)
+    assert str(refusal.value) == sentence
+
+
+def test_an_unknown_kind_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"model.connector.kind=mpl: must be one of mlp; did you mean mlp\?"):
+        vision_spec(ViTConfig(), ConnectorConfig(kind="mpl"), llm_width=8)
+    with pytest.raises(ValueError, match=r"model.connector.kind=base: must be one of mlp"):
+        connectors.find("base")
+
+
+def test_options_come_from_the_settings():
+    config = settings("stage1", "+model.connector.options.hidden=3")
+    assert config.model.connector.options == {"hidden": 3}
+    with pytest.raises(ValueError, match="model.connector.options.hidden: there is no such option"):
+        _ = config.vision

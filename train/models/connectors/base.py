@@ -1,0 +1,81 @@
+"""What a connector is to the rest of the program: settings, a module, and what a token of it costs.
+
+Legend: N patches of whole blocks, D encoder width, V = N / merge^2 visual tokens, E LLM width.
+"""
+
+import dataclasses
+import difflib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from tandem.data.vision import VisionSpec
+
+
+@dataclass
+class ConnectorConfig:
+    """How features become tokens of the LLM.  kind: a module of train/models/connectors.  merge: a block of merge x
+    merge patches becomes one token; `VisionSpec` checks it.  options: settings of this kind alone."""
+
+    kind: str = "mlp"
+    merge: int = VisionSpec.merge
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a connector stands between."""
+
+    width: int
+    llm_width: int
+    merge: int
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a connector without settings of its own."""
+
+
+class Connector(ABC):
+    """One kind of connector.  Options: a dataclass of its own settings; a field without a default must be set."""
+
+    Options: ClassVar[type] = NoOptions
+
+    @abstractmethod
+    def build(self, sizes: Sizes, options: Any) -> nn.Module:
+        """Takes features [N, D] in the order of `VisionSpec.cut`, a block's merge^2 patches in a row, to rows [V, E].
+
+        A block's patches belong to one token: rows do not depend on other blocks.
+        """
+
+    @abstractmethod
+    def token_flops(self, sizes: Sizes, options: Any) -> int:
+        """Forward FLOPs of the matrix products of one token."""
+
+    @abstractmethod
+    def token_elements(self, sizes: Sizes, options: Any) -> int:
+        """Numbers that the backward pass needs of one token."""
+
+    def parameters(self, sizes: Sizes, options: Any) -> int:
+        """Of the module."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in self.build(sizes, options).parameters())
+
+    def read(self, options: dict[str, Any]) -> Any:
+        """Typed options.  Raises ValueError, naming the key, for one that is unknown, missing or of another type."""
+        fields = {one.name: one for one in dataclasses.fields(self.Options)}
+        for name, value in options.items():
+            key = f"model.connector.options.{name}"
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                raise ValueError(f"{key}: there is no such option" + (f"; did you mean {near[0]}?" if near else ""))
+            if not isinstance(value, fields[name].type) or isinstance(value, bool) is not (fields[name].type is bool):
+                raise ValueError(f"{key}={value}: must be of type {fields[name].type.__name__}")
+        for name, one in fields.items():
+            if name not in options and one.default is dataclasses.MISSING:
+                raise ValueError(f"model.connector.options.{name} is missing")
+        return self.Options(**options)
