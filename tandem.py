@@ -6,4 +6,9 @@ In a checkout they lie beside this file, in an installation below it.
 from pathlib import Path
 
 _here = Path(__file__).resolve().parent
-__path__ = [str(_here if (_here / "train").is_dir() else _here / "tandem")]
+__path__ = [str(_here / "tandem" if (_here / "tandem" / "train").is_dir() else _here)]
+
+if __name__ == "__main__":
+    from tandem.launch.cli import main
+
+    main()

@@ -1,4 +1,4 @@
-"""The command of an installation: `tandem train +recipe=stage1 ...` is `python launch/pretrain.py +recipe=stage1 ...`.
+"""The console script: `tandem train +recipe=stage1 ...` is `python launch/pretrain.py +recipe=stage1 ...`.
 
     tandem                     lists the commands
     tandem evaluate --help     what one of them takes
@@ -8,8 +8,8 @@ On several ranks:  torchrun --nproc-per-node 8 -m tandem.launch.pretrain +recipe
 
 import ast
 import difflib
+import importlib
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -20,18 +20,18 @@ def main() -> None:
     """Runs the command that the first word names, with the words behind it."""
     word = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if word in ("--help", "-h"):
-        print(f"{__doc__.splitlines()[0]}\n\ncommands:")
+        print("usage: tandem COMMAND [arguments]\n\ncommands:")
         for name, purpose in commands().items():
-            print(f"  tandem {name:16} {purpose}")
+            print(f"  {name:16} {purpose}")
         return
     if word not in commands():
         near = difflib.get_close_matches(word, commands(), n=1)
-        sys.exit(
-            f"error: there is no command {word}" + (f"; did you mean {near[0]}?" if near else "; see tandem --help")
-        )
-    module = f"tandem.launch.{MODULES.get(word, word.replace('-', '_'))}"
+        hint = f"did you mean {near[0]}?" if near else "see tandem --help"
+        sys.exit(f"error: there is no command {word}; {hint}")
+    # by its own name, not as __main__: processes that a command starts import its functions by that
+    module = importlib.import_module(f"tandem.launch.{MODULES.get(word, word.replace('-', '_'))}")
     sys.argv = [f"tandem {word}", *sys.argv[2:]]
-    runpy.run_module(module, run_name="__main__")
+    sys.exit(module.main())
 
 
 def commands() -> dict[str, str]:
@@ -44,3 +44,7 @@ def commands() -> dict[str, str]:
             sentence = re.split(r"[.:,](?:\s|$)", " ".join(text.split()))[0]
             found[named.get(path.stem, path.stem.replace("_", "-"))] = sentence
     return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    main()

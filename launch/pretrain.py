@@ -8,6 +8,7 @@ Exit codes of a rank: 0 finished, 85 stopped on request with a checkpoint, anyth
 import argparse
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import CompactHydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from yaml.error import MarkedYAMLError
 
@@ -28,7 +29,7 @@ from tandem.train.reliability.stopping import STOPPED
 
 
 @hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="config")
-def main(settings: DictConfig) -> None:
+def train(settings: DictConfig) -> None:
     from tandem.train.loop import run
 
     try:
@@ -39,42 +40,87 @@ def main(settings: DictConfig) -> None:
         sys.exit(STOPPED)
 
 
-def sweep(overrides: list[str]) -> int:
-    """Trains a run for each combination of values, up to the first that does not finish; its exit code.
-
-    Each has a process of its own, as DeepSpeed and Megatron-core keep the process groups of a world for good.
-    """
-    if "WORLD_SIZE" in os.environ:
-        sys.exit("error: --multirun starts its runs itself, each on one rank: leave torchrun out")
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    values = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [one.input_line]
-        for one in parsed
-    ]
-    jobs = list(itertools.product(*values))
-    for number, job in enumerate(jobs, 1):
-        words = [f"{word}/{number}" if word.startswith("run.dir=") else word for word in job]
-        print(f"run {number} of {len(jobs)}: {' '.join(words)}", flush=True)
-        done = subprocess.run([sys.executable, __file__, *words])
-        if done.returncode:
-            return done.returncode
-    return 0
-
-
-if __name__ == "__main__":
+def main() -> int:
+    """Trains as the command line says."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # raise what Hydra would print in many lines
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--cfg", "-c")
     parser.add_argument("--multirun", "-m", action="store_true")
-    asked, overrides = parser.parse_known_args()
+    asked, words = parser.parse_known_args()
     try:
+        if any(word.startswith("hydra.mode=") for word in words):
+            raise ValueError("hydra.mode: use --multirun to train several runs")
+        if asked.multirun:
+            return sweep(words, asked.cfg)
         if asked.cfg == "job":  # Hydra would answer without the order of precedence
-            print(OmegaConf.to_yaml(composed(overrides)), end="")
-        elif asked.multirun:
-            sys.exit(sweep(overrides))
+            print(OmegaConf.to_yaml(composed(words)), end="")
         else:
-            main()
-    except (CompactHydraException, MarkedYAMLError) as error:
+            train()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except (HydraException, MarkedYAMLError) as error:
         sys.exit(f"error: {one_sentence(error)}")
+    return 0
+
+
+def sweep(words: list[str], cfg: str | None) -> int:
+    """Trains a run for each combination of values, up to the first that does not finish; its exit code.
+
+    Each has a process of its own, as DeepSpeed and Megatron-core keep the process groups of a world for good.
+    Raises ValueError, or Hydra's exceptions, before the first run, where one of them cannot be composed.
+    """
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("--multirun starts its runs itself, each on one rank: leave torchrun out")
+    if flags := [word for word in words if word.startswith("-")] + ["--cfg"] * (cfg is not None):
+        raise ValueError(f"--multirun takes settings alone, not {flags[0]}")
+    jobs = jobs_of(words)
+    for number, job in enumerate(jobs, 1):
+        print(f"run {number} of {len(jobs)}: {' '.join(job)}", flush=True)
+        if code := run_job(job):
+            return code
+    return 0
+
+
+def jobs_of(words: list[str]) -> list[list[str]]:
+    """The settings of each run; directories and names that all would share get the run's number."""
+    parsed = OverridesParser.create().parse_overrides(words)
+    values = []
+    for word, one in zip(words, parsed, strict=True):
+        if one.is_sweep_override() and not (one.is_choice_sweep() or one.is_range_sweep()):
+            raise ValueError(f"{word}: --multirun takes lists, as in a=1,2, and range(...)")
+        sweeps = one.is_sweep_override()
+        values.append([f"{_key(word)}={value}" for value in one.sweep_string_iterator()] if sweeps else [word])
+    jobs = []
+    for number, job in enumerate(itertools.product(*values), 1):
+        settings = composed(job)
+        own = [(key, OmegaConf.select(settings, key)) for key in ("run.dir", "run.name", "checkpoint.dir")]
+        jobs.append([*job, *(f"{key}='{value}-{number}'" for key, value in own if value)])
+    return jobs
+
+
+def _key(word: str) -> str:
+    """Of a setting, with the + of a new one."""
+    return word.partition("=")[0]
+
+
+def run_job(words: list[str]) -> int:
+    """One run in a process of its own, to which requests to stop are passed on; its exit code."""
+    program = ["-m", __spec__.name] if __package__ else [__file__]
+    child = subprocess.Popen([sys.executable, *program, *words])
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # a terminal sends it to both
+        **{
+            number: signal.signal(number, lambda number, _: child.send_signal(number))
+            for number in (signal.SIGTERM, signal.SIGUSR1)
+        },
+    }
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

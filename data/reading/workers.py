@@ -120,7 +120,7 @@ class _Worker:
             if self._stopped:
                 raise RuntimeError("the reader was closed")
             self._socket, theirs = socket.socketpair()
-            path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+            path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
             alone = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             with theirs:
                 self._process = subprocess.Popen(

@@ -108,7 +108,7 @@ class Maker:
         blot(pixels, ink, self.stroke(scan, width, height), x, y)
 
     def stroke(self, scan: int, width: int, height: int) -> np.ndarray:
-        """RankShard of the paper that ink covers, [height, width, 1]: one scan smoothly enlarged and re-inked.
+        """Share of the paper that ink covers, [height, width, 1]: one scan smoothly enlarged and re-inked.
 
         For training it is also turned, slanted and roughened a little, as there are few scans; held-out ones stay true.
         """

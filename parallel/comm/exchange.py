@@ -1,6 +1,6 @@
 """Visual rows between ranks of a balance group: out to the LLM's first stage, and their gradients home, by chunk.
 
-    encode 0 | encode 1    | encode 2    |          give back 0 |  backward 0   |  backward 1   | backward 2
+    encode 0 | encode 1    | encode 2    |            combine 0 |  backward 0   |  backward 1   | backward 2
              | 0 travels   | 1 travels   | 2 travels            | 1 travels     | 2 travels     |
 
 One explicit all-to-all-v a chunk each way, outside autograd, so that every rank takes part whatever it holds; (visual

@@ -1,11 +1,11 @@
 """The plan of one step's visual tokens, as arrays: who encodes each image, in which chunk, and where each row travels.
 
-An image's n visual tokens are n rows.  Its owner encodes it; every row then goes to the one first-stage rank that owns
-the row's place in the sequence (`place_of`: chunks over cp, contiguous over tp, as Megatron-core splits a row), so
-nothing is sent twice.  All of this is a pure function of the same arrays on every rank: sender and receiver agree
+An image's n visual tokens are n rows, which its encoding rank makes.  Every row goes to the one first-stage rank that
+holds the row's place in the sequence (`place_of`: chunks over cp, contiguous over tp, as Megatron-core splits a row),
+so nothing is sent twice.  All of this is a pure function of the same arrays on every rank: sender and receiver agree
 without a word.
 
-Rows travel chunk by chunk, while the next one is encoded: what the arrays say of a journey they say chunk by chunk.
+Rows travel chunk by chunk, while the next one is encoded: the arrays of a dispatch plan are lists by chunk.
 
 Legend: I images of the step (video frames among them), C chunks, V rows this rank encodes, U rows this rank receives,
 G ranks of the balance group.
@@ -195,10 +195,8 @@ def _chunks(plan, encoding_rank_I, chunk_patches):
             "patches; raise it or lower data.max_patches"
         )
     order_I = np.argsort(encoding_rank_I, kind="stable")
-    chunk_I, most = (
-        np.zeros(encoding_rank_I.size, dtype=np.int64),
-        1,
-    )  # one chunk even without images: every rank takes part
+    chunk_I = np.zeros(encoding_rank_I.size, dtype=np.int64)
+    most = 1  # one chunk even without images: every rank takes part
     for images_J in np.split(order_I, np.flatnonzero(np.diff(encoding_rank_I[order_I])) + 1):
         chunks = cut_in_order(images_J, plan.patches_I, chunk_patches)
         for number, images_K in enumerate(chunks):

@@ -16,7 +16,7 @@ import torch
 MODULES = (
     "pytest",
     "torch._dynamo",  # imported by every torch optimizer
-    "parallel.engines.encoder_engine",  # before anything else of deepspeed: it chooses the accelerator
+    "tandem.parallel.engines.encoder_engine",  # before anything else of deepspeed: it chooses the accelerator
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imported by every deepspeed.initialize, and slow
     "megatron.core.distributed",
     "megatron.core.models.gpt",

@@ -79,7 +79,8 @@ class Copy:
 
     def check_imports(self) -> None:
         """Raises RuntimeError where a package would be imported from elsewhere."""
-        floors = [floor for floor in FLOORS if (self.folder / floor).is_dir()]
+        prefix = "tandem." if (self.folder / "tandem.py").is_file() else ""
+        floors = [prefix + floor for floor in FLOORS if (self.folder / floor).is_dir()]
         code = "import sys; from importlib.util import find_spec as f; print(*(f(n).origin for n in sys.argv[1:]))"
         command = [sys.executable, "-P", "-c", code, *floors]
         out = subprocess.run(command, cwd="/", env=self.environment, check=True, capture_output=True, text=True)

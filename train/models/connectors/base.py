@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 
 from tandem.data.vision import VisionSpec
@@ -67,15 +69,16 @@ class Connector(ABC):
 
     def read(self, options: dict[str, Any]) -> Any:
         """Typed options.  Raises ValueError, naming the key, for one that is unknown, missing or of another type."""
-        fields = {one.name: one for one in dataclasses.fields(self.Options)}
-        for name, value in options.items():
-            key = f"model.connector.options.{name}"
-            if name not in fields:
-                near = difflib.get_close_matches(name, fields, n=1)
-                raise ValueError(f"{key}: there is no such option" + (f"; did you mean {near[0]}?" if near else ""))
-            if not isinstance(value, fields[name].type) or isinstance(value, bool) is not (fields[name].type is bool):
-                raise ValueError(f"{key}={value}: must be of type {fields[name].type.__name__}")
-        for name, one in fields.items():
-            if name not in options and one.default is dataclasses.MISSING:
-                raise ValueError(f"model.connector.options.{name} is missing")
-        return self.Options(**options)
+        known = [one.name for one in dataclasses.fields(self.Options)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"model.connector.options.{name}: there is no such option{hint}")
+        try:
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.Options), options))
+        except MissingMandatoryValue as error:
+            raise ValueError(f"model.connector.options.{error.key} is missing") from error
+        except OmegaConfBaseException as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(f"model.connector.options.{error.key}={options.get(error.key)}: {why}") from error

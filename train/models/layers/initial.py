@@ -27,4 +27,5 @@ def initialize(tower: nn.Module, seed: int) -> None:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
             else:
-                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                norm = isinstance(module, nn.LayerNorm | nn.RMSNorm) or name.endswith("norm.weight")
+                parameter.fill_(1.0 if norm and own_name == "weight" else 0.0)
