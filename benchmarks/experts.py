@@ -34,7 +34,7 @@ from megatron.core.transformer.spec_utils import build_module
 
 from benchmarks.workloads.language import World
 from tandem.parallel.kernels.experts import arrange, moe_spec
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_spec import transformer_config
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from tandem.parallel.engines.state import AdamSettings
 from tandem.parallel.layout import Layout
 from tandem.train.cost.memory import encoder_memory, stage_memory
 from tandem.train.models.connectors.base import ConnectorConfig
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_recompute import RECOMPUTE
 from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 from tandem.train.models.layers.initial import initialize

@@ -18,7 +18,7 @@ from benchmarks.gpu_reference import canonical, canonical_hugging_face, plain_la
 from benchmarks.gpu_tower import HF, RECOMPUTE, TE, choose
 from benchmarks.workloads import language
 from benchmarks.workloads.tower import random_like
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 
 TOY = dataclasses.replace(
     language.SLICE,

@@ -15,7 +15,7 @@ from tandem.parallel.kernels.attention import Segments
 
 if TYPE_CHECKING:  # attention is compared without Megatron-core
     from tandem.train.models.encoders.vit import SeedViT
-    from tandem.train.models.language.llm import LLMConfig
+    from tandem.train.models.language.llm_config import LLMConfig
 
 
 def dense_features(vit: "SeedViT", pixels_NP: torch.Tensor, positions_N2: torch.Tensor) -> torch.Tensor:

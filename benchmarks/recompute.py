@@ -42,7 +42,7 @@ from tandem.parallel.layout import Layout
 from tandem.train.cost.memory import activation_bytes, layer_bytes
 from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
 from tandem.train.models.language import llm_recompute
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.layers import blocks
 from tandem.train.models.layers.initial import initialize
 

@@ -19,7 +19,7 @@ from benchmarks.workloads.language import SLICE, slice_flops
 from benchmarks.workloads.tower import draw_pack
 from tandem.train.cost.flops import causal_pairs, encoder_flops, llm_flops
 from tandem.train.models.encoders.vit import ViTConfig
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 from tests.support import ROOT
 
 NEED_PACKAGES = ("Transformer Engine", "flash-attn")  # words of rows that a CPU installation lacks something for

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from tandem.data.vision import OLDEST
+from tandem.train import families
 from tandem.train.checkpoints import checkpoint
 from tandem.train.checkpoints.saving import Saver, verify_together
 from tandem.train.config.schema import Config
@@ -95,7 +96,8 @@ def restore(
     saver: Saver,
     paths: RunPaths,
 ) -> tuple[Position, list[str]]:
-    """(position to go on from, what to tell about it): resumes, or starts from `checkpoint.load_from`."""
+    """(position to go on from, what to tell about it): resumes, or starts from `checkpoint.load_from`, which replaces
+    what `model.llm.folder` gives."""
     newest, damaged = saver.newest_valid()
     told = [f"DAMAGED, an older one is used: {sentence}" for sentence in damaged]
     if newest is not None:
@@ -103,6 +105,9 @@ def restore(
         if "vision" not in position.data:
             told.append(f"{newest} does not say its vision settings: those of its time are taken, {OLDEST}")
         return position, told
+    if find(config.task).has_llm and config.model.llm.folder:
+        trainer.engines.llm.load(families.open_folder(config.model.llm).read, optimizer=False)
+        told.append(f"llm from {config.model.llm.folder}")
     if start is not None:
         if wrong := verify_together(start.path, trainer.engines):
             raise ValueError(f"checkpoint.load_from={config.checkpoint.load_from}: {'; '.join(wrong)}")

@@ -16,7 +16,7 @@ from benchmarks.workloads.tower import random_like
 from tandem.parallel.comm.context import PackedRow, pack_row
 from tandem.parallel.grid import build_grid, destroy_grid
 from tandem.parallel.layout import Layout
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 
 # Four layers of a model with 30 billion parameters of which 3 are active.

@@ -37,6 +37,7 @@ CODE_NAME = re.compile(r"(data|parallel|train)(\.\w+)+")
 
 KEYS = keys()
 OF_EXTENSIONS = {"+recipe=colour", "model=wide", "model=shuffled"}  # files of docs/extending.md, see test_extending.py
+NEEDS_FOLDER = re.compile("model.llm.folder=/")  # of the reader's
 
 
 @functools.cache
@@ -158,7 +159,11 @@ def test_overrides_name_settings(page):
             assert key in {*KEYS, *GROUPS}, f"{page.name}: {word}"
 
 
-@pytest.mark.parametrize("words", pairs(lambda w: "pretrain." in " ".join(w) and not set(w) & OF_EXTENSIONS))
+def composes_here(words: list[str]) -> bool:
+    return "pretrain." in " ".join(words) and not (set(words) & OF_EXTENSIONS or NEEDS_FOLDER.search(" ".join(words)))
+
+
+@pytest.mark.parametrize("words", pairs(composes_here))
 def test_training_commands_compose(words):
     """Settings of every training command are accepted in a world of the size that the command gives."""
     script = next(place for place, word in enumerate(words) if word.startswith("launch/") and "pretrain." in word)

@@ -23,7 +23,7 @@ from tandem.parallel.kernels import experts
 from tandem.parallel.kernels.dispatch import FromPlaces, Order, RouterLogits, ToPlaces, WeightsToPlaces, bf16_parts
 from tandem.parallel.kernels.experts import Grouped, GroupedExperts, Looped, Padded, moe_spec
 from tandem.train.models.language import llm_spec
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 from tests.syncs import ForbidSyncs
 

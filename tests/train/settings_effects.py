@@ -4,10 +4,13 @@ Each effect builds what a run would build with a value that no recipe has, and a
 the formulas of `tests/reference`, shapes of all weights, or the batch that a stage's prefetcher hands out.
 """
 
+import json
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -26,6 +29,7 @@ from tandem.parallel.kernels import attention, compilation
 from tandem.parallel.layout import Layout
 from tandem.train.build import build_engines
 from tandem.train.config.checks import check_config
+from tandem.train.cost.flops import llm_parameters
 from tandem.train.input.batch import MicroBatch
 from tandem.train.models.encoders.text_encoder import PackedTexts
 from tandem.train.models.encoders.vit import PackedImages
@@ -305,6 +309,30 @@ def micro_batch(tokens_T, engines) -> MicroBatch:
     row = pack_row([len(tokens_T)], places_T, engines.grid.layout, 0, CPU)
     zeros_1T = torch.zeros(1, len(tokens_T), dtype=torch.long)
     return MicroBatch(tokens_T[None], zeros_1T, zeros_1T + 1, zeros_1T, row, len(tokens_T))
+
+
+@effect("model.llm.qk_norm")
+def qk_norm(lab):
+    """A norm of the heads' width for queries and one for keys; `tests/distributed/test_families.py` has the values."""
+    for on in (True, False):
+        config, engines = language(f"model.llm.qk_norm={str(on).lower()}")
+        llm, weights = config.model.llm, weights_of(engines.llm)
+        norms = {f"decoder.layers.{i}.self_attention.{x}_layernorm.weight" for i in range(llm.layers) for x in "qk"}
+        assert set(weights) == set(llm_shapes(llm)) | (norms if on else set())
+        assert all(weights[name].shape == (llm.head_width,) for name in norms & set(weights))
+        assert sum(tensor.numel() for tensor in weights.values()) == llm_parameters(llm)[0]
+
+
+@effect("model.llm.folder")
+def folder(lab):
+    """Sizes are those of the folder's config.json; `tests/distributed/test_families.py` has its weights."""
+    with tempfile.TemporaryDirectory() as place:
+        sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+        said = {"model_type": "llama", "vocab_size": 500, "intermediate_size": 80, "rope_theta": 7.0, **sizes}
+        (Path(place) / "config.json").write_text(json.dumps(said))
+        llm = language(f"model.llm.folder={place}")[0].model.llm
+    assert (llm.width, llm.layers, llm.heads, llm.kv_heads, llm.head_width) == (48, 3, 6, 2, 8)
+    assert (llm.vocab_size, llm.num_experts, llm.ffn_width, llm.rope_base) == (500, 0, 80, 7.0)
 
 
 @effect("model.llm.init_std")

@@ -30,7 +30,7 @@ from tandem.train.cost.memory import (
 )
 from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.vit import PackedImages, ViTConfig
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 from tandem.train.models.layers.initial import initialize
 from tandem.train.models.towers.vision_tower import VisionTower

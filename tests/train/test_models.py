@@ -19,7 +19,7 @@ from tandem.parallel.engines.llm_shards import shards_of
 from tandem.train.cost.flops import llm_parameters
 from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.vit import SeedViT, ViTConfig, pool
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
 from tandem.train.models.layers import blocks
 from tandem.train.models.layers.blocks import RECOMPUTE

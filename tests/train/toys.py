@@ -15,7 +15,8 @@ from tandem.parallel.comm.transfer import to_device
 from tandem.parallel.engines import llm_shards
 from tandem.parallel.layout import Layout
 from tandem.train.models.encoders.vit import PackedImages
-from tandem.train.models.language.llm import LLMConfig, VisualGPT
+from tandem.train.models.language.llm import VisualGPT
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_spec import build_chunk, transformer_config
 from tests.support import settings
 

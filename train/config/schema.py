@@ -14,7 +14,7 @@ from tandem.parallel.layout import Layout, choose_cp_comm_type
 from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.text_encoder import TextConfig
 from tandem.train.models.encoders.vit import ViTConfig
-from tandem.train.models.language.llm import LLMConfig
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.towers.contrastive import ContrastiveConfig
 from tandem.train.models.towers.masked import MimConfig
 from tandem.train.models.towers.omni import OmniConfig

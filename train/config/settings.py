@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml.error import MarkedYAMLError
 
+from tandem.train import families
 from tandem.train.config.schema import Config
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -66,6 +67,10 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
         else:
             OmegaConf.update(out, key, OmegaConf.select(settings, key), merge=False, force_add=True)
     out.scale = {"name": scale.name}
+    if folder := OmegaConf.select(out, "model.llm.folder"):
+        said = {f"model.llm.{key}": value for key, value in families.settings_of(folder).items()}
+        for key in said.keys() - {override.key_or_group for override in parsed}:  # contradictions are `check_folder`'s
+            OmegaConf.update(out, key, said[key])
     return out
 
 

@@ -21,7 +21,7 @@ from tandem.train.models.towers.masked import MimConfig
 from tandem.train.vision import vision_spec
 
 if TYPE_CHECKING:  # the encoder's FLOPs are counted without Megatron-core
-    from tandem.train.models.language.llm import LLMConfig
+    from tandem.train.models.language.llm_config import LLMConfig
 
 PEAK_TFLOPS = {  # by a part of the name, the first that fits: dense bf16, from the vendors' data sheets
     "GB200": 2500.0,
@@ -100,7 +100,7 @@ def llm_parameters(config: "LLMConfig") -> tuple[int, int]:
     """(all, active) parameters; active counts top_k of the experts and everything else once."""
     heads = config.heads * config.head_width
     attention = config.width * (heads + 2 * config.kv_heads * config.head_width) + heads * config.width
-    norms = 2 * config.width
+    norms = 2 * config.width + 2 * config.head_width * config.qk_norm
     if config.num_experts:
         expert = 3 * config.width * config.expert_width
         fixed = 3 * config.width * config.shared_expert_width + config.width * config.num_experts

@@ -25,7 +25,7 @@ from tandem.train.models.encoders.vit import ViTConfig
 from tandem.train.vision import vision_spec
 
 if TYPE_CHECKING:  # the encoder's memory is counted without Megatron-core
-    from tandem.train.models.language.llm import LLMConfig
+    from tandem.train.models.language.llm_config import LLMConfig
 
 FP32 = 4
 OPTIMIZER = 3 * FP32  # weights and two moments of a parameter
@@ -142,7 +142,7 @@ def stage_parameters(config: "LLMConfig", layout: Layout, stage: int) -> StagePa
     """Of pipeline rank `stage`, all its virtual stages together."""
     d, h, g = config.width, config.heads * config.head_width, config.kv_heads * config.head_width
     layers = config.layers // layout.pp
-    layer, experts = (2 * d * h + 2 * d * g) // layout.tp + 2 * d, 0
+    layer, experts = (2 * d * h + 2 * d * g) // layout.tp + 2 * d + 2 * config.head_width * config.qk_norm, 0
     if config.num_experts:
         layer += d * config.num_experts + 3 * d * config.shared_expert_width // layout.tp
         experts = layers * config.num_experts // layout.ep * 3 * d * config.expert_width // layout.etp

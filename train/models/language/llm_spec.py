@@ -29,7 +29,8 @@ from tandem.parallel.kernels.attention_kernels import INSTALL_TE
 from tandem.parallel.kernels.experts import moe_spec
 from tandem.parallel.kernels.fusion import rms_norm
 from tandem.parallel.layout import Layout
-from tandem.train.models.language.llm import LLMConfig, VisualGPT
+from tandem.train.models.language.llm import VisualGPT
+from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_recompute import LLMTransformerConfig, RecomputedLayer, offload
 from tandem.train.models.layers.rotary import rotate_qkv
 
@@ -76,6 +77,9 @@ class RotarySelfAttention(SelfAttention):
         mixed_S1Y, _ = self.linear_qkv(hidden_states)
         groups = self.num_query_groups_per_partition
         mixed_SGXK = mixed_S1Y.view(len(mixed_S1Y), groups, -1, self.hidden_size_per_attention_head)
+        if self.config.qk_layernorm:
+            q_SGxK, k_SG1K, v_SG1K = mixed_SGXK.split((mixed_SGXK.shape[2] - 2, 1, 1), dim=2)
+            mixed_SGXK = torch.cat((self.q_layernorm(q_SGxK), self.k_layernorm(k_SG1K), v_SG1K), dim=2)
         qkv = rotate_qkv(mixed_SGXK, *packed_seq_params.tables_2SK)
         return self.linear_proj(self.core_attention(*qkv, packed_seq_params)[:, None])
 
@@ -129,6 +133,7 @@ def transformer_config(
         ffn_hidden_size=config.ffn_width or config.expert_width,
         normalization="RMSNorm",
         layernorm_epsilon=config.norm_eps,
+        qk_layernorm=config.qk_norm,
         gated_linear_unit=True,
         activation_func=silu,
         add_bias_linear=False,
@@ -194,6 +199,8 @@ def layer_spec(megatron: TransformerConfig):
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules
     parts.self_attention.module, attention.core_attention = RotarySelfAttention, PackedAttention
     parts.input_layernorm = parts.pre_mlp_layernorm = MarkedRMSNorm
+    if megatron.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = MarkedRMSNorm
     if megatron.transformer_impl == "local":
         if experts:
             parts.mlp = moe_spec(megatron)

@@ -1,0 +1,64 @@
+"""Families of language models in Hugging Face's format, one module each: what `config.json` says in our settings, and
+which of their tensors are which rows of ours.  A module that is added here is a family without an edit elsewhere.
+"""
+
+import json
+from pathlib import Path
+
+from tandem.train.families.base import Family
+from tandem.train.families.folder import Folder, by_their_names, shapes
+from tandem.train.models.language.llm_config import LLMConfig
+from tandem.train.registry import Registry
+
+__all__ = ["by_their_names", "of_folder", "of_model", "open_folder", "settings_of", "shapes"]
+FAMILIES: Registry[Family] = Registry(__name__, __path__, "FAMILY", "model_type")
+
+
+def of_folder(folder: str | Path) -> tuple[Family, dict]:
+    """The family of a folder, and its `config.json`.  Raises ValueError, naming the folder, where there is none."""
+    try:
+        said = json.loads((Path(folder) / "config.json").read_text())
+        return FAMILIES.find(said.get("model_type")), said
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"model.llm.folder={folder}: {error}") from error
+
+
+def settings_of(folder: str | Path) -> dict:
+    """The keys of `model.llm` that a folder decides."""
+    family, said = of_folder(folder)
+    try:
+        return family.settings(said)
+    except ValueError as error:
+        raise ValueError(f"model.llm.folder={folder}: {error}") from error
+
+
+def open_folder(config: LLMConfig) -> Folder:
+    """The weights in `config.folder`.  Raises ValueError where it is not a model of these settings."""
+    family, _ = of_folder(config.folder)
+    for key, value in settings_of(config.folder).items():
+        if (ours := getattr(config, key)) != value:
+            raise ValueError(
+                f"model.llm.{key}={ours}, but model.llm.folder={config.folder} has {value}: leave model.llm.{key} out"
+            )
+    try:
+        return Folder(config.folder, family, config)
+    except ValueError as error:
+        raise ValueError(f"model.llm.folder={error}") from error
+
+
+def of_model(config: LLMConfig) -> Family:
+    """The family that can hold this model: that of the folder it came from while there is one, else the first.
+
+    Raises ValueError where none can.
+    """
+    if config.folder and Path(config.folder).is_dir():
+        family, _ = of_folder(config.folder)
+        if family.refusal(config) is None:
+            return family
+    refusals = []
+    for name in FAMILIES.names():
+        family = FAMILIES.find(name)
+        if (why := family.refusal(config)) is None:
+            return family
+        refusals.append(f"{name}: {why}")
+    raise ValueError(f"no family of Hugging Face holds this model: {'; '.join(refusals)}")
