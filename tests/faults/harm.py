@@ -110,7 +110,7 @@ def _raise():
 def _in_step(rank: int, call: int, what) -> None:
     from tandem.parallel.comm.exchange import Exchange
 
-    _in_call(Exchange, "deliver", rank, call, what)
+    _in_call(Exchange, "dispatch", rank, call, what)
 
 
 def _in_call(owner, name: str, rank: int, call: int, what) -> None:

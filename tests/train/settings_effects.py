@@ -198,7 +198,7 @@ def geometry(lab):
     assert prepared.images.patches_NP.shape == (prepared.plan.patches_I.sum(), 768)
 
 
-@effect("model.connector.kind", "model.connector.options")
+@effect("model.connector.kind")
 def connector(lab):
     """Another name, and an option that the kind lacks, are refused."""
     refused("model.connector.kind", "mlq", lambda: check_config(settings("stage1", "model.connector.kind=mlq"), 1))
