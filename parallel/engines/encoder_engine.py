@@ -237,6 +237,10 @@ class EncoderEngine:
         """
         return self._state.chunks()
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters, the same on every rank."""
+        return self._state.shapes()
+
     def load(
         self,
         read: Callable[..., torch.Tensor],

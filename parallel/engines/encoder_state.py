@@ -101,6 +101,10 @@ class EncoderState:
                         tensor_N=tensor_N,
                     )
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shapes of all parameters."""
+        return {name: _whole_shape(parameter) for name, parameter in self._parameters.items()}
+
     @torch.no_grad()
     def load(
         self,

@@ -228,6 +228,10 @@ class LLMEngine:
                 )
 
     @torch.no_grad()
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the whole model's tensors of which this rank holds a part."""
+        return {shard.name: shard.shape for shard in self._shards}
+
     def load(self, read: Callable, optimizer: bool) -> None:
         """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor."""
         for shard in self._shards:

@@ -1,6 +1,7 @@
 """Checkpoints across layouts: every tensor equal to the bit, training that goes on as if nothing had happened."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -202,3 +203,26 @@ def test_a_resume_behind_the_last_step_has_finished(half_way, corpus, tmp_path):
     run(corpus, tmp_path / "run", "one process", "train.steps=2", "checkpoint.resume=true")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["status"] == "finished" and summary["steps_this_run"] == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.llm.layers=2", "its llm has 4 layers, this model 2"),
+        ("model.llm.num_experts=2", "llm.decoder.layers.0.mlp.router.weight has shape [4, 64], in this model [2, 64]"),
+        ("model.llm.expert_width=32", "linear_fc1.weight has shape [128, 64], in this model [64, 64]"),
+        (
+            "model.llm.vocab_size=400",
+            "llm.embedding.word_embeddings.weight has shape [384, 64], in this model [400, 64]",
+        ),
+        ("model.llm.qk_norm=true", "it has no llm.decoder.layers.0.self_attention."),
+        ("model.encoder.depth=1", "it has encoder.blocks.1."),
+        ("model.encoder.depth=3", "it has no encoder.blocks.2."),
+        ("model.encoder.mlp_ratio=3.0", "encoder.blocks.0.mlp_up.weight has shape [256, 64], in this model [192, 64]"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_on_all_ranks(half_way, corpus, tmp_path, override, words):
+    """Smaller matrices are no corners of larger ones."""
+    start = [f"checkpoint.load_from={half_way}", override, "parallel.pp=2", "train.steps=1"]
+    with pytest.raises(RuntimeError, match=re.escape(words)):
+        run_world(train_run, 2, "stage1", [*SMALL, *corpus_overrides(corpus), *start], str(tmp_path / "run"))

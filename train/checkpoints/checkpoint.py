@@ -13,12 +13,13 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from tandem.parallel.engines.state import EMA
@@ -298,8 +299,8 @@ def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collec
     """Takes weights of `modules`, and with `optimizer` Adam's moments and counts, into the engines (collective).
 
     modules: None for all that the checkpoint and the engines share.  Returns those taken.
-    Raises ValueError where the two have no module in common, where one that is named is missing, and where moments are
-    asked for that were not saved, as from a stage that froze the module.
+    Raises ValueError where the two have no module in common, where one that is named is missing, where tensors are not
+    those of the model, and where moments are asked for that were not saved, as from a stage that froze the module.
     """
     wanted = _modules_of(engines) if modules is None else set(modules)
     taken = wanted & reader.modules
@@ -308,6 +309,7 @@ def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collec
             f"checkpoint {reader.path} of task={reader.state.task} has no {', '.join(sorted(missing))}; it has "
             f"{', '.join(sorted(reader.modules))}: see checkpoint.load_modules"
         )
+    _compare(reader, engines, taken)
     parts_of = {name: taken & set(_parts_of(name, engine)) for name, engine in engines.by_name.items()}
     for name, engine in engines.by_name.items():
         moments = optimizer and engine.trainable and parts_of[name]
@@ -324,6 +326,45 @@ def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collec
         if optimizer and engine.trainable and parts_of[name]:
             engine.optimizer_steps = reader.state.optimizer_steps[name]
     return sorted(taken)
+
+
+def _compare(reader: Reader, engines: "Engines", taken: set[str]) -> None:
+    """Raises ValueError on all ranks where one of them finds a tensor of the taken modules that is not the model's
+    (collective)."""
+    wrong = next(_differences(reader, engines, taken), None)
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, wrong)
+    if sentence := next(filter(None, found), None):
+        raise ValueError(f"checkpoint {reader.path}: {sentence}")
+
+
+def _differences(reader: Reader, engines: "Engines", taken: set[str]) -> Iterator[str]:
+    layers, experts = (_counted(reader, word) for word in ("decoder.layers", "local_experts"))
+    for name, engine in engines.by_name.items():
+        prefix = "" if name == "encoder" else f"{name}."
+        model = {prefix + tensor: list(shape) for tensor, shape in engine.shapes().items()}
+        model = {tensor: shape for tensor, shape in model.items() if tensor.split(".")[0] in taken}
+        for tensor, shape in model.items():
+            there = reader.tensors.get(tensor, {}).get("shape")
+            if there != shape:
+                yield f"{tensor} has shape {there}, in this model {shape}" if there else f"it has no {tensor}"
+        if name == "encoder":  # every rank holds all of its tensors
+            mine = taken & set(_parts_of(name, engine))
+            if more := sorted(t for t in reader.tensors if t.split(".")[0] in mine and t not in model):
+                yield f"it has {more[0]}, which this model lacks"
+        elif name in taken:
+            for what, count, here in (
+                ("layers", layers, engine.config.num_layers),
+                ("experts", experts, engine.config.num_moe_experts or 0),
+            ):
+                if count != here:
+                    yield f"its {name} has {count} {what}, this model {here}"
+
+
+def _counted(reader: Reader, word: str) -> int:
+    """How many of something that tensors of the LLM count, as in decoder.layers.3."""
+    pattern = re.compile(rf"llm\..*?{re.escape(word)}\.(\d+)\.")
+    return 1 + max((int(match[1]) for match in map(pattern.match, reader.tensors) if match), default=-1)
 
 
 def _parts_of(name: str, engine) -> list[str]:
