@@ -86,21 +86,17 @@ def jobs_of(words: list[str]) -> list[list[str]]:
     parsed = OverridesParser.create().parse_overrides(words)
     values = []
     for word, one in zip(words, parsed, strict=True):
-        if one.is_sweep_override() and not (one.is_choice_sweep() or one.is_range_sweep()):
-            raise ValueError(f"{word}: --multirun takes lists, as in a=1,2, and range(...)")
         sweeps = one.is_sweep_override()
-        values.append([f"{_key(word)}={value}" for value in one.sweep_string_iterator()] if sweeps else [word])
+        if sweeps and not (one.is_choice_sweep() or one.is_range_sweep()):
+            raise ValueError(f"{word}: --multirun takes lists, as in a=1,2, and range(...)")
+        key = word.partition("=")[0]  # with the + of a new one
+        values.append([f"{key}={value}" for value in one.sweep_string_iterator()] if sweeps else [word])
     jobs = []
     for number, job in enumerate(itertools.product(*values), 1):
         settings = composed(job)
         own = [(key, OmegaConf.select(settings, key)) for key in ("run.dir", "run.name", "checkpoint.dir")]
         jobs.append([*job, *(f"{key}='{value}-{number}'" for key, value in own if value)])
     return jobs
-
-
-def _key(word: str) -> str:
-    """Of a setting, with the + of a new one."""
-    return word.partition("=")[0]
 
 
 def run_job(words: list[str]) -> int:

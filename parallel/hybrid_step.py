@@ -3,7 +3,7 @@
     plan -> encode -> deliver -> LLM schedule -> return and update
 
 The plan is made ahead on the CPU (`parallel.plan.routes`).  Rows travel chunk by chunk, each while the next one is
-encoded. The LLM sees them as detached leaves; their gradients travel home and drive the encoder's backward, each
+encoded.  The LLM sees them as detached leaves; their gradients travel home and drive the encoder's backward, each
 chunk's while the backward of the one before runs, the same number of chunks on every rank.  One gradient scale (1 /
 trained tokens of the global batch) and one clip norm over both modules are computed here, by neither library; both
 optimizers step or neither does.  The host waits for the device in one place, `reduce_step_stats`.
