@@ -201,7 +201,7 @@ def _write_weights(folder: Path, sizes: dict[str, int], tensor_of, arguments, st
 
 def _llm_of(path: Path) -> LLMConfig:
     """Sizes of the LLM of the run that wrote a checkpoint."""
-    settings = (path.parent.parent if path.parent.name == "checkpoints" else path.parent) / "config.yaml"
+    settings = checkpoint.run_directory(path) / "config.yaml"
     try:
         return LLMConfig(**OmegaConf.to_container(OmegaConf.load(settings).model.llm))
     except (OSError, OmegaConfBaseException, TypeError) as error:

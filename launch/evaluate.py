@@ -124,15 +124,10 @@ def score_language(config: Config, path: Path, arguments: argparse.Namespace) ->
 
 def write(path: Path, scores: dict, *tables: Table) -> None:
     """Scores into the run's directory and onto the console."""
-    target = run_directory(path) / RESULT
+    target = checkpoint.run_directory(path) / RESULT
     target.write_text(json.dumps(scores, indent=2) + "\n")
     Console(width=None if sys.stdout.isatty() else WIDTH).print(*tables, sep="\n")
     print(f"written to {target}")
-
-
-def run_directory(path: Path) -> Path:
-    """The run that a checkpoint belongs to."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 def settings_of(path: Path, overrides: list[str]) -> Config:
@@ -140,7 +135,7 @@ def settings_of(path: Path, overrides: list[str]) -> Config:
 
     Raises ValueError for an unknown key.
     """
-    saved = run_directory(path) / "config.yaml"
+    saved = checkpoint.run_directory(path) / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: the settings of the run that wrote {path} are needed")
     try:

@@ -2,7 +2,7 @@
 
 from tandem.data.vision import VisionSpec
 from tandem.train.models import connectors
-from tandem.train.models.connectors.base import ConnectorConfig, Sizes
+from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.vit import ViTConfig
 
 
@@ -16,9 +16,8 @@ def vision_spec(
     connector = connector or ConnectorConfig()
     token_flops = 0
     if llm_width:
-        kind = connectors.find(connector.kind)
-        sizes = Sizes(encoder.width, llm_width, connector.merge, encoder.norm_eps)
-        token_flops = kind.token_flops(sizes, kind.read(connector.options))
+        kind, sizes, options = connectors.between(encoder, connector, llm_width)
+        token_flops = kind.token_flops(sizes, options)
     return VisionSpec(
         patch_size=encoder.patch_size,
         merge=connector.merge,

@@ -199,6 +199,11 @@ def resolve(path: str | Path) -> Path:
     raise ValueError(f"there is no checkpoint at {path}: give a run directory or a step-* folder")
 
 
+def run_directory(path: Path) -> Path:
+    """The run that a checkpoint belongs to."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 

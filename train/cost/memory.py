@@ -20,7 +20,7 @@ from tandem.parallel.kernels.cross_entropy import peak_bytes
 from tandem.parallel.kernels.recompute import IN_FLIGHT
 from tandem.parallel.layout import Layout
 from tandem.train.models import connectors
-from tandem.train.models.connectors.base import ConnectorConfig, Sizes
+from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.vit import ViTConfig
 from tandem.train.vision import vision_spec
 
@@ -56,14 +56,8 @@ def encoder_parameters(config: ViTConfig, llm_width: int, connector: ConnectorCo
     d, mlp = config.width, int(config.width * config.mlp_ratio)
     block = 4 * d * d + 2 * d * mlp + 4 * d + d + mlp + 4 * d  # products, their biases, two norms
     encoder = config.depth * block + (vision_spec(config).patch_values + 1) * d + 2 * d
-    kind, sizes, options = _connector(config, connector or ConnectorConfig(), llm_width)
+    kind, sizes, options = connectors.between(config, connector or ConnectorConfig(), llm_width)
     return encoder, kind.parameters(sizes, options)
-
-
-def _connector(config: ViTConfig, connector: ConnectorConfig, llm_width: int):
-    """(kind, sizes, options) of a connector."""
-    kind = connectors.find(connector.kind)
-    return kind, Sizes(config.width, llm_width, connector.merge, config.norm_eps), kind.read(connector.options)
 
 
 def encoder_memory(
@@ -92,7 +86,7 @@ def encoder_memory(
 
     vision = vision_spec(config, connector)
     rows, values = vision.tokens_of(chunk_patches), vision.patch_values
-    kind, sizes, options = _connector(config, connector, llm_width)
+    kind, sizes, options = connectors.between(config, connector, llm_width)
     adapter = rows * element * kind.token_elements(sizes, options)
     ends = chunk_patches * element * (values + d)  # pixels that are embedded, features before the final norm
     inside = 0 if kept == "none" else of_blocks("none", 1, chunk_patches)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tandem.train.models import connectors
-from tandem.train.models.connectors.base import ConnectorConfig, Sizes
+from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
 from tandem.train.models.layers.blocks import kept_for_backward
 
@@ -22,9 +22,8 @@ class VisionTower(nn.Module):
     def __init__(self, config: ViTConfig, connector: ConnectorConfig, llm_width: int, recompute: str = "none"):
         super().__init__()
         self.encoder = SeedViT(config)
-        kind = connectors.find(connector.kind)
-        sizes = Sizes(config.width, llm_width, connector.merge, config.norm_eps)
-        self.adapter = kind.build(sizes, kind.read(connector.options))
+        kind, sizes, options = connectors.between(config, connector, llm_width)
+        self.adapter = kind.build(sizes, options)
         self.recompute = kept_for_backward(recompute)
 
     def forward(self, images: PackedImages) -> torch.Tensor:
