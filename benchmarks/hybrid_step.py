@@ -1,10 +1,10 @@
-"""The hybrid step on this machine: planning at scale, delivery, balancing on and off, share of each phase, start-up.
+"""The hybrid step on this machine: planning at scale, dispatch, balancing on and off, share of each phase, start-up.
 
     python benchmarks/hybrid_step.py            four gloo ranks, about a minute on two cores; needs the toy shards
 
 Peers in the same run: the argmin form of the greedy assignment, and the step with images left where they are read.
 Floors: for planning, sorting the costs (no assignment can skip it); for the encoder, its FLOPs at the rate of a matrix
-product on the cores there are; for delivery, visual tokens x width elements each way.
+product on the cores there are; for dispatch, visual tokens x width elements each way.
 """
 
 import argparse
@@ -127,8 +127,8 @@ def step_of_ranks(size_name: str) -> dict:
     for repeat in range(size.repeats + 1):
         for balance in (True, False):
             prepared = skewed_step(size, config, engines.grid, balance)
-            loads[balance] = prepared.share.routes.load_max_over_mean
-            batch, before = step_input(prepared, engines.grid, config.vision), engines.exchange.elements_delivered
+            loads[balance] = prepared.rank_shard.routes.load_max_over_mean
+            batch, before = step_input(prepared, engines.grid, config.vision), engines.exchange.elements_dispatched
             dist.barrier()
             begin = time.perf_counter()
             hybrid_step(engines, batch, report_shape=(2, 1), clip_norm=1.0, replay=False, stop=False, timer=timer)
@@ -138,12 +138,12 @@ def step_of_ranks(size_name: str) -> dict:
             if repeat:  # the first pass warms up
                 times[balance].append(seconds)
                 phases[balance].append(spent)
-                moved.append(engines.exchange.elements_delivered - before)
+                moved.append(engines.exchange.elements_dispatched - before)
     sent = torch.tensor(moved[0])
     dist.all_reduce(sent)
     steps = [summary(times[on], phases[on], loads[on], balance=on) for on in (True, False)]
     return {
-        "delivered": int(sent),
+        "dispatched": int(sent),
         "expected": int(prepared.plan.tokens_I.sum()) * engines.width,
         "encoder_floor_s": encoder_floor(size, config, prepared.plan.tokens_I.size) if engines.grid.rank == 0 else None,
         "steps": steps,
@@ -228,10 +228,10 @@ def skewed_step(size: Size, config, grid, balance: bool):
         loss_mask=np.ones(shape, bool),
         domain=np.zeros(shape, np.int16),
     )
-    share = RowRankShard(
+    rank_shard = RowRankShard(
         image_ids=np.concatenate(routes.chunks), rows=rows[:0], digest=0, routes=routes, rows_MB=rows_RMB[grid.place.dp]
     )
-    return PreparedStep(plan, share, images, [text] * config.micro_batches(grid.layout), size.rows * size.seq)
+    return PreparedStep(plan, rank_shard, images, [text] * config.micro_batches(grid.layout), size.rows * size.seq)
 
 
 def summary(times: list[float], phases: list[dict[str, float]], load: float, balance: bool) -> dict:
@@ -284,7 +284,7 @@ def table(result: dict) -> str:
         f"  encoder load max/mean {plan['load_max_over_mean']:.5f}",
         f"hybrid step, {settings['ranks']} gloo ranks on {result['machine']['cores']} cores, {LAYOUT}, all images in "
         "one replica's rows",
-        f"  delivered {step['delivered']:,} elements each way, visual tokens x width = {step['expected']:,}",
+        f"  dispatched {step['dispatched']:,} elements each way, visual tokens x width = {step['expected']:,}",
     ]
     for one in step["steps"]:
         spent = one["phase_s"]

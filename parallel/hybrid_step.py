@@ -1,9 +1,9 @@
 """One training step of encoder and LLM on the same ranks, in the five phases of docs/architecture.md.
 
-    plan -> encode -> deliver -> LLM schedule -> return and update
+    plan -> encode -> dispatch -> LLM schedule -> combine and update
 
 The plan is made ahead on the CPU (`parallel.plan.routes`).  Rows travel chunk by chunk, each while the next one is
-encoded.  The LLM sees them as detached leaves; their gradients travel home and drive the encoder's backward, each
+encoded.  The LLM sees them as detached leaves; their gradients travel back and drive the encoder's backward, each
 chunk's while the backward of the one before runs, the same number of chunks on every rank.  One gradient scale (1 /
 trained tokens of the global batch) and one clip norm over both modules are computed here, by neither library; both
 optimizers step or neither does.  The host waits for the device in one place, `reduce_step_stats`.
@@ -97,14 +97,14 @@ def hybrid_step(
     with timer.phase("encode"):
         kept, dispatch = encode(engines, batch, keep=not replay)
 
-    with timer.phase("deliver"):
+    with timer.phase("dispatch"):
         leaf_UD = dispatch.leaves()
         leaves = split_leaves(engines.grid, leaf_UD, batch.dispatch_plan, requires_grad=True)
 
     with timer.phase("llm"):
         reports = llm.forward_backward(batch.micro_batches, leaves, 1.0 / max(batch.trained_tokens, 1))
 
-    with timer.phase("return"):
+    with timer.phase("combine"):
         grad_UD = llm.leaf_gradient(leaves, leaf_UD)
         del leaves, leaf_UD
         gradients = exchange.combine(grad_UD, batch.dispatch_plan)

@@ -56,8 +56,8 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup):
         self.group = group
-        self.elements_delivered = 0
-        self.elements_returned = 0
+        self.elements_dispatched = 0
+        self.elements_combined = 0
 
     def dispatch(self, dispatch_plan: DispatchPlan) -> "Dispatch":
         """The way out of a step's rows."""
@@ -82,7 +82,7 @@ class Exchange:
 
     def _send_back(self, grad_UD: torch.Tensor, dispatch_plan: DispatchPlan, chunk: int) -> "_AllToAll":
         send_UD = grad_UD.index_select(0, dispatch_plan.leaf_CU[chunk])
-        self.elements_returned += send_UD.numel()
+        self.elements_combined += send_UD.numel()
         return _AllToAll(
             send_UD, dispatch_plan.receive_counts_CG[chunk], dispatch_plan.send_counts_CG[chunk], self.group
         )
@@ -106,7 +106,7 @@ class Dispatch:
         send_VD = output_ND.index_select(0, dispatch_plan.send_CV[chunk])
         if self._leaf_UD is None:
             self._leaf_UD = send_VD.new_empty(dispatch_plan.leaf_rows, send_VD.shape[1])
-        exchange.elements_delivered += send_VD.numel()
+        exchange.elements_dispatched += send_VD.numel()
         counts = dispatch_plan.send_counts_CG[chunk], dispatch_plan.receive_counts_CG[chunk]
         all_to_all = _AllToAll(send_VD, *counts, exchange.group)
         self._place()

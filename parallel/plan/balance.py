@@ -11,7 +11,7 @@ import numpy as np
 
 
 def assign_images(costs: Sequence[int], ranks: int) -> np.ndarray:
-    """Owner rank of each image, int64 [I], each in 0 .. ranks-1.
+    """Encoding rank of each image, int64 [I], each in 0 .. ranks-1.
 
     costs: non-negative integer cost of each image; ranks: how many ranks share them.
     Deterministic: equal costs go in image order, equal loads to the lower rank.
@@ -29,13 +29,13 @@ def assign_images(costs: Sequence[int], ranks: int) -> np.ndarray:
     # One heap entry is load * ranks + rank: a single integer that orders by load first and by rank in a tie.
     heap = list(range(ranks))
     replace = heapq.heapreplace
-    owners = []
-    keep = owners.append
+    ranks_I = []
+    keep = ranks_I.append
     for cost in costs_I[order_I].tolist():
         least = heap[0]
         keep(least % ranks)
         replace(heap, least + cost * ranks)
-    encoding_rank_I[order_I] = owners
+    encoding_rank_I[order_I] = ranks_I
     return encoding_rank_I
 
 
@@ -53,7 +53,7 @@ def cut_in_order(items_J: np.ndarray, sizes: np.ndarray, most: int) -> list[np.n
     return np.split(items_J, borders) if items_J.size else []
 
 
-def load_max_over_mean(costs: np.ndarray, owners: np.ndarray, ranks: int) -> float:
+def load_max_over_mean(costs: np.ndarray, encoding_rank_I: np.ndarray, ranks: int) -> float:
     """Largest over mean encoder load of the ranks; 1.0 is perfect balance (and the answer for no images)."""
-    load_R = np.bincount(owners, weights=np.asarray(costs, dtype=np.float64), minlength=ranks)
+    load_R = np.bincount(encoding_rank_I, weights=np.asarray(costs, dtype=np.float64), minlength=ranks)
     return float(load_R.max() / load_R.mean()) if load_R.sum() else 1.0

@@ -77,16 +77,16 @@ def assign_encoding_ranks(plan: VisualPlan, layout: Layout, balance: bool) -> np
     first_U = np.flatnonzero(np.diff(plan.unit_I, prepend=-1))  # the first image of every unit
     cost_U = np.add.reduceat(plan.cost_I, first_U) if first_U.size else plan.cost_I
     replica_U = plan.replica_I[first_U]
-    owner_U = np.empty(first_U.size, dtype=np.int64)
+    encoding_rank_U = np.empty(first_U.size, dtype=np.int64)
     team_U = layout.group_of_replica(replica_U) if balance else replica_U
     for team in np.unique(team_U).tolist():
         members = np.array(layout.group_ranks(team) if balance else layout.replica_ranks(team))
         mine_J = np.flatnonzero(team_U == team)
         if balance:
-            owner_U[mine_J] = members[assign_images(cost_U[mine_J], members.size)]
+            encoding_rank_U[mine_J] = members[assign_images(cost_U[mine_J], members.size)]
         else:
-            owner_U[mine_J] = members[np.arange(mine_J.size) % members.size]
-    return owner_U[plan.unit_I]
+            encoding_rank_U[mine_J] = members[np.arange(mine_J.size) % members.size]
+    return encoding_rank_U[plan.unit_I]
 
 
 def place_of(position: np.ndarray, layout: Layout, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -162,7 +162,7 @@ def _outgoing(plan, mine_J, chunk_I, layout, ranks_G, chunks):
 def _incoming(plan, encoding_rank_I, chunk_I, layout, rank, ranks_G, chunks, micro_batches):
     """(leaf_U, at_U, leaf_rows_M, receive_counts_CG) of `rank`.
 
-    Leaf rows of a micro-batch lie by owner, then by image, then as in the image.
+    Leaf rows of a micro-batch lie by encoding rank, then by image, then as in the image.
     """
     place = layout.coordinates(rank)
     images_J = np.flatnonzero(plan.replica_I == place.dp) if place.pp == 0 else np.empty(0, dtype=np.int64)
@@ -185,9 +185,9 @@ def _counts(chunk_V, other_V, ranks_G, chunks):
 
 
 def _chunks(plan, encoding_rank_I, chunk_patches):
-    """(chunk of every image at its owner, the largest number of chunks of any rank).
+    """(chunk of each image on its encoding rank, the largest number of chunks of any rank).
 
-    An owner's images are cut in order into chunks of at most `chunk_patches`.
+    The images of a rank are cut in order into chunks of at most `chunk_patches`.
     """
     if plan.patches_I.size and plan.patches_I.max() > chunk_patches:
         raise ValueError(

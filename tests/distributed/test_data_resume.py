@@ -49,7 +49,7 @@ def contents(prepared, grid) -> torch.Tensor:
         sums[0] += zlib.crc32(prepared.images.patches_NP[first : first + count].tobytes())
         first += count
     if grid.is_first_stage and not grid.place.tp and not grid.place.cp:
-        for rows, text in zip(prepared.share.rows_MB, prepared.text, strict=True):
+        for rows, text in zip(prepared.rank_shard.rows_MB, prepared.text, strict=True):
             for place, row in enumerate(rows.tolist()):
                 line = (text.tokens, text.labels, text.loss_mask, text.domain)
                 sums[1] += row * zlib.crc32(b"".join(array[place].tobytes() for array in line))

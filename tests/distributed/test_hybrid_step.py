@@ -22,16 +22,16 @@ def count_elements(overrides):
     config, engines, _, prefetcher = build_run("stage2", overrides, steps=3)
     seen = []
     for prepared in prefetcher:
-        before = (engines.exchange.elements_delivered, engines.exchange.elements_returned)
+        before = (engines.exchange.elements_dispatched, engines.exchange.elements_combined)
         step_by_hand(config, engines, prepared)
-        moved = torch.tensor([engines.exchange.elements_delivered, engines.exchange.elements_returned])
+        moved = torch.tensor([engines.exchange.elements_dispatched, engines.exchange.elements_combined])
         moved -= torch.tensor(before)
         dist.all_reduce(moved)
         seen.append((int(prepared.plan.tokens_I.sum()) * engines.width, moved.tolist()))
     return seen
 
 
-def test_delivery_moves_each_row_once_each_way(corpus):
+def test_dispatch_moves_each_row_once_each_way(corpus):
     """In the world of `make toy`: visual tokens x width elements out, and as many back."""
     toy = [*SMALL, *corpus_overrides(corpus), "parallel.pp=2", "parallel.ep=2"]
     for expected, moved in run_world(count_elements, 4, toy)[0]:
@@ -113,7 +113,7 @@ def autograd_reference(overrides):
 
     config, engines, _, prefetcher = build_run("stage1", [*overrides, "optim.clip_norm=0"], steps=1)
     prepared = next(prefetcher)
-    batch, routes = prepared.batch, prepared.share.routes
+    batch, routes = prepared.batch, prepared.rank_shard.routes
     tower, chunk = engines.encoder._run.module, engines.llm.chunks[0]
     sent = zip(batch.chunks, batch.dispatch_plan.send_CV, strict=True)
     rows_VD = torch.cat([tower(images)[place_V] for images, place_V in sent])

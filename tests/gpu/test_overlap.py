@@ -1,4 +1,4 @@
-"""On CUDA: delivery and ZeRO's reductions beside other work change no number, and the host waits for neither.
+"""On CUDA: dispatch and ZeRO's reductions beside other work change no number, and the host waits for neither.
 
 pytest --confcutdir=tests/gpu tests/gpu/test_overlap.py
 """

@@ -32,7 +32,7 @@ KEYS = {
     "phase_s",
 }
 HELDOUT = "data.sources.main.shards=['{}/heldout/read-*.tar']"
-PHASES = {"wait", "encode", "deliver", "llm", "return", "encoder_backward", "update"}
+PHASES = {"wait", "encode", "dispatch", "llm", "combine", "encoder_backward", "update"}
 
 
 @pytest.fixture(scope="module")

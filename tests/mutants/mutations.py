@@ -458,7 +458,7 @@ PARALLEL = (
         ("tests/parallel/test_routes.py",),
     ),
     Mutation(
-        "leaf_rows_not_ordered_by_owner",
+        "leaf_rows_not_ordered_by_encoding_rank",
         "parallel/plan/routes.py",
         "_incoming",
         "np.lexsort((from_U, micro_U))",

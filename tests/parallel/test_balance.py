@@ -16,8 +16,8 @@ def test_at_scale_the_load_is_even():
     patches_I = log_uniform_mix(30_720)
     spec = VisionSpec(width=1280, depth=27, mlp_width=5120)
     costs = spec.cost(np.stack([patches_I, np.ones_like(patches_I)], -1))
-    owners = assign_images(costs, 256)
-    assert load_max_over_mean(costs, owners, 256) <= 1.02
+    encoding_rank_I = assign_images(costs, 256)
+    assert load_max_over_mean(costs, encoding_rank_I, 256) <= 1.02
 
 
 def test_greedy_by_hand():
@@ -36,8 +36,8 @@ def test_within_the_known_bound_of_the_optimum():
 
 
 def test_costs_past_64_bits_of_a_heap_entry():
-    owners = assign_images([2**61, 2**61, 1], 2**10)
-    assert owners.tolist() == [0, 1, 2]
+    encoding_rank_I = assign_images([2**61, 2**61, 1], 2**10)
+    assert encoding_rank_I.tolist() == [0, 1, 2]
 
 
 def test_no_images_and_bad_input():

@@ -35,8 +35,8 @@ def random_plan(layout, images, micro_batches=3, seed=0):
 
 def simulate(plan, layout, balance):
     """Moves row names by the routes of every rank; returns what each rank's leaves hold."""
-    owners = assign_encoding_ranks(plan, layout, balance)
-    routes = [build_routes(plan, owners, layout, rank, 3, CHUNK) for rank in range(layout.world)]
+    encoding_rank_I = assign_encoding_ranks(plan, layout, balance)
+    routes = [build_routes(plan, encoding_rank_I, layout, rank, 3, CHUNK) for rank in range(layout.world)]
     leaves = [[None] * route.leaf_U.size for route in routes]
     departed, arrived = [0] * layout.world, [0] * layout.world
     for chunk in range(len(routes[0].chunks)):
@@ -59,7 +59,7 @@ def simulate(plan, layout, balance):
             arrived[rank] += len(got)
     assert [route.send_V.size for route in routes] == departed
     assert [route.leaf_U.size for route in routes] == arrived
-    return owners, routes, leaves
+    return encoding_rank_I, routes, leaves
 
 
 def group_of(layout, rank):
@@ -71,7 +71,7 @@ def group_of(layout, rank):
 @pytest.mark.parametrize("images", [0, 1, 40])
 def test_every_row_arrives_once_where_it_belongs(layout, balance, images):
     plan = random_plan(layout, images)
-    owners, routes, leaves = simulate(plan, layout, balance)
+    encoding_rank_I, routes, leaves = simulate(plan, layout, balance)
     assert len({len(route.chunks) for route in routes}) == 1
     assert images < 40 or len(routes[0].chunks) > 1
     arrived = [row for leaf in leaves for row in leaf]
@@ -83,14 +83,16 @@ def test_every_row_arrives_once_where_it_belongs(layout, balance, images):
             cp, tp, index = place_of(np.array(plan.start_I[image] + token), layout, ROW)
             assert (place.pp, place.dp, place.cp, place.tp) == (0, plan.replica_I[image], cp, tp)
             assert (plan.micro_batch_I[image], index) == (batch, at)
-        keys = [(batch, owners[image], image, token) for (image, token), batch in zip(leaf, micro, strict=True)]
+        keys = [
+            (batch, encoding_rank_I[image], image, token) for (image, token), batch in zip(leaf, micro, strict=True)
+        ]
         assert keys == sorted(keys)  # whatever the chunks
     for image in range(images):  # images stay inside the balance group, or without balancing inside the replica
-        owner = layout.coordinates(owners[image])
+        encoder = layout.coordinates(encoding_rank_I[image])
         if balance:
-            assert layout.group_of_replica(owner.dp) == layout.group_of_replica(plan.replica_I[image])
+            assert layout.group_of_replica(encoder.dp) == layout.group_of_replica(plan.replica_I[image])
         else:
-            assert owner.dp == plan.replica_I[image]
+            assert encoder.dp == plan.replica_I[image]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -106,18 +108,18 @@ def test_places_cover_a_row_once(layout):
 def test_chunks_hold_at_most_chunk_patches_in_order():
     layout = Layout(world=2)
     plan = random_plan(layout, 50)
-    owners = assign_encoding_ranks(plan, layout, True)
+    encoding_rank_I = assign_encoding_ranks(plan, layout, True)
     for rank in range(2):
-        route = build_routes(plan, owners, layout, rank, 3, 40)
+        route = build_routes(plan, encoding_rank_I, layout, rank, 3, 40)
         assert all(plan.patches_I[ids].sum() <= 40 for ids in route.chunks)
-        assert np.concatenate(route.chunks).tolist() == np.flatnonzero(owners == rank).tolist()
+        assert np.concatenate(route.chunks).tolist() == np.flatnonzero(encoding_rank_I == rank).tolist()
     with pytest.raises(ValueError, match="parallel.encoder.chunk_patches=4 is smaller than an image"):
-        build_routes(plan, owners, layout, 0, 3, 4)
+        build_routes(plan, encoding_rank_I, layout, 0, 3, 4)
 
 
 def test_digest_tells_plans_apart():
     layout = Layout(world=2)
     plan = random_plan(layout, 20)
-    owners = assign_encoding_ranks(plan, layout, True)
-    assert plan.digest(owners) == random_plan(layout, 20).digest(owners.copy())
-    assert plan.digest(owners) != plan.digest(1 - owners)
+    encoding_rank_I = assign_encoding_ranks(plan, layout, True)
+    assert plan.digest(encoding_rank_I) == random_plan(layout, 20).digest(encoding_rank_I.copy())
+    assert plan.digest(encoding_rank_I) != plan.digest(1 - encoding_rank_I)

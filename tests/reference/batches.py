@@ -28,10 +28,10 @@ def language_start(recipe: str, overrides: list[str], steps: int) -> tuple[dict,
 
 def _language_batch(prepared, rows_per_micro_batch: int, domains: list[str], vision) -> dict:
     plan = prepared.plan
-    ids = np.concatenate(prepared.share.routes.chunks).astype(np.int64)
+    ids = np.concatenate(prepared.rank_shard.routes.chunks).astype(np.int64)
     images = {}
     if ids.size:
-        keep_LI = prepared.share.keep_LI
+        keep_LI = prepared.rank_shard.keep_LI
         images = {
             "patches": torch.from_numpy(prepared.images.patches_NP.copy()),
             "positions": torch.from_numpy(vision.positions(plan.grid_hw_I2[ids])),
@@ -40,7 +40,7 @@ def _language_batch(prepared, rows_per_micro_batch: int, domains: list[str], vis
         }
     first_I = np.cumsum(plan.tokens_I[ids]) - plan.tokens_I[ids]  # row of the first visual token of each image
     rows = []
-    for rows_b, text in zip(prepared.share.rows_MB, prepared.text, strict=True):
+    for rows_b, text in zip(prepared.rank_shard.rows_MB, prepared.text, strict=True):
         at, taken = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for place, row in enumerate(rows_b):
             for i in np.flatnonzero(plan.row_I[ids] == row):

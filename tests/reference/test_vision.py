@@ -127,8 +127,8 @@ def begin(recipe: str, overrides: list[str], folder: str) -> tuple[dict, list[di
 
 def plain(prepared, captions: int) -> dict:
     """A prepared step of the only rank as the reference takes it."""
-    plan, share = prepared.plan, prepared.share
-    assert not prepared.skipped and np.array_equal(share.image_ids, np.arange(len(plan.patches_I)))
+    plan, rank_shard = prepared.plan, prepared.rank_shard
+    assert not prepared.skipped and np.array_equal(rank_shard.image_ids, np.arange(len(plan.patches_I)))
     rows = np.arange(plan.length_S.size)
     texts = []
     for number in range(captions):

@@ -60,7 +60,7 @@ def draw(folder: str, recipe: str, overrides: list[str], steps: int, state: dict
         data.stream.load_state(json.loads(json.dumps(state)))
     drawn = Drawn({"mask": {}, "branches": {}}, [])
     for prepared, batch in stage.steps(steps):
-        image_ids = iter(prepared.share.image_ids.tolist())
+        image_ids = iter(prepared.rank_shard.image_ids.tolist())
         for images, mask_N in chunks_of(recipe, batch):
             lengths = images.segments.q_lengths_N
             masks = [None] * len(lengths) if mask_N is None else mask_N.split(list(lengths))

@@ -36,20 +36,26 @@ def test_every_sample_has_one_rank(corpus, recipe, task, wanted, world, balance)
     )  # fmt: skip
     plan = data.stream.next_step()
     kinds = {"eos_id": data.reader.tokenizer.eos_id, "wanted": wanted, "negatives": wanted == 2}
-    shares = [Samples(config, data.stream.corpus, rank, world, **kinds).shard(plan) for rank in range(world)]
-    assert len({share.digest for share in shares}) == len({len(share.chunks) for share in shares}) == 1
-    assert sorted(np.concatenate([np.concatenate(share.chunks) for share in shares])) == list(range(20))
-    assert sorted(np.concatenate([share.image_ids for share in shares])) == list(range(plan.tokens_I.size))
+    rank_shards = [Samples(config, data.stream.corpus, rank, world, **kinds).shard(plan) for rank in range(world)]
+    assert (
+        len({rank_shard.digest for rank_shard in rank_shards})
+        == len({len(rank_shard.chunks) for rank_shard in rank_shards})
+        == 1
+    )
+    assert sorted(np.concatenate([np.concatenate(rank_shard.chunks) for rank_shard in rank_shards])) == list(range(20))
+    assert sorted(np.concatenate([rank_shard.image_ids for rank_shard in rank_shards])) == list(
+        range(plan.tokens_I.size)
+    )
     patches_I = plan.patches_I
-    for rank, share in enumerate(shares):
-        mine = np.concatenate(share.chunks)
-        assert (share.owner_S[mine] == rank).all()
-        assert np.array_equal(share.image_ids, images_of(plan, mine)[0])
-        assert np.array_equal(share.rows, (mine[:0], mine, np.concatenate([mine, (mine + 1) % 20]))[wanted])
-        for chunk in share.chunks:
+    for rank, rank_shard in enumerate(rank_shards):
+        mine = np.concatenate(rank_shard.chunks)
+        assert (rank_shard.encoding_rank_S[mine] == rank).all()
+        assert np.array_equal(rank_shard.image_ids, images_of(plan, mine)[0])
+        assert np.array_equal(rank_shard.rows, (mine[:0], mine, np.concatenate([mine, (mine + 1) % 20]))[wanted])
+        for chunk in rank_shard.chunks:
             assert len(chunk) <= 1 or patches_I[images_of(plan, chunk)[0]].sum() <= 300
     if balance == "true" and world == 3:
-        assert shares[0].load_max_over_mean < 1.15
+        assert rank_shards[0].load_max_over_mean < 1.15
 
 
 def test_captions_of_any_rows():
@@ -81,9 +87,9 @@ def told(corpus, folder, recipe: str, wanted: int, samples: list[tuple[list, lis
     for rank in range(2):
         eos_id = data.reader.tokenizer.eos_id
         sharding = Samples(config, data.stream.corpus, rank, 2, eos_id=eos_id, wanted=wanted)
-        share = sharding.shard(plan)
-        _, text = data.reader.read(plan, share.image_ids, share.rows)
-        failures |= {int(plan.index_S[found.sample]): found for found in sharding.inspect(plan, share, text)}
+        rank_shard = sharding.shard(plan)
+        _, text = data.reader.read(plan, rank_shard.image_ids, rank_shard.rows)
+        failures |= {int(plan.index_S[found.sample]): found for found in sharding.inspect(plan, rank_shard, text)}
     return failures, shard
 
 

@@ -119,7 +119,7 @@ def _score(engines: Engines, prepared) -> tuple[np.ndarray, np.ndarray, np.ndarr
     totals_3S = torch.zeros(3, plan.length_S.size, dtype=torch.float64)
     reports = forward_only(engines, to_device(prepared.batch, grid.device))
     if reports and grid.place.tp == 0:
-        for report_2T, rows, text in zip(reports, prepared.share.rows_MB, prepared.text, strict=True):
+        for report_2T, rows, text in zip(reports, prepared.rank_shard.rows_MB, prepared.text, strict=True):
             mask_T = torch.from_numpy(text.loss_mask.reshape(-1))
             owner = torch.from_numpy(row_samples(plan, rows).reshape(-1))[mask_T].long()
             loss, right = report_2T.cpu().double()[:, mask_T]

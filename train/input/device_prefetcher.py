@@ -21,13 +21,13 @@ class DevicePrefetcher:
 
     def __next__(self) -> tuple[PreparedStep, Any]:
         """As `Prefetcher.__next__`; on CUDA the copies of the step after, if it is ready, are under way on return."""
-        staged = self._ahead or self._stage(next(self._prefetcher))
+        ahead = self._ahead or self._copy_to_device(next(self._prefetcher))
         self._ahead = None
         if self._copies:
             torch.cuda.current_stream().wait_stream(self._copies)
             ready = self._prefetcher.poll()
-            self._ahead = self._stage(ready) if ready else None
-        return staged
+            self._ahead = self._copy_to_device(ready) if ready else None
+        return ahead
 
     def drain(self) -> None:
         """As `Prefetcher.drain`."""
@@ -36,7 +36,7 @@ class DevicePrefetcher:
         self._ahead = None
         self._prefetcher.drain()
 
-    def _stage(self, prepared: PreparedStep) -> tuple[PreparedStep, Any]:
+    def _copy_to_device(self, prepared: PreparedStep) -> tuple[PreparedStep, Any]:
         if self._copies is None:
             return prepared, to_device(prepared.batch, self._device)
         self._copies.wait_stream(torch.cuda.current_stream())  # memory of steps that are through may be written again

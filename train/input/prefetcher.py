@@ -47,28 +47,28 @@ class Sharding(Protocol):
     """How a task divides a step over the ranks, and what it makes of the text."""
 
     def shard(self, plan: StepPlan) -> RankShard:
-        """This rank's share: a pure function of the plan."""
+        """This rank's shard: a pure function of the plan."""
 
-    def inspect(self, plan: StepPlan, share: RankShard, text: RowBatch) -> list[Failure]:
+    def inspect(self, plan: StepPlan, rank_shard: RankShard, text: RowBatch) -> list[Failure]:
         """Samples whose text this rank has read and that cannot be used."""
 
-    def count(self, share: RankShard, text: RowBatch) -> int:
-        """Tokens of this rank's share that are trained; of no other rank's."""
+    def count(self, rank_shard: RankShard, text: RowBatch) -> int:
+        """Tokens of this rank's shard that are trained; of no other rank's."""
 
-    def complete(self, plan: StepPlan, share: RankShard, text: RowBatch) -> Any:
+    def complete(self, plan: StepPlan, rank_shard: RankShard, text: RowBatch) -> Any:
         """What the step needs of the text, once all ranks agreed (may be collective over this thread's gloo groups)."""
 
 
 @dataclass
 class PreparedStep:
-    """One step on the host: its plan, this rank's share and pixels, its text as `Sharding.complete` made it, what the
+    """One step on the host: its plan, this rank's shard and pixels, its text as `Sharding.complete` made it, what the
     ranks agreed on, and all of it as the step takes it (`batch`, pinned where there is CUDA).
 
     trained_tokens, bytes_read, skipped: of all ranks.  Call `release` when the pixels are no longer needed.
     """
 
     plan: StepPlan
-    share: RankShard
+    rank_shard: RankShard
     images: ImageBatch
     text: Any = None
     trained_tokens: int = 0
@@ -85,7 +85,7 @@ class _Reading:
     """One step that is being read, or the error that planning it met."""
 
     plan: StepPlan | None = None
-    share: RankShard | None = None
+    rank_shard: RankShard | None = None
     pending: Pending | None = None
     error: str | None = None
 
@@ -186,8 +186,10 @@ class Prefetcher:
         """Plans the next step and starts to read this rank's part of it."""
         try:
             plan = self._stream.next_step()
-            share = self._sharding.shard(plan)
-            return _Reading(plan, share, self._reader.begin(plan, share.image_ids, share.rows, share.pixels))
+            rank_shard = self._sharding.shard(plan)
+            return _Reading(
+                plan, rank_shard, self._reader.begin(plan, rank_shard.image_ids, rank_shard.rows, rank_shard.pixels)
+            )
         except Exception as caught:
             return _Reading(error=self._say(caught))
 
@@ -203,14 +205,18 @@ class Prefetcher:
         if error is None:
             try:
                 images, text = self._reader.finish(reading.pending)
-                found = (*self._sharding.inspect(reading.plan, reading.share, text), *images.failures, *text.failures)
+                found = (
+                    *self._sharding.inspect(reading.plan, reading.rank_shard, text),
+                    *images.failures,
+                    *text.failures,
+                )
                 failures = {failure.sample: failure for failure in found}
             except Exception as caught:
                 error = self._say(caught)
         whole = images is not None
-        count = self._sharding.count(reading.share, text) if whole else 0
+        count = self._sharding.count(reading.rank_shard, text) if whole else 0
         bytes_read = images.bytes_read + text.bytes_read if whole else 0
-        digest = (reading.plan.digest() ^ reading.share.digest) & (2**62 - 1) if reading.share else 0
+        digest = (reading.plan.digest() ^ reading.rank_shard.digest) & (2**62 - 1) if reading.rank_shard else 0
         mine = torch.tensor([digest, len(failures), error is not None, self._stop.is_set(), count, bytes_read])
         seen_W6 = [torch.empty_like(mine) for _ in range(self._grid.layout.world)]
         dist.all_gather(seen_W6, mine, group=self._grid.control)
@@ -225,12 +231,12 @@ class Prefetcher:
             raise AgreedError(f"ranks {odd} planned step {reading.plan.step} differently from rank 0")
         if stopped:
             return None
-        prepared = PreparedStep(reading.plan, reading.share, images)
+        prepared = PreparedStep(reading.plan, reading.rank_shard, images)
         prepared.trained_tokens, prepared.bytes_read = seen_W6[:, 4:].sum(dim=0).tolist()
         if seen_W6[:, 1].any():
             self._drop(prepared, text, failures)
         self._check_rate(prepared)
-        prepared.text = self._sharding.complete(reading.plan, reading.share, text)
+        prepared.text = self._sharding.complete(reading.plan, reading.rank_shard, text)
         error = self._make_batch(prepared)
         failed = torch.tensor([error is not None], dtype=torch.int32)
         dist.all_reduce(failed, group=self._grid.control)
@@ -257,12 +263,12 @@ class Prefetcher:
         """Takes the samples that any rank could not read out of the loss, on every rank."""
         dropped = {sample: failure for told in self._tell(failures) for sample, failure in told.items()}
         prepared.skipped = [dropped[sample] for sample in sorted(dropped)]
-        plan, rows = prepared.plan, prepared.share.rows
+        plan, rows = prepared.plan, prepared.rank_shard.rows
         for sample in dropped:
             for place in np.flatnonzero(rows == plan.row_S[sample]):
                 start = int(plan.start_S[sample])
                 text.trained[place, start : start + int(plan.length_S[sample])] = False
-        count = torch.tensor([self._sharding.count(prepared.share, text)])
+        count = torch.tensor([self._sharding.count(prepared.rank_shard, text)])
         dist.all_reduce(count, group=self._grid.control)
         prepared.trained_tokens = int(count)
 

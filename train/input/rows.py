@@ -73,13 +73,13 @@ class Rows:
             keep_LI=branch_factors(config, keys_I3),
         )
 
-    def inspect(self, plan: StepPlan, share: RowRankShard, text: RowBatch) -> list[Failure]:
+    def inspect(self, plan: StepPlan, rank_shard: RowRankShard, text: RowBatch) -> list[Failure]:
         return []
 
-    def count(self, share: RowRankShard, text: RowBatch) -> int:
+    def count(self, rank_shard: RowRankShard, text: RowBatch) -> int:
         return int(text.trained.sum())
 
-    def complete(self, plan: StepPlan, share: RowRankShard, text: RowBatch) -> list[RowText] | None:
+    def complete(self, plan: StepPlan, rank_shard: RowRankShard, text: RowBatch) -> list[RowText] | None:
         """Every micro-batch's text, on ranks that need it."""
         if self._grid.text is None:
             return None
@@ -119,23 +119,23 @@ def step_input(prepared: PreparedStep, grid: Grid, vision: VisionSpec) -> StepIn
     patches_I = images.patches_I
     position_N2 = vision.positions(images.grid_hw_I2)
     chunks, image, patch = [], 0, 0
-    for ids in prepared.share.routes.chunks:
+    for ids in prepared.rank_shard.routes.chunks:
         mine_I = patches_I[image : image + ids.size]
         count = int(mine_I.sum())
         if count:
-            here, keep_LI = slice(patch, patch + count), prepared.share.keep_LI
+            here, keep_LI = slice(patch, patch + count), prepared.rank_shard.keep_LI
             keep_LI = None if keep_LI is None else keep_LI[:, image : image + ids.size]
             packed = (images.patches_NP[here], position_N2[here], mine_I, host, keep_LI)
             chunks.append(PackedImages.of(*packed))
         else:
             chunks.append(PackedImages.blank(vision, host))
         image, patch = image + ids.size, patch + count
-    text_M = prepared.text or [None] * len(prepared.share.rows_MB)
+    text_M = prepared.text or [None] * len(prepared.rank_shard.rows_MB)
     micro_batches = [
         micro_batch_of(plan, rows, text, grid.layout, grid.place, host)
-        for rows, text in zip(prepared.share.rows_MB, text_M, strict=True)
+        for rows, text in zip(prepared.rank_shard.rows_MB, text_M, strict=True)
     ]
-    return StepInput(DispatchPlan.of(prepared.share.routes), chunks, micro_batches, prepared.trained_tokens)
+    return StepInput(DispatchPlan.of(prepared.rank_shard.routes), chunks, micro_batches, prepared.trained_tokens)
 
 
 def replace_pixels(plan: StepPlan, source_I: np.ndarray) -> StepPlan:

@@ -24,10 +24,11 @@ from tandem.train.input.prefetcher import RankShard
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRankShard(RankShard):
-    """owner_S: rank of every sample.  chunks: samples of this rank, chunk by chunk, as many chunks as any rank has; its
-    rows are theirs in that order, and after them, where negatives are wanted, those of each one's successor."""
+    """encoding_rank_S: of every sample.  chunks: samples of this rank, chunk by chunk; all ranks have equally many
+    chunks.  Its rows are theirs in that order, and after them, where negatives are wanted, those of each one's
+    successor."""
 
-    owner_S: np.ndarray
+    encoding_rank_S: np.ndarray
     chunks: tuple[np.ndarray, ...]
     load_max_over_mean: float
 
@@ -85,9 +86,9 @@ class Samples:
             text_S = np.minimum(plan.length_S - visual_S, self._wanted * config.model.text.max_tokens)
             cost_S += text_flops(config.model.text, text_S)
             size_S += text_S
-        owner_S = assign_images(cost_S, world) if config.parallel.balance else np.arange(count) % world
+        encoding_rank_S = assign_images(cost_S, world) if config.parallel.balance else np.arange(count) % world
         chunks_W = [
-            cut_in_order(np.flatnonzero(owner_S == rank), size_S, config.parallel.encoder.chunk_patches)
+            cut_in_order(np.flatnonzero(encoding_rank_S == rank), size_S, config.parallel.encoder.chunk_patches)
             for rank in range(world)
         ]
         most = max(1, *map(len, chunks_W))
@@ -98,15 +99,15 @@ class Samples:
         return SampleRankShard(
             image_ids=images_of(plan, samples)[0],
             rows=np.concatenate([rows, (rows + 1) % count]) if self._negatives else rows,
-            digest=int(np.dot(owner_S + 1, np.arange(1, count + 1)) % (1 << 62)),
-            owner_S=owner_S,
+            digest=int(np.dot(encoding_rank_S + 1, np.arange(1, count + 1)) % (1 << 62)),
+            encoding_rank_S=encoding_rank_S,
             chunks=chunks,
-            load_max_over_mean=load_max_over_mean(cost_S, owner_S, world),
+            load_max_over_mean=load_max_over_mean(cost_S, encoding_rank_S, world),
         )
 
-    def inspect(self, plan: StepPlan, share: SampleRankShard, text: RowBatch) -> list[Failure]:
+    def inspect(self, plan: StepPlan, rank_shard: SampleRankShard, text: RowBatch) -> list[Failure]:
         """Samples without an image, without as many captions as wanted, or of two captions without just one sound."""
-        samples = np.concatenate(share.chunks)
+        samples = np.concatenate(rank_shard.chunks)
         blind = np.bincount(plan.image_sample_I, minlength=plan.length_S.size)[samples] == 0
         sounds, stills = (
             np.bincount(plan.image_sample_I[plan.time_I == time], minlength=plan.length_S.size)[samples]
@@ -126,10 +127,10 @@ class Samples:
             failures.append(Failure(sample, shard, reason, f"sample {plan.index_S[sample]} of {shard} has {what}"))
         return failures
 
-    def count(self, share: SampleRankShard, text: RowBatch) -> int:
-        return int(self._captions(text).length_RK[: sum(map(len, share.chunks))].sum())
+    def count(self, rank_shard: SampleRankShard, text: RowBatch) -> int:
+        return int(self._captions(text).length_RK[: sum(map(len, rank_shard.chunks))].sum())
 
-    def complete(self, plan: StepPlan, share: SampleRankShard, text: RowBatch) -> Captions:
+    def complete(self, plan: StepPlan, rank_shard: SampleRankShard, text: RowBatch) -> Captions:
         return self._captions(text)
 
     def _captions(self, text: RowBatch) -> Captions:

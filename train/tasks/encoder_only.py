@@ -165,7 +165,7 @@ class EncoderTrainer:
             tokens=int(patches_I.sum()),
             flops=encoder + others,
             encoder_flops=encoder,
-            load_max_over_mean=prepared.share.load_max_over_mean,
+            load_max_over_mean=prepared.rank_shard.load_max_over_mean,
             more={
                 "samples": samples,
                 "trained_tokens": prepared.trained_tokens,
@@ -181,22 +181,24 @@ class EncoderTrainer:
 
     def _compose(self, prepared: PreparedStep) -> SampleBatch:
         """On the host, in the prefetcher's thread."""
-        plan, share = prepared.plan, prepared.share
+        plan, rank_shard = prepared.plan, prepared.rank_shard
         dropped = np.array([failure.sample for failure in prepared.skipped], np.int64)
         counts_S = np.ones(plan.length_S.size, bool)
         counts_S[dropped] = False
         collated = []
-        for samples in share.chunks:
-            view = self._view(prepared, share, samples[counts_S[samples]])
+        for samples in rank_shard.chunks:
+            view = self._view(prepared, rank_shard, samples[counts_S[samples]])
             collated.append(self._objective.collate(view) if view else None)
         return SampleBatch(
             collated=collated,
-            counts_W=np.bincount(share.owner_S[counts_S], minlength=self.engines.grid.layout.world).tolist(),
+            counts_W=np.bincount(
+                rank_shard.encoding_rank_S[counts_S], minlength=self.engines.grid.layout.world
+            ).tolist(),
             patches_I=plan.patches_I[counts_S[plan.image_sample_I]],
             trained_tokens=prepared.trained_tokens,
         )
 
-    def _view(self, prepared: PreparedStep, share: SampleRankShard, samples: np.ndarray) -> View | None:
+    def _view(self, prepared: PreparedStep, rank_shard: SampleRankShard, samples: np.ndarray) -> View | None:
         """Some of this rank's samples; None for none."""
         if not samples.size:
             return None
@@ -208,13 +210,13 @@ class EncoderTrainer:
         grid_hw_I2 = plan.grid_hw_I2[image_ids].reshape(-1, 2)
         patches_I = grid_hw_I2.prod(axis=1, dtype=np.int64)
         images = PackedImages.of(
-            _patches_of(prepared, share, image_ids),
+            _patches_of(prepared, rank_shard, image_ids),
             config.vision.positions(grid_hw_I2),
             patches_I,
             torch.device("cpu"),
             branch_factors(config, keys_I4),
         )
-        mine = np.concatenate(share.chunks)  # ascending, as the images are
+        mine = np.concatenate(rank_shard.chunks)  # ascending, as the images are
         return View(
             samples=samples,
             images=images,
@@ -229,11 +231,11 @@ class EncoderTrainer:
         )
 
 
-def _patches_of(prepared: PreparedStep, share: SampleRankShard, image_ids: np.ndarray) -> np.ndarray:
+def _patches_of(prepared: PreparedStep, rank_shard: SampleRankShard, image_ids: np.ndarray) -> np.ndarray:
     """Patches of some of the images that this rank has read, uint8 [N, P]; a view where they lie together."""
     patches_J = prepared.images.patches_I
     end_J = np.cumsum(patches_J)
-    place_I = np.searchsorted(share.image_ids, image_ids)
+    place_I = np.searchsorted(rank_shard.image_ids, image_ids)
     patches_NP = prepared.images.patches_NP
     if (np.diff(place_I) == 1).all():
         return patches_NP[end_J[place_I[0]] - patches_J[place_I[0]] : end_J[place_I[-1]]]

@@ -63,7 +63,7 @@ class LanguageTrainer:
             tokens=tokens,
             flops=flops.total,
             encoder_flops=flops.encoder,
-            load_max_over_mean=prepared.share.routes.load_max_over_mean,
+            load_max_over_mean=prepared.rank_shard.routes.load_max_over_mean,
             more={
                 "trained_tokens": prepared.trained_tokens,
                 "fill": float(plan.length_S.sum() / tokens),
