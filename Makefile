@@ -32,7 +32,7 @@ SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/reference tests/gold
 	$(patsubst %,tests/launch/test_%.py,bad_input checkpoint_command curate docs evaluate_encoder evaluate_settings \
 	extending inspect_data make_teacher packaging precedence profile recipes)
 
-.PHONY: toy learn vit_mim vit_contrastive vit_omni check test soak mutants lint clean
+.PHONY: toy learn vit_mim vit_contrastive vit_omni types check test soak mutants lint clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -82,17 +82,22 @@ vit_omni:
 	$(SCORE) $(PROMPTS) --at-least 0.92
 	$(BIN)/python launch/plot.py runs/$@
 
-test: $(VENV)/installed
+test: types
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(SIDE_BY_SIDE); side=$$?; \
 		$(BIN)/python -m pytest tests $(addprefix --ignore=,$(SIDE_BY_SIDE)) && exit $$side
 
-# Format, floors of the house, and tests of pure functions; under a minute.
+# The folders under the name that tandem.py gives them, which mypy looks for as a folder.
+types: $(VENV)/installed
+	mkdir -p build/types && ln -sfn ../.. build/types/tandem
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+# Types, format, floors of the house, and tests of pure functions; under a minute.
 FAST := tests/test_house.py $(patsubst %,tests/train/test_%.py,tasks schedule guards history retention masking memory) \
 	$(patsubst %,tests/parallel/test_%.py,layout balance routes state) \
 	$(patsubst %,tests/data/test_%.py,mixture packing order image) \
 	$(patsubst %,tests/launch/test_%.py,recipes precedence docs)
-check: $(VENV)/installed
+check: types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST)

@@ -242,7 +242,5 @@ def varlen_of_torch(_, query_1HNK, key_1HNK, value_1HNK, *, scaling, cu_seq_lens
     if q.device.type == "cpu":
         lengths = cu_seq_lens_q.diff().tolist()
         return attention_sdpa.by_lengths(q, k, v, lengths, lengths, False, scaling, None)[None], None
-    if attention_kernels.varlen_attn is None:
-        raise Missing(attention_kernels.varlen_refusal(q.device, q.shape[-1]))
     segments = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
     return attention_kernels.varlen_attn(q, k, v, *segments, scale=scaling)[None], None

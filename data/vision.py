@@ -163,7 +163,7 @@ class VisionSpec:
 
     # Pixels
 
-    def pixels_hw(self, grid_hw: Sequence[int]) -> tuple[int, int]:
+    def pixels_hw(self, grid_hw: Sequence[int] | np.ndarray) -> tuple[int, int]:
         """Height and width in pixels of a view of this grid."""
         down, across = grid_hw
         return int(down) * self.patch_size, int(across) * self.patch_size
@@ -177,7 +177,7 @@ class VisionSpec:
         cut = pixels_HW3.reshape(height // self.block, merge, patch, width // self.block, merge, patch, CHANNELS)
         return cut.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, self.patch_values)
 
-    def to_pixels(self, patches_NP: np.ndarray, grid_hw: Sequence[int]) -> np.ndarray:
+    def to_pixels(self, patches_NP: np.ndarray, grid_hw: Sequence[int] | np.ndarray) -> np.ndarray:
         """The image of these patches, uint8 [H, W, 3]: what `cut` has cut."""
         (down, across), merge, patch = grid_hw, self.merge, self.patch_size
         blocks = patches_NP.reshape(down // merge, across // merge, merge, merge, patch, patch, CHANNELS)

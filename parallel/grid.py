@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ class Grid:
     rank: int
     place: Coordinates
     device: torch.device
-    balance: dist.ProcessGroup
+    balance: dist.ProcessGroup | None
     control: dist.ProcessGroup
     text: dist.ProcessGroup | None
     saving: dist.ProcessGroup
@@ -61,7 +62,7 @@ def build_grid(layout: Layout, device: torch.device, seed: int) -> Grid:
         pp=parallel_state.get_pipeline_model_parallel_rank(),
     )
     assert seen == place, f"Megatron-core seats rank {rank} at {seen}, the layout at {place}"
-    patient = {"backend": "gloo", "timeout": PATIENCE}
+    patient: dict[str, Any] = {"backend": "gloo", "timeout": PATIENCE}
     return Grid(
         layout=layout,
         rank=rank,

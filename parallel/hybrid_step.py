@@ -117,11 +117,11 @@ def hybrid_step(
             report += torch.stack(reports).sum(dim=0)
         squares = torch.cat([encoder.squared_grad_norms(), llm.squared_grad_norm()[None]])
         norms, numbers, stop = reduce_step_stats([*encoder.part_names, "llm"], squares, report.flatten(), stop)
-        report = np.array(numbers).reshape(report_shape)
-        loss = float(report[0].sum()) / max(batch.trained_tokens, 1)
+        summed = np.array(numbers).reshape(report_shape)
+        loss = float(summed[0].sum()) / max(batch.trained_tokens, 1)
         learnt = batch.trained_tokens > 0  # else an update would be weight decay and momentum alone
         total, applied = update([encoder, llm], loss, norms, clip_norm, lambda *said: learnt and accept(*said))
-    return StepOutput(report, loss, total, norms, applied, stop)
+    return StepOutput(summed, loss, total, norms, applied, stop)
 
 
 @torch.no_grad()
@@ -137,11 +137,17 @@ def encode(engines: Engines, batch: StepInput, *, keep: bool) -> tuple[list[torc
     kept, dispatch = [], engines.exchange.dispatch(batch.dispatch_plan)
     with torch.set_grad_enabled(keep):
         for chunk in batch.chunks:
-            output_ND = engines.encoder.encode(chunk)
+            output_ND = _encoded(engines.encoder, chunk)
             dispatch.send(output_ND.detach())
             if keep:
                 kept.append(output_ND)
     return kept, dispatch
+
+
+def _encoded(encoder: EncoderEngine, chunk: Any) -> torch.Tensor:
+    output_ND = encoder.encode(chunk)
+    assert isinstance(output_ND, torch.Tensor), "encoder and adapter have one output"
+    return output_ND
 
 
 def split_leaves(
@@ -159,7 +165,7 @@ def _encoder_backward(
 ) -> None:
     """kept: outputs with their graphs, empty where chunks are encoded again.  gradients: as `Exchange.combine`."""
     for index, chunk in enumerate(chunks):
-        output_ND = kept[index] if kept else encoder.encode(chunk)
+        output_ND = kept[index] if kept else _encoded(encoder, chunk)
         if kept:
             kept[index] = None  # its graph is freed as soon as its backward is through
         place_V, got_VD = next(gradients)

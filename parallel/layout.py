@@ -6,8 +6,12 @@ replicas inside which images may move (Seed1.5-VL report, sections 5.1.1 and 5.1
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
 
 CP_COMM_TYPES = ("auto", "a2a", "all_gather")
+Index = TypeVar("Index", int, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,9 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     ep: int = 1
-    etp: int | None = None
+    etp: int = None  # type: ignore[assignment]  # None is replaced in __post_init__
     cp_comm_type: str = "all_gather"
-    balance_group_size: int | None = None
+    balance_group_size: int = None  # type: ignore[assignment]  # None is replaced in __post_init__
 
     def __post_init__(self):
         for key in ("tp", "cp", "pp", "vpp", "ep"):
@@ -96,8 +100,8 @@ class Layout:
     def groups(self) -> int:
         return self.world // self.balance_group_size
 
-    def rank_of(self, *, tp: int, cp: int, dp: int, pp: int) -> int:
-        """Global rank at a place of the LLM grid.  Works elementwise on arrays as well."""
+    def rank_of(self, *, tp: Index, cp: Index, dp: Index, pp: int) -> Index:
+        """Global rank at a place of the LLM grid, elementwise on arrays."""
         return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -116,8 +120,8 @@ class Layout:
         """Ranks of one replica that need its token ids, ascending: those of the first and the last pipeline stage."""
         return [r for r in self.replica_ranks(replica) if self.coordinates(r).pp in (0, self.pp - 1)]
 
-    def group_of_replica(self, replica: int) -> int:
-        """Balance group of a replica.  Works elementwise on arrays as well."""
+    def group_of_replica(self, replica: Index) -> Index:
+        """Balance group of a replica, elementwise on arrays."""
         return replica // self.replicas_per_group
 
     def group_ranks(self, group: int) -> list[int]:

@@ -27,8 +27,9 @@ class Duplicates:
 
     def keep(self, name: str, media: Sequence[Fingerprint]) -> None:
         """Remember the media of a sample, or raise SampleError."""
-        found = [self._owner(fingerprint) for fingerprint in media]
-        if found and None not in found:
+        owners = [self._owner(fingerprint) for fingerprint in media]
+        found = [owner for owner in owners if owner is not None]
+        if found and len(found) == len(media):
             same = all(exact for _, exact in found)
             of = self._owners[min(owner for owner, _ in found)]
             if same:
@@ -41,7 +42,7 @@ class Duplicates:
             if key in self._exact:
                 continue
             self._exact[key] = owner
-            if code is not None:
+            if code is not None and aspect is not None:
                 self._nearest.add(code, aspect)
                 self._hash_owners.append(owner)
 
@@ -51,5 +52,5 @@ class Duplicates:
         owner = self._exact.get(bytes.fromhex(digest))
         if owner is not None:
             return owner, True
-        number = None if code is None else self._nearest.find(code, aspect)
+        number = None if code is None or aspect is None else self._nearest.find(code, aspect)
         return None if number is None else (self._hash_owners[number], False)

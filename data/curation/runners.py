@@ -40,6 +40,7 @@ def _start(task: Callable, counter) -> None:
 
 
 def _run(item):
+    assert _task is not None, "_start comes first"
     return _task(item)
 
 

@@ -41,7 +41,8 @@ class NearestEarlier:
     def __init__(self, distance: int):
         self.distance = distance
         self._aspects = array("d")
-        self._bands = [{} for _ in range(BANDS)]  # band value -> (hashes, their numbers)
+        # band value -> (hashes, their numbers)
+        self._bands: list[dict[int, tuple[array[int], array[int]]]] = [{} for _ in range(BANDS)]
         self._flips = [
             sum(1 << bit for bit in bits)
             for wrong in range(distance // BANDS + 1)

@@ -109,7 +109,7 @@ def _beginning(frame: av.AudioFrame, samples: int) -> av.AudioFrame:
     planar, channels = frame.format.is_planar, frame.layout.nb_channels
     if frame.samples <= samples or (planar and channels > MAX_PLANES):
         return frame
-    values = frame.to_ndarray()[:, : samples * (1 if planar else channels)]
+    values: np.ndarray = frame.to_ndarray()[:, : samples * (1 if planar else channels)]
     short = av.AudioFrame.from_ndarray(np.ascontiguousarray(values), frame.format.name, frame.layout.name)
     short.sample_rate, short.time_base, short.pts = frame.sample_rate, frame.time_base, frame.pts
     return short

@@ -6,6 +6,7 @@ Shapes: N patches, P values of a patch, H W pixels.
 import io
 import re
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -36,7 +37,7 @@ class ImageError(ValueError):
     """An image cannot be used; the message is one sentence."""
 
 
-def image_size(source: io.BufferedIOBase, max_pixels: int) -> tuple[int, int]:
+def image_size(source: BinaryIO, max_pixels: int) -> tuple[int, int]:
     """(height, width) as shown, EXIF orientation applied, from the header alone. Raises ImageError."""
     image, orientation = _open(source, max_pixels)
     width, height = image.size
@@ -73,7 +74,7 @@ def decode_image(data: bytes, max_pixels: int, target_hw: tuple[int, int] | None
         raise ImageError(f"the {len(data)}-byte image cannot be decoded: {_short(error)}") from error
 
 
-def to_patches(pixels_HW3: np.ndarray, grid_hw: Sequence[int], vision: VisionSpec) -> np.ndarray:
+def to_patches(pixels_HW3: np.ndarray, grid_hw: Sequence[int] | np.ndarray, vision: VisionSpec) -> np.ndarray:
     """Resize to the pixels of a grid, cut to uint8 [N, P] in the order of `VisionSpec.cut`."""
     height, width = vision.pixels_hw(grid_hw)
     if pixels_HW3.shape[:2] != (height, width):
@@ -81,7 +82,7 @@ def to_patches(pixels_HW3: np.ndarray, grid_hw: Sequence[int], vision: VisionSpe
     return vision.cut(pixels_HW3)
 
 
-def _open(source: io.BufferedIOBase, max_pixels: int) -> tuple[Image.Image, int]:
+def _open(source: BinaryIO, max_pixels: int) -> tuple[Image.Image, int]:
     """Parse the header. Returns the image, pixels not yet decoded, and the EXIF orientation still to be applied."""
     try:
         image = Image.open(source, formats=FORMATS)

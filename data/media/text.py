@@ -212,7 +212,7 @@ def parse_sample(data: bytes, name: str) -> dict:
 
 def texts_of(turns: Sequence[dict], name: str) -> list[str]:
     """The pieces of text in a sample's turns and streams, without placeholders and box tags. Raises SampleError."""
-    texts = []
+    texts: list[str] = []
     for _, text, stream in _checked_turns(turns, name):
         texts += (text, *(said for _, _, said in stream))
     return [piece for text in texts for piece in _MARKS.split(text) if piece and piece not in (*KIND_OF, *BOX_TAGS)]
@@ -252,7 +252,7 @@ def _checked_role_and_text(item: object, what: str, reason: str) -> tuple[str, s
 
 def _checked_entry(entry: object, name: str) -> tuple[int, str, str]:
     role, text = _checked_role_and_text(entry, f"{name} has a stream entry", "bad stream")
-    time = entry.get("time")
+    time = entry["time"] if isinstance(entry, dict) and "time" in entry else None
     if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time <= MAX_SECONDS:
         raise SampleError("bad stream", f"{name} has a stream entry whose time is not a number of seconds from 0")
     if IMAGE in text or VIDEO in text:

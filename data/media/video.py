@@ -9,7 +9,7 @@ Times count in milliseconds from the first frame. Shapes: F frames, H W pixels.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -88,7 +88,9 @@ def probe(file: BinaryIO, max_pixels: int = MAX_FRAME_PIXELS) -> Probe:
         return Probe(height, width, duration_ms, float(rate or 0), bool(container.streams.audio))
 
 
-def decode_frames(file: BinaryIO, times_ms: Sequence[int], max_pixels: int = MAX_FRAME_PIXELS) -> Iterator[np.ndarray]:
+def decode_frames(
+    file: BinaryIO, times_ms: Sequence[int] | np.ndarray, max_pixels: int = MAX_FRAME_PIXELS
+) -> Generator[np.ndarray, None, None]:
     """The frames shown at ascending times, one at a time, as RGB pixels uint8 [H, W, 3]; rotation is applied.
 
     Shown at t is the last frame that begins at or before t. Frames are decoded in order, and where a keyframe lies
@@ -98,7 +100,7 @@ def decode_frames(file: BinaryIO, times_ms: Sequence[int], max_pixels: int = MAX
     with opened(file, "video") as (container, stream):
         _limit_pixels(stream, max_pixels)
         frames = _Frames(container, stream)
-        shown, pixels_HW3 = None, None
+        shown, pixels_HW3 = None, np.empty((0, 0, 3), np.uint8)
         for time_ms in times_ms:
             frame = frames.at(int(time_ms))
             if frame is not shown:

@@ -47,7 +47,7 @@ class Mixture:
         """Sources of the slots first .. first + count, int64 [N]."""
         before, after = self.counts(first), self.counts(first + count)
         source_N = np.repeat(np.arange(len(before)), np.subtract(after, before))
-        priorities = []  # times a common multiple of the weights: whole, so that ties are ties
+        priorities: list[int] = []  # times a common multiple of the weights: whole, so that ties are ties
         for weight, begin, end in zip(self.weights, before, after, strict=True):
             unit = self._common // weight
             priorities += range((2 * begin + 1) * unit, (2 * end + 1) * unit, 2 * unit)

@@ -102,7 +102,7 @@ class _Groups:
     """What the cap and the copies make of each group of samples. Every epoch has equally many samples."""
 
     def __init__(self, catalog: Catalog, entity_cap: int | None, rare_domain_copies: int):
-        self._catalog, self._cap, self._copies = catalog, entity_cap, rare_domain_copies
+        self._catalog, self._cap, self._copies = catalog, entity_cap or 0, rare_domain_copies  # cap: 0 for none
         self._plain = entity_cap is None and rare_domain_copies == 1
         self._rare_D = np.zeros(len(catalog.domains), bool)
         self._base_X, self._total_E = catalog.group_base_X, catalog.entity_samples_E
@@ -154,7 +154,7 @@ class _Groups:
     def _capped(self, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(whether the cap leaves samples out, ordinal of the first sample, samples of the entity) of these groups."""
         entity_X, base_X = np.asarray(self._catalog.group_entity_X[rows]), np.asarray(self._base_X[rows])
-        if self._cap is None or not len(self._total_E):
+        if not self._cap or not len(self._total_E):
             return np.zeros(len(entity_X), bool), base_X, np.ones(len(entity_X), np.int64)
         total_X = np.asarray(self._total_E)[np.maximum(entity_X, 0)]
         capped_X = (entity_X >= 0) & (total_X > self._cap) & ~self._rare_D[self._catalog.group_domain_X[rows]]

@@ -82,7 +82,7 @@ def row_positions(plan: StepPlan, row: int) -> np.ndarray:
     return np.arange(plan.seq_length, dtype=np.int32) - np.repeat(cu[:-1], np.diff(cu))
 
 
-def row_samples(plan: StepPlan, rows: Sequence[int]) -> np.ndarray:
+def row_samples(plan: StepPlan, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     """Sample of the plan at every position of these rows, int32 [R, P]; -1 on padding."""
     sample_RP = np.full((len(rows), plan.seq_length), -1, np.int32)
     for place, row in enumerate(rows):

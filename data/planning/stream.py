@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,7 @@ class Stream:
         for source in corpus.sources:
             self._check_something_fits(source)
         self._fingerprint = self._decides_order()
-        self._state = {
+        self._state: dict[str, Any] = {
             "step": 0,
             "slot": 0,  # where the current block begins, a multiple of block_samples
             "carried": [],  # [shard, index] of samples carried into the current block
@@ -265,6 +266,7 @@ class Stream:
             if len(view.length_N) and (smallest is None or view.length_N.min() < smallest[0]):
                 sample = int(view.length_N.argmin())
                 smallest = (int(view.length_N[sample]), sample, shard, REASONS[view.refused_N[sample]])
+        assert smallest is not None, "a source without samples is refused when its catalog is read"
         length, sample, shard, reason = smallest
         if reason == NO_SOUND:
             raise ValueError(

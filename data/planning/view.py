@@ -223,7 +223,7 @@ class Views:
         order_X = np.argsort(shard_X, kind="stable")
         place_X, (shards, starts) = place_X[order_X], np.unique(shard_X[order_X], return_index=True)
         borders = [*starts.tolist(), len(shard_X)]
-        columns = [[] for _ in names]
+        columns: list[list[np.ndarray]] = [[] for _ in names]
         for shard, begin, end in zip(shards.tolist(), borders[:-1], borders[1:], strict=True):
             view, here = self.of(shard), place_X[begin:end]
             for column, name in zip(columns, names, strict=True):

@@ -55,7 +55,7 @@ class Patches:
     grid_hw_I2: np.ndarray
 
     @staticmethod
-    def of(parts: Sequence[tuple[np.ndarray, Sequence[int]]]) -> "Patches":
+    def of(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Patches":
         """From (patches, grid) of each image, one or more."""
         grid_hw_I2 = np.array([grid for _, grid in parts], np.int32).reshape(-1, 2)
         return Patches(np.concatenate([patches for patches, _ in parts]), grid_hw_I2)

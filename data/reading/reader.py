@@ -20,7 +20,7 @@ import numpy as np
 from tandem.data.media.text import Tokenizer
 from tandem.data.planning.corpus import Corpus
 from tandem.data.planning.plan import StepPlan
-from tandem.data.reading.jobs import Areas, Job, JobRunner
+from tandem.data.reading.jobs import Areas, Done, Job, JobRunner
 from tandem.data.reading.slots import Lease, Slots
 from tandem.data.reading.workers import WorkerPool
 from tandem.data.reading.worklist import Work, image_work, text_work
@@ -108,6 +108,7 @@ class ShardReader:
         self._workers, self._vision = workers, vision
         train_roles = [sorted(source.settings.train_roles) for source in corpus.sources]
         self._slots = Slots(slots, on_new_buffer, on_old_buffer)
+        self._pool: WorkerPool | _CallingThread
         if workers:
             settings = {
                 "tokenizer": os.path.abspath(tokenizer.path),
@@ -125,12 +126,18 @@ class ShardReader:
     def worker_pids(self) -> list[int]:
         return self._pool.pids
 
-    def read(self, plan: StepPlan, image_ids: Sequence[int], rows: Sequence[int]) -> tuple[ImageBatch, RowBatch]:
+    def read(
+        self, plan: StepPlan, image_ids: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarray
+    ) -> tuple[ImageBatch, RowBatch]:
         """`begin`, then `finish`."""
         return self.finish(self.begin(plan, image_ids, rows))
 
     def begin(
-        self, plan: StepPlan, image_ids: Sequence[int], rows: Sequence[int], pixels: StepPlan | None = None
+        self,
+        plan: StepPlan,
+        image_ids: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
+        pixels: StepPlan | None = None,
     ) -> Pending:
         """Start to read images, given by their place in the plan's image arrays, and rows.
 
@@ -163,8 +170,10 @@ class ShardReader:
 
     def _collect(self, works: list[Work]) -> tuple[int, list[Failure]]:
         """(bytes read, at most one failure for each sample, by its number)."""
-        bytes_read, failures = 0, {}
+        bytes_read = 0
+        failures: dict[int, Failure] = {}
         for work in works:
+            assert work.future is not None, "begin submits all work"
             done = work.future.result()
             bytes_read += done.bytes_read
             for m, reason, sentence in done.failures:
@@ -181,8 +190,8 @@ class _CallingThread:
         self._runner = runner
         self.pids: list[int] = []
 
-    def submit(self, job: Job, name: str, lease: Lease) -> Future:
-        future = Future()
+    def submit(self, job: Job, name: str, lease: Lease) -> Future[Done]:
+        future: Future[Done] = Future()
         future.set_result(self._runner.run(job, lease.array_B))
         return future
 

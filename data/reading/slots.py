@@ -33,6 +33,7 @@ class Lease:
     """One batch's memory, uint8 [B]. It goes back with `release`, or when nobody refers to the array any more."""
 
     def __init__(self, slots: "Slots", slot: _Slot, size: int):
+        assert slot.map is not None, "a slot is leased with its memory"
         self.array_B = np.frombuffer(slot.map, np.uint8, size)
         self.address = [slot.number, slot.generation, f"/proc/{os.getpid()}/fd/{slot.descriptor}", size]
         self.release = weakref.finalize(self.array_B, slots.give_back, slot)
@@ -97,7 +98,7 @@ class Slots:
         slot.generation += 1
 
     def _drop(self, slot: _Slot) -> None:
-        if slot.map is None:
+        if slot.map is None or slot.memory_B is None:
             return
         if self._on_old:
             self._on_old(slot.memory_B)

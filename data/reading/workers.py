@@ -93,7 +93,8 @@ class WorkerPool:
                 task = self._tasks.get_nowait()
             except queue.Empty:
                 break
-            task.future.set_exception(RuntimeError("the reader was closed"))
+            if task is not None:
+                task.future.set_exception(RuntimeError("the reader was closed"))
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:

@@ -158,5 +158,5 @@ def _bytes_of(records_M: np.ndarray, prefix: str) -> dict[str, np.ndarray]:
     return {f"{name}_M": records_M[prefix + name] for name in ("offset", "size", "crc")}
 
 
-def _between(borders: Sequence[int]) -> list[tuple[int, int]]:
+def _between(borders: Sequence[int] | np.ndarray) -> list[tuple[int, int]]:
     return list(itertools.pairwise(borders))

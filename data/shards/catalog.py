@@ -192,8 +192,8 @@ def _digest(base_names: list[str], domains: list[str], arrays: dict[str, np.ndar
     """63 bits of names, sizes, counts, groups and records: what fixes the order of samples."""
     digest = hashlib.blake2b(json.dumps([base_names, domains]).encode(), digest_size=8)
     for name in ("samples", "shard_bytes", "index_digest", "group_start", "group_domain", "group_entity"):
-        digest.update(np.ascontiguousarray(arrays[name]))
-    digest.update(arrays["group_samples"])
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    digest.update(arrays["group_samples"].data)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -216,7 +216,7 @@ def write_catalog(path: str | Path, catalog: Catalog) -> None:
         "domains": catalog.domains,
         "digest": catalog.digest,
         "lengths": {name: len(array) for name, array in arrays.items()},
-        "crc": {name: zlib.crc32(arrays[name]) for name in _CHECKED_ON_OPENING},
+        "crc": {name: zlib.crc32(arrays[name].data) for name in _CHECKED_ON_OPENING},
     }
     write_framed(str(path), CATALOG_MAGIC, header, _padded(arrays.values()))
 
@@ -245,7 +245,7 @@ def _shard_checks(arrays: dict[str, np.ndarray], first: int, last: int) -> np.nd
     parts += [(arrays[name], arrays[f"{name}_start"], 0) for name in ("name", "index")]
     crc_K = [0] * (last - first)
     for array, start_K1, before in parts:
-        raw, itemsize = memoryview(array.view(np.uint8)), array.itemsize
+        raw, itemsize = array.view(np.uint8).data, array.itemsize
         borders = ((start_K1[first : last + 1] - before) * itemsize).tolist()
         crc_K = [zlib.crc32(raw[begin:end], crc) for crc, begin, end in zip(crc_K, borders, borders[1:], strict=False)]
     return np.array(crc_K, np.uint32)
@@ -268,7 +268,7 @@ def _read_catalog(path: str) -> Catalog:
         for name, (start, length) in places.items()
     }
     for name in _CHECKED_ON_OPENING:
-        if zlib.crc32(arrays[name]) != header["crc"][name]:
+        if zlib.crc32(arrays[name].data) != header["crc"][name]:
             raise ValueError(f"{path} is damaged: its {name} do not have their checksum; {_AGAIN}")
     return Catalog(header, arrays, os.path.dirname(os.path.abspath(path)))
 
@@ -294,7 +294,7 @@ def expand_shards(patterns: Iterable[str], urls: bool = False) -> list[str]:
             raise ValueError(f"shard {shown(pattern)} is a URL; {hint}, then name that file")
         try:
             expanded = list(braceexpand.braceexpand(pattern))
-        except braceexpand.UnbalancedBracesError as error:
+        except ValueError as error:  # braceexpand's UnbalancedBracesError
             raise ValueError(f"shard pattern {pattern!r} has unbalanced braces") from error
         for path in expanded:
             shards += [path] if is_url(path) else _matching(path, pattern)

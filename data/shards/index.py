@@ -214,7 +214,7 @@ def write_framed(path: str, magic: bytes, header: dict, arrays: Iterable[np.ndar
         with open(temporary, "wb") as file:
             file.write(head + bytes(-len(head) % ALIGN))
             for array in arrays:
-                file.write(np.ascontiguousarray(array).view(np.uint8))
+                file.write(np.ascontiguousarray(array).view(np.uint8).data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

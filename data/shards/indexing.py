@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,9 @@ def build_index(shard: str | Path, tokenizer: Tokenizer, path: str | Path | None
     """
     shard = str(shard)
     report = IndexReport(shown(shard))
-    samples, media, events = [], [], []
+    samples: list[tuple] = []
+    media: list[tuple] = []
+    events: list[tuple] = []
     groups: dict[tuple[str, str | None], list[int]] = {}  # -> [number, samples]
     with open_range(shard) as file:
         tar = TarSamples(file, _taken)
@@ -104,7 +107,7 @@ def is_current(shard: str | Path, tokenizer: Tokenizer, path: str | Path | None 
         return (file.size, file.stamp) == (index.shard_bytes, index.stamp)
 
 
-def _taken(member: Member) -> bytes | tuple | None:
+def _taken(member: Member) -> bytes | tuple[Any, ...] | None:
     """What the index needs of a member: the bytes of the json; of a medium its offset, size, crc, height, width,
     duration in ms, frames a second, kind and audio. Raises SampleError.
     """
@@ -134,7 +137,8 @@ def _records(
         raise SampleError("too many media", f"{sample.name} has {len(media)} media; the limit is {MAX_MEDIA}")
     content = parse_sample(json.taken, sample.name)
     encoded = tokenizer.encode_sample(content["turns"], (), [medium.kind for medium in media], sample.name)
-    found, said = [], []
+    found: list[tuple] = []
+    said: list[tuple] = []
     for medium, at, events in zip(media, encoded.media_at_M.tolist(), encoded.events_M, strict=True):
         (*place, height, width, duration_ms, fps, kind, audio) = medium.taken
         found.append((*place, height, width, at, duration_ms, fps, first_event + len(said), kind, audio, 0))

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 REMOTE = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hdfs")
@@ -58,7 +59,9 @@ class RangeFile:
     Closed with its last reference, so a cache may drop it while another thread reads.
     """
 
+    path: str
     size: int
+    close: Callable[[], object]
     stamp: str = ""
 
     def read(self, offset: int, size: int) -> bytes:
@@ -67,6 +70,9 @@ class RangeFile:
             end = offset + size
             raise OSError(f"{shown(self.path)} has {self.size} bytes; asked for bytes {offset} to {end}")
         return self._read(offset, size) if size else b""
+
+    def _read(self, offset: int, size: int) -> bytes:
+        raise NotImplementedError
 
     def __enter__(self):
         return self

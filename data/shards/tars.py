@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
 
 from tandem.data.media.text import SampleError
 from tandem.data.shards.storage import RangeFile, Section, is_url, shown
@@ -37,13 +38,13 @@ class Member:
     size: int
     file: RangeFile
     passing: io.BufferedReader  # the pass over the tar, which reads ahead
-    taken: object = None  # what the `take` of TarSamples made of it
+    taken: Any = None  # what the `take` of TarSamples made of it
 
     def read(self) -> bytes:
         self.passing.seek(self.offset)
         return self.passing.read(self.size)
 
-    def checksum(self) -> tuple[int, io.BufferedIOBase]:
+    def checksum(self) -> tuple[int, BinaryIO]:
         """(crc32, the member as a file). A large one is not kept: the file reads the parts it needs again."""
         if self.size <= _WHOLE:
             data = self.read()
@@ -101,7 +102,9 @@ class TarSamples:
     def __init__(self, file: RangeFile, take: Callable[[Member], object] | None = None):
         self.broken: str | None = None
         self._file, self._take = file, take
-        self._passing = io.BufferedReader(Section(file, 0, file.size), _READ_AHEAD[is_url(file.path)])
+        self._passing: io.BufferedReader = io.BufferedReader(
+            Section(file, 0, file.size), _READ_AHEAD[is_url(file.path)]
+        )
 
     def __iter__(self) -> Iterator[Sample]:
         sample, seen = None, set()
@@ -156,7 +159,8 @@ class TarSamples:
         """Headers in order. The last one may be that of a member which the end cuts; `broken` is set by then."""
         total = self._file.size
         try:
-            tar = tarfile.open(fileobj=_Headers(self._passing), mode="r:")  # noqa: SIM115 (the caller closes the file)
+            headers = cast(BinaryIO, _Headers(self._passing))  # has what tarfile uses of a file
+            tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 (the caller closes the file)
         except tarfile.TarError as error:
             raise ValueError(f"{shown(self._file.path)} is not an uncompressed tar file: {error}") from error
         while True:
@@ -167,7 +171,7 @@ class TarSamples:
                 info = None
             if info is None:
                 break
-            tar.members.clear()  # tarfile would keep every header
+            tar.members.clear()  # type: ignore[attr-defined]  # not in typeshed; tarfile would keep every header
             if info.size < 0:
                 self.broken = f"damaged: a negative size in the tar header at byte {start}; what follows is left out"
                 return

@@ -5,7 +5,7 @@ A digit scan is either in train or held out, never both.
 """
 
 import functools
-import importlib.util
+import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ def load_sources() -> Sources:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    folder = Path(importlib.util.find_spec("skimage").origin).parent / "data"
+    folder = Path(str(importlib.resources.files("skimage"))) / "data"
     photographs = {
         subject: np.asarray(Image.open(folder / name).convert("RGB")) for name, subject in PHOTOGRAPHS.items()
     }

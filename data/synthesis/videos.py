@@ -6,6 +6,7 @@ is enough to answer.
 """
 
 import io
+from typing import cast
 
 import av
 import numpy as np
@@ -75,9 +76,10 @@ class VideoTasks(Maker):
         paper, ink = self.canvas(height, width)
         strokes = [self.stroke(scan, wide, tall) for scan in scans]
         ways = DIRECTIONS[direction] if direction else (None, None)
+        rooms = (width - wide, height - tall)
+        starts_ends = [ends or tuple(self.rng.uniform(0, 1, 2)) for ends in ways]
         x, y = (
-            np.linspace(*(ends or self.rng.uniform(0, 1, 2)), seconds * fps) * room
-            for ends, room in zip(ways, (width - wide, height - tall), strict=True)
+            np.linspace(start, end, seconds * fps) * room for (start, end), room in zip(starts_ends, rooms, strict=True)
         )
         frames = np.broadcast_to(paper, (len(x), *paper.shape)).copy()
         for k, frame in enumerate(frames):
@@ -95,7 +97,7 @@ def encode_clip(
     """
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(codec, rate=fps)
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=fps))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.gop_size = 2 * fps
         stream.codec_context.thread_count = 1
@@ -107,11 +109,12 @@ def encode_clip(
         track = None
         if sound_S is not None:
             options = SOUND_OPTIONS.get(sound_codec, {})
-            track = container.add_stream(sound_codec, rate=SOUND_RATE, layout="mono", options=options)
+            added = container.add_stream(sound_codec, rate=SOUND_RATE, layout="mono", options=options)
+            track = cast(av.AudioStream, added)
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-        if track is not None:
+        if track is not None and sound_S is not None:
             for packets in (track.encode(sound_frame(sound_S)), track.encode()):
                 container.mux(packets)
     return file.getvalue()

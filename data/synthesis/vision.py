@@ -92,5 +92,6 @@ class VisionTasks(ImageTasks, VideoTasks):
         crop, subject = self.crop_of_photograph()
         height, width = (min(side // 3 * 2, 112) for side in crop.shape[:2])
         room, fps = np.subtract(crop.shape[:2], (height, width)), self.between(5, 10)
-        corners = np.rint(np.linspace(*self.rng.uniform(0, room, (2, 2)), PAN_SECONDS * fps)).astype(int)
+        start, end = self.rng.uniform(0, room, (2, 2))
+        corners = np.rint(np.linspace(start, end, PAN_SECONDS * fps)).astype(int)
         return np.stack([crop[y : y + height, x : x + width] for y, x in corners]), fps, subject

@@ -54,7 +54,7 @@ class DispatchPlan:
 class Exchange:
     """All-to-all of embedding rows in one balance group; counts the elements that left this rank."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup | None):
         self.group = group
         self.elements_dispatched = 0
         self.elements_combined = 0
@@ -93,7 +93,7 @@ class Dispatch:
 
     def __init__(self, exchange: Exchange, dispatch_plan: DispatchPlan):
         self._exchange, self._dispatch_plan = exchange, dispatch_plan
-        self._leaf_UD: torch.Tensor | None = None
+        self._leaf_UD: torch.Tensor | None = None  # made by the first send, which knows its width
         self._all_to_all: _AllToAll | None = None
         self._arrived = self._sent = 0
 
@@ -115,10 +115,11 @@ class Dispatch:
     def leaves(self) -> torch.Tensor:
         """The rows of this rank's leaves, [U, D], by micro-batch."""
         self._place()
+        assert self._leaf_UD is not None, "every rank sends at least one chunk"
         return self._leaf_UD
 
     def _place(self) -> None:
-        if self._all_to_all is not None:
+        if self._all_to_all is not None and self._leaf_UD is not None:
             self._leaf_UD.index_copy_(0, self._dispatch_plan.leaf_CU[self._arrived], self._all_to_all.arrived())
             self._all_to_all, self._arrived = None, self._arrived + 1
 
@@ -126,7 +127,7 @@ class Dispatch:
 class _AllToAll:
     """One all-to-all-v under way, and the buffers that must live until it has ended."""
 
-    def __init__(self, send_VD: torch.Tensor, send_counts_G, receive_counts_G, group: dist.ProcessGroup):
+    def __init__(self, send_VD: torch.Tensor, send_counts_G, receive_counts_G, group: dist.ProcessGroup | None):
         self._send_VD = send_VD
         self._got_UD = send_VD.new_empty(sum(receive_counts_G), send_VD.shape[1])
         counts = receive_counts_G, send_counts_G

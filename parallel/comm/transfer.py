@@ -43,7 +43,7 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor], changed:
         return type(value)(_mapped(part, change, changed) for part in value)
     if isinstance(value, dict):
         return {key: _mapped(part, change, changed) for key, part in value.items()}
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         return dataclasses.replace(value, **{name: _mapped(part, change, changed) for name, part in parts.items()})
     return value

@@ -15,7 +15,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -71,8 +71,8 @@ class EncoderEngine:
         self._world = dist.get_world_size()
         parameters = dict(tower.named_parameters())
         self._device = next(iter(parameters.values())).device
-        self._run: Callable = tower  # or, where something is trained, DeepSpeed's engine around it
-        self._zero = None
+        self._run: Any = tower  # or, where something is trained, DeepSpeed's engine around it
+        self._zero: Any = None  # DeepSpeed's optimizer
         self._backwards = 0
         self._reduced = False
         groups, self._part_of_group = _parameter_groups(tower, parts, adam, lr_scale)
@@ -126,7 +126,8 @@ class EncoderEngine:
             return
         self._zero.clear_backward_seen_flag()  # DeepSpeed does so in each forward, and expects its backward to follow
         with self._ordered():
-            torch.autograd.backward(*zip(*flowing, strict=True))  # one call: DeepSpeed takes a gradient once a backward
+            roots, seeds = zip(*flowing, strict=True)
+            torch.autograd.backward(roots, seeds)  # one call: DeepSpeed takes a gradient once a backward
         self._backwards += 1
 
     def squared_grad_norms(self) -> torch.Tensor:
@@ -366,5 +367,8 @@ def _flat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([piece.flatten() for piece in pieces])
 
 
-def _several(tensors: torch.Tensor | Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+Part = TypeVar("Part", torch.Tensor, torch.Tensor | None)
+
+
+def _several(tensors: torch.Tensor | Sequence[Part]) -> Sequence[torch.Tensor | Part]:
     return [tensors] if isinstance(tensors, torch.Tensor) else tensors

@@ -137,10 +137,11 @@ class EncoderState:
         """The run of a parameter's entries that this rank saves: where it begins, and the entries, flat."""
         numel = math.prod(_whole_shape(parameter))
         if _is_sharded(parameter):
-            shard = parameter.ds_tensor.numel()  # the last one, or more, are padded
+            held = _held(parameter)
+            shard = held.numel()  # the last one, or more, are padded
             begin = min(self._rank * shard, numel)
             if not parameter.requires_grad:
-                mine = parameter.ds_tensor.detach().float()
+                mine = held.detach().float()
             elif kind == "param":
                 mine = safe_get_local_fp32_param(parameter)
             else:
@@ -149,7 +150,7 @@ class EncoderState:
         if not parameter.requires_grad:
             whole = parameter.detach().float().flatten()
             return 0, whole if index % self._world == self._rank else whole[:0]
-        fragment = parameter._hp_mapping
+        fragment = parameter._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed
         if fragment is None:
             return 0, torch.empty(0)
         return fragment.lp_fragment_address.start, fragment.get_hp_fragment(None if kind == "param" else kind).detach()
@@ -164,7 +165,7 @@ class EncoderState:
             set_full(parameter, value, *(() if kind == "param" else (kind,)))
         else:
             # DeepSpeed's setter of whole tensors fails at stage 3 where their size does not divide by the world's
-            numel = parameter.ds_tensor.numel()
+            numel = _held(parameter).numel()
             mine = value.flatten()[self._rank * numel : (self._rank + 1) * numel]
             mine = nn.functional.pad(mine, (0, numel - mine.numel()))
             set_local = safe_set_local_fp32_param if kind == "param" else safe_set_local_optimizer_state
@@ -213,7 +214,7 @@ class EncoderState:
 
     def _runs(self) -> dict[torch.Tensor, list[optimizers.Run]]:
         """Which run of each master is which parameter, by the parameter's place in the tower."""
-        runs = {master: [] for master in self._masters}
+        runs: dict[torch.Tensor, list[optimizers.Run]] = {master: [] for master in self._masters}
         for index, parameter in enumerate(self._parameters.values()):
             if not parameter.requires_grad:
                 continue
@@ -233,6 +234,11 @@ def instead_of_waiting(waits_on: Any, order: Callable[[], None]) -> Iterator[Non
         yield
     finally:
         del waits_on.synchronize
+
+
+def _held(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's part of a parameter that ZeRO-3 shards."""
+    return parameter.ds_tensor  # type: ignore[attr-defined]  # set by DeepSpeed
 
 
 def _holds(whole_N: torch.Tensor, part_M: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ micro-batch is a sum over its trained tokens; `forward_backward` makes the gradi
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ class LLMEngine:
             chunk.requires_grad_(trainable)
         self._models = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in self.chunks]
         self._shards = [shard for chunk in self.chunks for shard in shards_of(chunk)]
-        self._optimizer = None
+        self._optimizer: Any = None  # Megatron-core's, where something is trained
         if trainable:
             self._wrap(adam)
 

@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -82,7 +83,7 @@ def _shard(name: str, parameter, dim: int, size: int, rank: int, entry: int | No
     """The shard of rank `rank` of `size` that cut dimension `dim`, none where it is negative."""
     shape = list(parameter.shape if entry is None else parameter.shape[1:])
     if dim < 0 or size == 1:
-        pieces = (Piece(0, 0, 0, shape[0]),)
+        pieces: tuple[Piece, ...] = (Piece(0, 0, 0, shape[0]),)
     else:
         local, shape[dim] = shape[dim], shape[dim] * size
         gated = 2 if "linear_fc1" in name else 1  # gate and up lie one after the other
@@ -109,7 +110,7 @@ def initialize(chunk: torch.nn.Module, seed: int, std: float, layers: int) -> No
             piece.of_local(shard.local).copy_(piece.of_global(whole))
 
 
-def _in_whole_pipeline(chunk: torch.nn.Module, name: str) -> str:
+def _in_whole_pipeline(chunk: Any, name: str) -> str:
     words = name.split(".")
     if words[:2] == ["decoder", "layers"]:
         words[2] = str(chunk.decoder.layers[int(words[2])].layer_number - 1)

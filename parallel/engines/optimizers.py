@@ -12,6 +12,7 @@ are those of a whole parameter, and an optimizer under ZeRO holds flat shards th
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,9 @@ class Lamb(torch.optim.Optimizer):
         )
         self._cuts: list[tuple[int, int, Run]] = []
 
-    def place(self, runs: Mapping[torch.Tensor, Sequence[Run]], parameters: int, ranks: dist.ProcessGroup) -> None:
+    def place(
+        self, runs: Mapping[torch.Tensor, Sequence[Run]], parameters: int, ranks: dist.ProcessGroup | None
+    ) -> None:
         """Says which runs of a shard are which parameters, of `parameters` that all of `ranks` number alike.
 
         At most one run of a parameter on a rank.  To be called once the shards are there and before the first step.
@@ -76,7 +79,7 @@ class Lamb(torch.optim.Optimizer):
         return self.param_groups[0]["params"][0].device
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure would compute gradients again
         """One update of all shards from their gradients, after `create_state` and `place` (collective over the ranks).
 
         Overwrites the gradients with the updates, which are all needed before the first is applied.  One all-reduce of
@@ -127,7 +130,7 @@ def build(groups: list[dict], adam: AdamSettings, device: torch.device) -> torch
 
     On CUDA AdamW is Apex's where it is installed and torch's fused one where it is not.
     """
-    settings = {"lr": adam.lr, "betas": adam.betas, "eps": adam.eps, "weight_decay": adam.weight_decay}
+    settings: dict[str, Any] = {"lr": adam.lr, "betas": adam.betas, "eps": adam.eps, "weight_decay": adam.weight_decay}
     if adam.name == "lamb":
         return Lamb(groups, **settings)
     if device.type == "cuda" and ApexAdam is not None:

@@ -148,7 +148,8 @@ def saved_ops() -> list[torch._ops.OpOverload]:
 
     Transformer Engine's kernels are no operators of torch: with `te` a policy recomputes them.
     """
-    ops = [
+    return [
+        torch.ops.torch_attn._varlen_attn.default,
         torch.ops.tandem.packed_attention.default,
         torch.ops.aten._flash_attention_forward.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -156,9 +157,6 @@ def saved_ops() -> list[torch._ops.OpOverload]:
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     ]
-    if attention_kernels.varlen_attn is not None:
-        ops.append(torch.ops.torch_attn._varlen_attn.default)
-    return ops
 
 
 @torch.compiler.assume_constant_result

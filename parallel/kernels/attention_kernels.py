@@ -7,20 +7,17 @@ Legend: T query tokens, S key tokens, H query heads, G key/value heads, K head w
 
 import inspect
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from tandem.parallel.kernels import attention_sdpa
 
-try:  # torch >= 2.10
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
 INSTALL_TE = "pip install 'transformer-engine[pytorch]'"
-_GROUPS_HEADS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+_GROUPS_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -31,8 +28,6 @@ _CUDNN_FIRST = [
 
 def varlen_refusal(device: torch.device, width: int) -> str | None:
     """Why torch's FlashAttention-2 cannot run heads of this width on this CUDA device; None where it can."""
-    if varlen_attn is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen (pip install 'torch>=2.11')"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"it needs compute capability 8.0, the device has {major}.{minor}"
@@ -43,7 +38,7 @@ def varlen(q_THK, k_SGK, v_SGK, segments, causal, scale, window):
     """`torch.nn.attention.varlen`: FlashAttention-2.  The longest segment only sizes its grid, so a bound will do."""
     if q_THK.shape[0] == 0:  # which the kernel refuses
         return attention_sdpa.by_lengths(q_THK, k_SGK, v_SGK, (0,), (k_SGK.shape[0],), causal, scale, window)
-    grouped = {}
+    grouped: dict[str, Any] = {}
     if q_THK.shape[1] != k_SGK.shape[1]:
         if _GROUPS_HEADS:
             grouped = {"enable_gqa": True}

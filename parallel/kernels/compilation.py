@@ -73,11 +73,12 @@ def by_rows(function: Callable) -> Callable:
     """
 
     def call(modules: nn.Module | tuple[nn.Module, ...], first_N: torch.Tensor, *others: torch.Tensor | None):
-        tensors, axes = (first_N, *others), [0]
-        axes += [None if x is None else 0 if len(x) == len(first_N) else 1 for x in others]
-        cut = [x if axis is None else x.unflatten(axis, (-1, BUCKET)) for x, axis in zip(tensors, axes, strict=True)]
+        tensors = (first_N, *others)
+        axes = [None if x is None else 0 if len(x) == len(first_N) else 1 for x in tensors]
+        pairs = zip(tensors, axes, strict=True)
+        cut = [None if x is None or axis is None else x.unflatten(axis, (-1, BUCKET)) for x, axis in pairs]
         for tensor, axis in zip(cut, axes, strict=True):
-            if axis is not None:
+            if tensor is not None and axis is not None:
                 torch._dynamo.mark_dynamic(tensor, axis)
         return compiled(_joining(function, tuple(axes)))(modules, *cut)
 

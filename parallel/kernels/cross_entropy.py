@@ -71,12 +71,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         labels_S = labels_S - rank * weight_VD.shape[0]
         whole_SD = _gather(hidden_SD, group) if sequence_parallel and ranks > 1 else hidden_SD
-        log_sum_S = label_S = None
+        log_sum_S = label_S = labels_S  # of no block yet
         for first, weight_BD in _blocks(weight_VD, whole_SD.shape[0], tile):
             logits_SB = whole_SD @ weight_BD.T
             part_2S = _reduced(logits_SB, labels_S - first)
-            log_sum_S = part_2S[0] if label_S is None else torch.logaddexp(log_sum_S, part_2S[0])
-            label_S = part_2S[1] if label_S is None else label_S + part_2S[1]
+            log_sum_S = part_2S[0] if first == 0 else torch.logaddexp(log_sum_S, part_2S[0])
+            label_S = part_2S[1] if first == 0 else label_S + part_2S[1]
         if ranks > 1:
             all_R2S = _gather(torch.stack((log_sum_S, label_S))[None], group)
             log_sum_S, label_S = torch.logsumexp(all_R2S[:, 0], 0), all_R2S[:, 1].sum(0)
@@ -100,12 +100,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slopes_SB = whole_SD @ weight_BD.T if kept_SV is None else kept_SV.clone()
             _to_slopes(slopes_SB, log_sum_S, grad_S)
             _put_labels(slopes_SB, labels_S - first, label_slope_S)
-            if to_weight:
+            if grad_VD is not None:
                 torch.mm(slopes_SB.T, whole_SD, out=grad_VD[first : first + len(weight_BD)])
-            if to_hidden:
+            if sums_SD is not None:
                 _add_product(sums_SD, slopes_SB, weight_BD, begin=first == 0)
             del slopes_SB  # before the next block's logits are made
-        if not to_hidden:
+        if sums_SD is None:
             return None, grad_VD, None, None, None, None
         grad_SD = sums_SD.to(hidden_SD.dtype)
         if ctx.sequence_parallel:

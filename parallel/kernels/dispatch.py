@@ -133,7 +133,7 @@ class SortedDispatcher(MoEAlltoAllTokenDispatcher):
         return hidden_states if self.alone else super().combine_preprocess(hidden_states)
 
     def combine_postprocess(self, permutated_local_input_tokens):
-        order, self.order = self.order, None
+        order, self.order = self.order, None  # type: ignore[assignment]  # freed until the next preprocess
         return FromPlaces.apply(permutated_local_input_tokens, order.token_P, order.place_TK).view(self.hidden_shape)
 
     def _maybe_dtoh_and_synchronize(self, point, tokens_per_expert=None):

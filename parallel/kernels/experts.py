@@ -67,7 +67,7 @@ class GroupedExperts(MegatronModule):
     def _weight(self, *shape: int, cut: int) -> torch.nn.Parameter:
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         weight = torch.nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
-        weight.allreduce = self.config.expert_model_parallel_size == 1
+        weight.allreduce = self.config.expert_model_parallel_size == 1  # type: ignore[attr-defined]  # Megatron-core's
         set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=cut, stride=1)
         return weight
 

@@ -104,6 +104,7 @@ class _Held:
     def arrived(self) -> torch.Tensor:
         self.come_back()
         self._await()
+        assert self._device is not None, "come_back makes it"
         return self._device
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> "torch.cuda.Event | None":
@@ -117,7 +118,7 @@ class _Held:
             return self._copies.record_event()
 
     def _await(self) -> None:
-        if self._done is not None:
+        if self._done is not None and self._copies is not None:
             torch.cuda.current_stream(self._copies.device).wait_event(self._done)
 
 
@@ -133,7 +134,7 @@ class _View:
 
     @staticmethod
     def of(tensor: torch.Tensor, base: Any) -> "_View":
-        return _View(base, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _View(base, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def on(self, memory: torch.Tensor) -> torch.Tensor:
         """The same view of another tensor's memory."""

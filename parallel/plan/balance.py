@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def assign_images(costs: Sequence[int], ranks: int) -> np.ndarray:
+def assign_images(costs: Sequence[int] | np.ndarray, ranks: int) -> np.ndarray:
     """Encoding rank of each image, int64 [I], each in 0 .. ranks-1.
 
     costs: non-negative integer cost of each image; ranks: how many ranks share them.
@@ -29,7 +29,7 @@ def assign_images(costs: Sequence[int], ranks: int) -> np.ndarray:
     # One heap entry is load * ranks + rank: a single integer that orders by load first and by rank in a tie.
     heap = list(range(ranks))
     replace = heapq.heapreplace
-    ranks_I = []
+    ranks_I: list[int] = []
     keep = ranks_I.append
     for cost in costs_I[order_I].tolist():
         least = heap[0]

@@ -144,7 +144,9 @@ def _rows_of(plan: VisualPlan, images_J: np.ndarray) -> tuple[np.ndarray, np.nda
     return image_V, plan.start_I[image_V] + within_V
 
 
-def _destination(plan: VisualPlan, layout: Layout, image_V: np.ndarray, position_V: np.ndarray):
+def _destination(
+    plan: VisualPlan, layout: Layout, image_V: np.ndarray, position_V: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     cp, tp, index = place_of(position_V, layout, plan.row_tokens)
     return layout.rank_of(tp=tp, cp=cp, dp=plan.replica_I[image_V], pp=0), index
 

@@ -124,11 +124,11 @@ def _cuda_type_strings(function):
             is_cpu_name = isinstance(name, str) and not name.startswith("torch.cuda")
             return name.replace("torch.", "torch.cuda.", 1) if is_cpu_name else name
 
-        torch.Tensor.type = cuda_type
+        torch.Tensor.type = cuda_type  # type: ignore[method-assign]  # a stand-in
         try:
             return function(*args, **kwargs)
         finally:
-            torch.Tensor.type = real
+            torch.Tensor.type = real  # type: ignore[method-assign]
 
     return wrapped
 
@@ -233,7 +233,7 @@ class _MegatronFinder(importlib.abc.MetaPathFinder):
             if name in _REPAIRS:
                 _REPAIRS[name](module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one import
         return spec
 
 
@@ -247,5 +247,5 @@ def install() -> None:
     if PACKAGE in sys.modules:
         raise RuntimeError("parallel.runtime.cpu_backend.install() must run before the first import of megatron.core")
     sys.meta_path.insert(0, _MegatronFinder())
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.Tensor.record_stream = _nothing
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]  # a stand-in
+    torch.Tensor.record_stream = _nothing  # type: ignore[method-assign]  # a stand-in

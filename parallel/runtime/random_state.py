@@ -18,7 +18,7 @@ def capture() -> dict[str, torch.Tensor]:
     states = {
         "python": torch.tensor(words),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*key.tolist(), place, has_gauss]),
+        "numpy": torch.tensor([*np.asarray(key).tolist(), place, has_gauss]),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
