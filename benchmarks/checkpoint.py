@@ -153,7 +153,7 @@ def storage(folder: Path, engines) -> dict[str, float]:
     """GB/s of one rank's writing with checksums and flushing, and of reading back and comparing, other ranks idle."""
     import torch.distributed as dist
 
-    from tandem.train.checkpoints import checkpoint
+    from tandem.train.checkpoints import tensors as files
 
     dist.barrier()
     if engines.grid.rank != 0:
@@ -162,9 +162,9 @@ def storage(folder: Path, engines) -> dict[str, float]:
     size = sum(tensor.nbytes for tensor in tensors.values())
     repeated = {f"{copy}{key}": tensor for copy in range(-(-(64 << 20) // size)) for key, tensor in tensors.items()}
     begin = time.perf_counter()
-    facts = checkpoint.write_file(folder / "rate.safetensors", repeated)
+    facts = files.write_file(folder / "rate.safetensors", repeated)
     written = time.perf_counter()
-    assert checkpoint.crc32_of(folder / "rate.safetensors") == facts["crc32"]
+    assert files.crc32_of(folder / "rate.safetensors") == facts["crc32"]
     read = time.perf_counter()
     gigabytes = facts["bytes"] / 1e9
     return {"write_gb_per_s": gigabytes / (written - begin), "verify_gb_per_s": gigabytes / (read - written)}

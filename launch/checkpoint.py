@@ -4,7 +4,7 @@
     python launch/checkpoint.py verify RUN                       every byte of every checkpoint against its checksums
     python launch/checkpoint.py diff RUN/checkpoints/step-00000010 OTHER     tensor by tensor, to the bit
     python launch/checkpoint.py export RUN FOLDER --dtype bf16   the weights alone, whole tensors in safetensors files
-    python launch/checkpoint.py export RUN FOLDER --format hf    the LLM, as a folder that transformers opens
+    python launch/checkpoint.py export RUN FOLDER --format hf    a folder that transformers opens
     python launch/checkpoint.py prune RUN --keep 2 --keep-every 1000
     python launch/checkpoint.py history RUN                      effective training time, restarts and their causes
 
@@ -13,9 +13,7 @@ verify and diff end with status 1 where something is damaged or different.
 """
 
 import argparse
-import functools
 import json
-import math
 import os
 import sys
 import time
@@ -23,19 +21,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 if not __package__:  # run as a file of a checkout, which need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tandem.train import families
 from tandem.train.checkpoints import checkpoint
 from tandem.train.checkpoints.checkpoint import Reader, resolve, step_of
 from tandem.train.checkpoints.retention import prune, superfluous
-from tandem.train.models.language.llm_config import LLMConfig
+from tandem.train.config.saved import saved_settings
+from tandem.train.config.settings import read_config
+from tandem.train.export.hugging_face import Content, content
+from tandem.train.export.weights import new_folder, of_modules, write_weights
 from tandem.train.reliability import history
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -55,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
             command.add_argument("folder", help="new folder to write into")
             command.add_argument("--format", choices=("tandem", "hf"), default="tandem", help="of names and settings")
             command.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)")
-            command.add_argument("--modules", nargs="+", help="such as encoder adapter llm (default: all there are)")
+            command.add_argument("--part", choices=("all", "llm", "encoder"), default="all", help="of the model")
+            command.add_argument("--modules", nargs="+", help="of --format tandem, such as encoder adapter llm")
+            command.add_argument("--tokenizer", help="of the run, where it is no longer in its place")
             command.add_argument("--file-gb", type=float, default=5.0, help="largest file (default 5)")
         if name == "prune":
             command.add_argument("--keep", type=int, required=True, help="newest undamaged ones to keep, at least 1")
@@ -147,74 +147,53 @@ def diff(arguments) -> int:
 
 
 def export(arguments) -> int:
-    """Writes the weights alone: as whole tensors under our names, or the LLM in Hugging Face's format."""
-    reader, folder = Reader(resolve(arguments.run)), Path(arguments.folder)
-    if folder.exists() and any(folder.iterdir()):
+    """Writes the weights alone: as whole tensors under our names, or a model in Hugging Face's format."""
+    reader, folder = Reader(_finished(arguments.run)), Path(arguments.folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty: name a new folder")
-    hugging_face = arguments.format == "hf"
-    if hugging_face and arguments.modules not in (None, ["llm"]):
-        raise ValueError(f"--modules {' '.join(arguments.modules)}: --format hf writes the llm alone")
-    modules = {"llm"} if hugging_face else set(arguments.modules or reader.modules)
-    if unknown := modules - reader.modules:
-        raise ValueError(f"--modules {' '.join(unknown)}: the checkpoint has {' '.join(sorted(reader.modules))}")
-    model = _llm_of(reader.path) if hugging_face else None
-    family = families.of_model(model) if model else None
-    if wrong := damage(reader.path):
-        raise ValueError("; ".join(wrong))
-    folder.mkdir(parents=True, exist_ok=True)
-    if family is None:
-        names = [name for name in reader.tensors if name.partition(".")[0] in modules]
-        sizes, tensor_of = {name: reader.numel(name) for name in sorted(names)}, reader.whole
-    else:
-        tensors = list(family.tensors(model))
-        shapes = families.shapes(tensors)
-        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        tensor_of = functools.partial(_theirs, reader, shapes, families.by_their_names(tensors))
-        said = family.config(model, {"fp32": "float32", "bf16": "bfloat16"}[arguments.dtype])
-        (folder / "config.json").write_text(json.dumps(said, indent=2) + "\n")
-    files, total = _write_weights(folder, sizes, tensor_of, arguments, reader.state)
-    what = f", a {family.architecture}" if family else ""
-    print(f"{len(sizes)} tensors of {reader.path}, {total / 1e6:,.1f} MB in {files} file(s) under {folder}{what}")
+    out = _content(reader, arguments)
+    with new_folder(folder) as staging, ThreadPoolExecutor(1) as checking:
+        found = checking.submit(damage, reader.path)
+        for name, text in out.texts.items():
+            (staging / name).write_text(text)
+        metadata = {"task": reader.state.task, "step": f"{reader.state.step}"}
+        dtype, file_bytes = DTYPES[arguments.dtype], arguments.file_gb * 1e9
+        files, total = write_weights(staging, out.weights, dtype, file_bytes, metadata)
+        if wrong := found.result():
+            raise ValueError("; ".join(wrong))
+    count = len(out.weights.shapes)
+    print(f"{count} tensors of {reader.path}, {total / 1e6:,.1f} MB in {files} file(s) under {folder}, {out.what}")
     return 0
 
 
-def _write_weights(folder: Path, sizes: dict[str, int], tensor_of, arguments, state) -> tuple[int, int]:
-    """Safetensors files of at most --file-gb with an index; their number and the bytes of all tensors."""
-    dtype, files, size = DTYPES[arguments.dtype], [[]], 0
-    for name, count in sizes.items():
-        if files[-1] and size + count * dtype.itemsize > arguments.file_gb * 1e9:
-            files.append([])
-            size = 0
-        files[-1].append(name)
-        size += count * dtype.itemsize
-    said = {"format": "pt", "task": state.task, "step": f"{state.step}"}
-    weight_map, total = {}, sum(sizes.values()) * dtype.itemsize
-    for place, part in enumerate(files, start=1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{place:05d}-of-{len(files):05d}.safetensors"
-        checkpoint.write_file(folder / file, {name: tensor_of(name).to(dtype) for name in part}, said)
-        weight_map |= dict.fromkeys(part, file)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return len(files), total
+def _finished(run: str) -> Path:
+    """The checkpoint to export.  Raises ValueError where a newer one is being written."""
+    path = Path(run)
+    for folder in (path, path / "checkpoints"):
+        if saving := sorted(folder.glob(".step-*.partial")):
+            step, done = saving[-1].name.removeprefix(".").removesuffix(".partial"), checkpoint.checkpoints(folder)
+            if not done or step > done[-1].name:
+                hint = f", or name {done[-1]}" if done else ""
+                raise ValueError(f"{folder}: {step} is being saved, or was when its run ended: wait for it{hint}")
+    return resolve(path)
 
 
-def _llm_of(path: Path) -> LLMConfig:
-    """Sizes of the LLM of the run that wrote a checkpoint."""
-    settings = checkpoint.run_directory(path) / "config.yaml"
-    try:
-        return LLMConfig(**OmegaConf.to_container(OmegaConf.load(settings).model.llm))
-    except (OSError, OmegaConfBaseException, TypeError) as error:
-        raise ValueError(f"{settings}, the settings of the run, cannot be used: {error}") from error
-
-
-def _theirs(reader: Reader, shapes: dict, runs_of: dict, name: str) -> torch.Tensor:
-    """A tensor of theirs, row by row from ours."""
-    out = torch.empty(shapes[name])
-    for ours, run in runs_of[name]:
-        start, size = (run.ours, *(0 for _ in out.shape[1:])), (run.rows, *out.shape[1:])
-        out[run.begin : run.begin + run.rows] = reader.read(f"llm.{ours}", "param", start, size)
-    return out
+def _content(reader: Reader, arguments) -> Content:
+    if arguments.format == "hf":
+        if arguments.modules:
+            raise ValueError(
+                f"--modules {' '.join(arguments.modules)}: with --format hf name all, llm or encoder as --part"
+            )
+        settings = saved_settings(reader.path)
+        if arguments.tokenizer:
+            settings.data.tokenizer = arguments.tokenizer
+        return content(reader, read_config(settings), arguments.part, arguments.dtype)
+    modules = set(arguments.modules or (reader.modules if arguments.part == "all" else {arguments.part}))
+    if unknown := modules - reader.modules:
+        raise ValueError(
+            f"there is no {' '.join(sorted(unknown))}: the checkpoint has {' '.join(sorted(reader.modules))}"
+        )
+    return Content(of_modules(reader, modules), {}, "under tandem's names")
 
 
 def prune_them(arguments) -> int:

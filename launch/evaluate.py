@@ -18,24 +18,21 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 if not __package__:  # run as a file of a checkout, which need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from yaml import YAMLError
-
 from tandem.train.checkpoints import checkpoint
 from tandem.train.config.checks import check_config
+from tandem.train.config.saved import saved_settings
 from tandem.train.config.schema import Config
-from tandem.train.config.settings import RECIPES, read_config
+from tandem.train.config.settings import read_config
 from tandem.train.input.prefetcher import AgreedError
 from tandem.train.tasks import find
 
@@ -135,13 +132,7 @@ def settings_of(path: Path, overrides: list[str]) -> Config:
 
     Raises ValueError for an unknown key.
     """
-    saved = checkpoint.run_directory(path) / "config.yaml"
-    if not saved.is_file():
-        raise ValueError(f"{saved} is missing: the settings of the run that wrote {path} are needed")
-    try:
-        settings = OmegaConf.merge(OmegaConf.structured(Config), *_defaults(), _of_today(OmegaConf.load(saved)))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"{saved} cannot be used: {str(error).splitlines()[0]}") from error
+    settings = saved_settings(path)
     for key in ONE_PROCESS:
         settings.parallel[key] = 1
     settings.parallel.etp = settings.parallel.balance_group_size = None
@@ -152,21 +143,6 @@ def settings_of(path: Path, overrides: list[str]) -> Config:
     except Exception as error:
         raise ValueError(f"{' '.join(overrides)}: {str(error).splitlines()[0]}") from error
     return read_config(settings)
-
-
-def _defaults() -> Iterator[DictConfig]:
-    """Values of settings that are newer than a run, and so missing in what it wrote down."""
-    for group, name in (("parallel", "default"), ("optim", "adamw")):
-        yield OmegaConf.create({group: OmegaConf.load(RECIPES / group / f"{name}.yaml")})
-
-
-def _of_today(saved: DictConfig) -> DictConfig:
-    """A run's settings with the keys of today: before there were tasks they named a recipe."""
-    if "recipe" in saved:
-        label = saved.pop("recipe")
-        saved.task = checkpoint.task_of(label)
-        saved.run.label = label
-    return saved
 
 
 def _score_once(sources: DictConfig, overrides: list[str]) -> None:

@@ -130,7 +130,9 @@ def test_layouts_train_alike_and_what_is_exported_is_what_came_in(folders, corpu
     still = [*small, "train.steps=1", "optim.lr=0", "optim.min_lr=0"]
     run_world(train_run, 2, "stage1", [*still, "parallel.pp=2"], str(tmp_path / "still"), timeout=180)
     command = [sys.executable, "launch/checkpoint.py", "export", str(tmp_path / "still"), str(tmp_path / "out")]
-    done = subprocess.run([*command, "--format", "hf", "--file-gb", "0.0001"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--format", "hf", "--part", "llm", "--file-gb", "1e-4"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     import transformers
 

@@ -981,6 +981,38 @@ TRAIN = (
         "(stage == 0)",
         ("tests/train/test_memory.py::test_shares_of_all_ranks_are_the_whole",),
     ),
+    Mutation(
+        "exported_positions_in_raster_order",
+        "train/export/remote/modeling_tandem.py",
+        "positions",
+        "blocks.transpose(1, 2)",
+        "blocks",
+        ("tests/distributed/test_export.py::test_a_padded_batch_has_the_logits_of_the_packed_row",),
+    ),
+    Mutation(
+        "exported_images_forget_merge",
+        "train/export/settings.py",
+        "vision",
+        '"merge": connector.merge',
+        '"merge": 1',
+        ("tests/distributed/test_export.py::test_a_padded_batch_has_the_logits_of_the_packed_row",),
+    ),
+    Mutation(
+        "exported_beams_share_images_wrongly",
+        "train/export/remote/modeling_tandem.py",
+        "TandemForConditionalGeneration._expand_inputs_for_generation",
+        "for part in pixels for _ in range(expand_size)",
+        "for _ in range(expand_size) for part in pixels",
+        ("tests/distributed/test_export.py::test_answers_come_from_the_cache_and_for_several_beams",),
+    ),
+    Mutation(
+        "exported_processor_decodes_whole_jpegs",
+        "train/export/remote/processing_tandem.py",
+        "resized",
+        "image.draft(None, (2 * size[0], 2 * size[1]))",
+        "image.draft(None, image.size)",
+        ("tests/distributed/test_export.py::test_files_become_the_same_ids_and_patches",),
+    ),
 )
 
 LAUNCH = (

@@ -5,8 +5,9 @@ import functools
 
 import torch
 
-from tandem.train.checkpoints.checkpoint import TrainState, box_key, file_of, write_file
+from tandem.train.checkpoints.checkpoint import TrainState, box_key, file_of
 from tandem.train.checkpoints.saving import publish
+from tandem.train.checkpoints.tensors import write_file
 
 STATE = TrainState(
     step=3, data={"epoch": 1, "row": 7}, optimizer_steps={"llm": 3}, task="language", layout={"world": 2, "tp": 2}

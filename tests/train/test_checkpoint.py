@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints import checkpoint, tensors
 from tandem.train.checkpoints.checkpoint import Reader, resolve
 from tandem.train.config.checks import check_config
 from tests.support import settings
@@ -59,7 +59,7 @@ def test_any_box_is_cut_from_any_boxes(seed, tmp_path):
 
 def test_files_are_plain_safetensors(tmp_path):
     """Written here while they are summed, read by the library: every dtype, and what is empty or a number."""
-    tensors = {
+    written = {
         "a": torch.randn(3, 5),
         "turned": torch.randn(4, 6).t(),
         "number": torch.tensor(7.0),
@@ -67,14 +67,14 @@ def test_files_are_plain_safetensors(tmp_path):
         "random": torch.randint(0, 255, (11,), dtype=torch.uint8),
         "counts": torch.arange(5),
         "half": torch.randn(2, 3).bfloat16(),
-        "long": torch.randn(checkpoint.BLOCK // 2 + 3),
+        "long": torch.randn(tensors.BLOCK // 2 + 3),
     }
-    facts = checkpoint.write_file(tmp_path / "some.safetensors", tensors, {"said": "so"})
+    facts = tensors.write_file(tmp_path / "some.safetensors", written, {"said": "so"})
     read = load_file(tmp_path / "some.safetensors")
-    assert all(torch.equal(read[key], tensor) and read[key].dtype == tensor.dtype for key, tensor in tensors.items())
+    assert all(torch.equal(read[key], tensor) and read[key].dtype == tensor.dtype for key, tensor in written.items())
     assert facts == {
         "bytes": (tmp_path / "some.safetensors").stat().st_size,
-        "crc32": checkpoint.crc32_of(tmp_path / "some.safetensors"),
+        "crc32": tensors.crc32_of(tmp_path / "some.safetensors"),
     }
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.train.checkpoints.checkpoint import Reader, checkpoints, file_of, write_file
+from tandem.train.checkpoints.checkpoint import Reader, checkpoints, file_of
 from tandem.train.checkpoints.retention import clean, prune, superfluous
 from tandem.train.checkpoints.saving import NotSavedError, publish
+from tandem.train.checkpoints.tensors import write_file
 from tests.train.folders import HALVES, STATE, WHOLE, write
 
 

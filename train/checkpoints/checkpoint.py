@@ -10,10 +10,8 @@ Nothing is unpickled.  This module reads and checks; `train/checkpoints/saving.p
 import hashlib
 import json
 import math
-import os
 import re
-import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from tandem.parallel.engines.state import EMA
 from tandem.parallel.layout import Layout
 from tandem.parallel.runtime import random_state
+from tandem.train.checkpoints.tensors import crc32_of
 
 if TYPE_CHECKING:  # launch/checkpoint.py reads checkpoints without Megatron-core and DeepSpeed
     from tandem.parallel.hybrid_step import Engines
@@ -32,9 +31,8 @@ if TYPE_CHECKING:  # launch/checkpoint.py reads checkpoints without Megatron-cor
 FORMAT = "tandem checkpoint 2"
 MANIFEST = "manifest.json"
 RANDOM, TASK = "random/", "recipe/"  # keys of a rank's random states, and in rank 0's file of its task's tensors
+MAPPED = 1 << 28  # bytes read after which files are closed: what is read of a mapped file stays in memory until then
 NAME = re.compile(r"step-(\d{8})")
-BLOCK = 1 << 22  # bytes; what was summed is still in the cache when it is written
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -61,41 +59,6 @@ def layout_of(layout: Layout) -> dict[str, int]:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> dict:
-    """Writes CPU tensors as a safetensors file, flushed to disk; returns its {"bytes", "crc32"}, summed on the way."""
-    header, place = {"__metadata__": metadata} if metadata else {}, 0
-    for key, tensor in tensors.items():
-        end = place + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    size, crc = 8 + len(text) + place, 0
-    with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little") + text, *map(_bytes_of, tensors.values())):
-            for begin in range(0, len(part), BLOCK):
-                block = part[begin : begin + BLOCK]
-                crc = zlib.crc32(block, crc)
-                file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "crc32": f"{crc:08x}"}
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def crc32_of(path: Path) -> str:
-    """Checksum of a file, by blocks."""
-    crc = 0
-    with path.open("rb", buffering=0) as file:
-        block = memoryview(bytearray(BLOCK))
-        while count := file.readinto(block):
-            crc = zlib.crc32(block[:count], crc)
-    return f"{crc:08x}"
 
 
 def manifest_text(said: dict) -> str:
@@ -217,6 +180,7 @@ class Reader:
     def __init__(self, path: Path):
         self.path = path
         self._open: dict[str, object] = {}
+        self._mapped = 0
         manifest = read_manifest(path)
         self.state: TrainState = manifest["state"]
         self.tensors: dict[str, dict] = manifest["tensors"]
@@ -278,9 +242,14 @@ class Reader:
 
     def _slice(self, file: str, key: str, where: tuple[slice, ...]) -> torch.Tensor:
         try:
-            return self._handle(file).get_slice(key)[where]
+            if self._mapped > MAPPED:
+                self._open.clear()
+                self._mapped = 0
+            values = self._handle(file).get_slice(key)[where]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"checkpoint {self.path}: {file} is damaged: {error}") from error
+        self._mapped += values.nbytes
+        return values
 
     def _handle(self, file: str):
         if file not in self._open:

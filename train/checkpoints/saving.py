@@ -36,9 +36,9 @@ from tandem.train.checkpoints.checkpoint import (
     box_key,
     file_of,
     step_of,
-    write_file,
 )
 from tandem.train.checkpoints.retention import clean, prune
+from tandem.train.checkpoints.tensors import write_file
 
 NICE = 10  # of the saving thread
 

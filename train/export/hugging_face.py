@@ -1,0 +1,79 @@
+"""A checkpoint as a folder that transformers opens: the whole model, its language model or its encoder alone.
+
+all       our modeling, configuration and processing files beside the weights; the language model is its family's
+llm       the family's own class; no code of ours
+encoder   the encoder with its image processor; our code
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.data.media.text import Tokenizer
+from tandem.train import families
+from tandem.train.checkpoints.checkpoint import Reader
+from tandem.train.config.schema import Config
+from tandem.train.export import inputs, settings, weights
+from tandem.train.export.card import model_card
+from tandem.train.export.weights import Weights
+
+MODULES = {"all": ("encoder", "adapter", "llm"), "llm": ("llm",), "encoder": ("encoder",)}
+REMOTE = Path(__file__).with_name("remote")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a folder will hold.  texts: files by name.  what: the model in words."""
+
+    weights: Weights
+    texts: dict[str, str]
+    what: str
+
+
+def content(reader: Reader, config: Config, part: str, dtype: str) -> Content:
+    """The folder of a part of a run: all, llm or encoder; dtype: fp32 or bf16.
+
+    Raises ValueError, before anything is written, for what the folder could not hold.
+    """
+    if missing := [name for name in MODULES[part] if name not in reader.modules]:
+        raise ValueError(f"--part {part}: checkpoint {reader.path} of task={config.task} has no {', '.join(missing)}")
+    if part == "encoder":
+        what, held, texts = _encoder(reader, config, dtype)
+    else:
+        what, held, texts = (_language if part == "llm" else _whole)(reader, config, dtype)
+    return Content(held, texts | {"README.md": model_card(config, reader.path, reader.state, part)}, what)
+
+
+def _language(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
+    model = config.model.llm
+    family = families.of_model(model)
+    texts = {"config.json": inputs.as_json(family.config(model, settings.DTYPES[dtype]))}
+    texts |= inputs.text_files(config, _tokenizer(config))
+    return f"a {family.architecture}", weights.of_family(reader, family, model), texts
+
+
+def _encoder(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
+    model = config.model
+    texts = {"config.json": inputs.as_json(settings.encoder_alone(model.encoder, model.connector, dtype))}
+    texts |= inputs.image_files(config.vision) | _sources()
+    return "an encoder", weights.of_modules(reader, {"encoder"}), texts
+
+
+def _whole(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
+    model = config.model
+    family, tokenizer = families.of_model(model.llm), _tokenizer(config)
+    held = weights.of_modules(reader, {"encoder", "adapter"})
+    held |= weights.of_family(reader, family, model.llm, prefix="language_model.")
+    texts = {"config.json": inputs.as_json(settings.whole(model, family, dtype, tokenizer.image_id))}
+    texts |= inputs.text_files(config, tokenizer) | inputs.processor_files(config) | _sources()
+    return f"a vision encoder and a {family.architecture}", held, texts
+
+
+def _sources() -> dict[str, str]:
+    return {f"{name}.py": (REMOTE / f"{name}.py").read_text() for name in settings.CODE.values()}
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    try:
+        return Tokenizer(config.data.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer: {error}; name it with --tokenizer") from error
