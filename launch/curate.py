@@ -33,7 +33,8 @@ from tandem.data.shards.storage import is_url, shown
 
 def find_shards(patterns: list[str]) -> list[str]:
     """Local tars in the order named, those of a * by name. Raises ValueError, also where two have one base name."""
-    shards, names = expand_shards(patterns, urls=True), {}
+    shards = expand_shards(patterns, urls=True)
+    names: dict[str, str] = {}
     for shard in shards:
         if is_url(shard):
             raise ValueError(f"{shown(shard)} is remote; curation reads local tar files")

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Outcome:
 
 def index_shards(
     shards: list[str], paths: list[str], tokenizer_file: str, workers: int, force: bool
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Index every shard, `workers` at a time, into its path; outcomes in the order of the shards. Raises ValueError."""
     Tokenizer(tokenizer_file)  # a bad one is told once
     act = functools.partial(_index_one, tokenizer_file=tokenizer_file, force=force)

@@ -173,7 +173,8 @@ def draw_row(data: Data, row: int) -> Image.Image:
     samples = np.flatnonzero(plan.row_S == row).tolist()
     cards = [draw_card(data, plan, text, sample, images) for sample in samples]
     width = COLUMNS * (CARD + GAP) + GAP
-    columns, heights = [[] for _ in range(COLUMNS)], [0] * COLUMNS
+    columns: list[list[Image.Image]] = [[] for _ in range(COLUMNS)]
+    heights = [0] * COLUMNS
     for card in cards:
         least = heights.index(min(heights))
         columns[least].append(card)
@@ -226,7 +227,9 @@ def draw_card(data: Data, plan: StepPlan, text: RowBatch, sample: int, images: d
     mine = [images[i] for i in np.flatnonzero(plan.image_sample_I == sample).tolist()]
     boxes = _BOX.findall("".join(words for words, _ in pieces))
     lines = wrap(pieces)
-    rows, row, used = [], [], 0
+    rows: list[list[Image.Image]] = []
+    row: list[Image.Image] = []
+    used = 0
     for image in [boxed(image, boxes if i == 0 else []) for i, image in enumerate(mine)]:
         if used + image.width > CARD - 2 * GAP and row:
             rows.append(row)
@@ -271,7 +274,9 @@ def text_pieces(data: Data, tokens: np.ndarray, trained: np.ndarray) -> list[tup
 
 def wrap(pieces: list[tuple[str, tuple]], most: int = 24) -> list[list[tuple[str, tuple]]]:
     """Lines of coloured words; after `most` lines the rest is left out."""
-    lines, line, used = [], [], 0
+    lines: list[list[tuple[str, tuple]]] = []
+    line: list[tuple[str, tuple]] = []
+    used = 0
     for words, colour in pieces:
         for part in textwrap.wrap(words.replace("\n", " "), TEXT_COLUMNS, drop_whitespace=False) or [""]:
             if used + len(part) > TEXT_COLUMNS and line:
@@ -305,7 +310,7 @@ def boxed(image: Image.Image, boxes: list[tuple[str, ...]]) -> Image.Image:
     return image
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 

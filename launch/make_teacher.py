@@ -140,7 +140,8 @@ def train(model, captions: Captions, steps: int, seed: int) -> float:
         text_10E = embed_texts(model, captions.tokens_C10T[wording], captions.real_C10T[wording])
         scale, label_B = model.logit_scale.exp(), digits.label_I[picked_B]
         views = embed_images(model, digits.normalised(picked_B))
-        loss = sum(F.cross_entropy(scale * view_BE @ text_10E.T, label_B) for view_BE in views)
+        losses = [F.cross_entropy(scale * view_BE @ text_10E.T, label_B) for view_BE in views]
+        loss = torch.stack(losses).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -84,7 +84,9 @@ def draw_encoder(axis, evaluation: dict) -> None:
 
 def running_mean(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
     """Mean over the last SMOOTH points at each point."""
-    steps, means, window = [], [], []
+    steps: list[int] = []
+    means: list[float] = []
+    window: list[float] = []
     for step, value in points:
         window = [*window, value][-SMOOTH:]
         steps.append(step)

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -57,7 +58,7 @@ def write_report(out: Path) -> None:
 def report(trace: Path) -> str:
     """Both tables of a trace, with the floors that lie beside it."""
     beside = trace.parent / "floors.json"
-    known = json.loads(beside.read_text()) if beside.is_file() else {"steps": 1, "floors": {}}
+    known: dict[str, Any] = json.loads(beside.read_text()) if beside.is_file() else {"steps": 1, "floors": {}}
     summary = summarise(read_trace(trace))
     return f"{table(summary, known['floors'], known['steps'])}\n\n{longest(summary, known['steps'])}"
 

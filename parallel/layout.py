@@ -39,7 +39,7 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     ep: int = 1
-    etp: int = None  # type: ignore[assignment]  # None is replaced in __post_init__
+    etp: int = None  # type: ignore[assignment]  # None, for the choice below, is replaced in __post_init__
     cp_comm_type: str = "all_gather"
     balance_group_size: int = None  # type: ignore[assignment]  # None is replaced in __post_init__
 

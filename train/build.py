@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,11 @@ def start_world(device: torch.device) -> None:
         store = agent_store()
     else:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    where = {"store": store, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    where: dict[str, Any] = {
+        "store": store,
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **(where if store else {}))
 
 
@@ -109,8 +114,9 @@ def layer_lr_scale(name: str, depth: int, decay: float) -> float:
 
 def _adam_settings(config: Config) -> AdamSettings:
     optim = config.optim
+    first, second = optim.betas
     return AdamSettings(
-        lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay, name=optim.name
+        lr=optim.lr, betas=(first, second), eps=optim.eps, weight_decay=optim.weight_decay, name=optim.name
     )
 
 

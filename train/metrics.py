@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch.distributed as dist
 from rich.console import Console
@@ -72,7 +73,8 @@ class Logger:
         if not self._active:
             return
         self._config, self._dir = config, paths.run_dir
-        self._begin, self._last, self._steps = time.time(), {}, 0
+        self._begin, self._steps = time.time(), 0
+        self._last: dict[str, Any] = {}
         self._unreadable: Counter[tuple[str, str]] = Counter()  # (shard, reason) -> samples
         (self._dir / "summary.json").unlink(missing_ok=True)  # of an attempt before this one
         self._file, lost = self._reopen(position.step)
@@ -153,6 +155,7 @@ class Logger:
         self._file.close()
         self._file, lost = self._reopen(position.step)
         facts = {"from_step": step, "to_step": position.step, "data": position.data, "lost_steps": lost}
+        assert position.checkpoint is not None, "what a run goes back to is a checkpoint"
         self._happened("rollback", why=why, **facts)
         self.say(
             f"ROLLED BACK from step {step} to {position.checkpoint.name}, the data goes on after step {step}: {why}"
@@ -232,7 +235,7 @@ def _start_wandb(config: Config, run_dir: Path):
     import wandb
 
     return wandb.init(
-        mode=config.logger.wandb,
+        mode=cast(Any, config.logger.wandb),  # one of three, checked with the settings
         project=config.logger.project,
         name=run_dir.name,
         id=run_dir.name,

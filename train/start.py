@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from tandem.data.vision import OLDEST
+from tandem.parallel.engines.llm_engine import LLMEngine
 from tandem.train import families
 from tandem.train.checkpoints import checkpoint
 from tandem.train.checkpoints.saving import Saver, verify_together
@@ -106,7 +108,9 @@ def restore(
             told.append(f"{newest} does not say its vision settings: those of its time are taken, {OLDEST}")
         return position, told
     if find(config.task).has_llm and config.model.llm.folder:
-        trainer.engines.llm.load(families.open_folder(config.model.llm).read, optimizer=False)
+        cast(LLMEngine, trainer.engines.by_name["llm"]).load(
+            families.open_folder(config.model.llm).read, optimizer=False
+        )
         told.append(f"llm from {config.model.llm.folder}")
     if start is not None:
         if wrong := verify_together(start.path, trainer.engines):

@@ -107,7 +107,7 @@ class Tokenizer:
         """Ids of plain text; special-token spellings in it are ordinary characters."""
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def stamp(self, time_ms: int) -> list[int]:

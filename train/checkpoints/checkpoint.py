@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,9 @@ from tandem.parallel.runtime import random_state
 from tandem.train.checkpoints.tensors import crc32_of
 
 if TYPE_CHECKING:  # launch/checkpoint.py reads checkpoints without Megatron-core and DeepSpeed
-    from tandem.parallel.hybrid_step import Engines
+    from tandem.parallel.engines.encoder_engine import EncoderEngine
+    from tandem.parallel.engines.llm_engine import LLMEngine
+    from tandem.train.tasks.base import Engines
 
 FORMAT = "tandem checkpoint 2"
 MANIFEST = "manifest.json"
@@ -135,7 +137,9 @@ def _damage_of(file: Path, facts: dict) -> str | None:
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(NAME.fullmatch(path.name)[1])
+    match = NAME.fullmatch(path.name)
+    assert match is not None, "a path of `named`"
+    return int(match[1])
 
 
 def named(folder: Path) -> list[Path]:
@@ -294,7 +298,8 @@ def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collec
             )
     for name, engine in engines.by_name.items():
         if name == "encoder" and parts_of[name]:
-            engine.load(reader.read, optimizer, parts_of[name], lambda tensor: EMA in reader.tensors[tensor]["kinds"])
+            encoder = cast("EncoderEngine", engine)
+            encoder.load(reader.read, optimizer, parts_of[name], lambda tensor: EMA in reader.tensors[tensor]["kinds"])
         elif parts_of[name]:
             engine.load(lambda tensor, *box, of=name: reader.read(f"{of}.{tensor}", *box), optimizer)
         if optimizer and engine.trainable and parts_of[name]:
@@ -327,9 +332,10 @@ def _differences(reader: Reader, engines: "Engines", taken: set[str]) -> Iterato
             if more := sorted(t for t in reader.tensors if t.split(".")[0] in mine and t not in model):
                 yield f"it has {more[0]}, which this model lacks"
         elif name in taken:
+            model_config = cast("LLMEngine", engine).config
             for what, count, here in (
-                ("layers", layers, engine.config.num_layers),
-                ("experts", experts, engine.config.num_moe_experts or 0),
+                ("layers", layers, model_config.num_layers),
+                ("experts", experts, model_config.num_moe_experts or 0),
             ):
                 if count != here:
                     yield f"its {name} has {count} {what}, this model {here}"

@@ -19,12 +19,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tandem.parallel.engines.state import StateChunk
-from tandem.parallel.hybrid_step import Engines
 from tandem.parallel.runtime import random_state
 from tandem.train.checkpoints import checkpoint
 from tandem.train.checkpoints.checkpoint import (
@@ -39,6 +39,7 @@ from tandem.train.checkpoints.checkpoint import (
 )
 from tandem.train.checkpoints.retention import clean, prune
 from tandem.train.checkpoints.tensors import write_file
+from tandem.train.tasks.base import Engines
 
 NICE = 10  # of the saving thread
 
@@ -67,7 +68,7 @@ class Saver:
         keep_every: int,
     ):
         self._folder, self._engines = folder, engines
-        self._identity = {"task": task, "trainable": list(trainable), "optimizer": optimizer}
+        self._identity: dict[str, Any] = {"task": task, "trainable": list(trainable), "optimizer": optimizer}
         self._keep, self._keep_every = keep, keep_every
         self._group, self._rank = engines.grid.saving, engines.grid.rank
         numel = sum(chunk.tensor_N.numel() for chunk in self._chunks()[0])
@@ -169,7 +170,7 @@ class Saver:
             report = (*self._write(staging, snapshot, others), state.optimizer_steps, None)
         except Exception as error:
             report = ([], {}, {}, f"rank {self._rank}: {_words(error)}")
-        everyone = [None] * self._engines.grid.layout.world if self._rank == 0 else None
+        everyone: Any = [None] * self._engines.grid.layout.world if self._rank == 0 else None
         dist.gather_object(report, everyone, group=self._group)
         self._rank_0_does(lambda: self._publish(staging, final, state, everyone), undo=staging)
         return final
@@ -222,7 +223,7 @@ class Saver:
 def verify_together(path: Path, engines: Engines) -> list[str]:
     """What is wrong with a checkpoint; the ranks share its files, and all hear everything (collective)."""
     grid = engines.grid
-    everyone = [None] * grid.layout.world
+    everyone: list = [None] * grid.layout.world
     dist.all_gather_object(everyone, checkpoint.damage(path, grid.rank, grid.layout.world), group=grid.saving)
     return list(dict.fromkeys(sentence for part in everyone for sentence in part))
 

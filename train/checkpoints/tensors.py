@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ def write_stream(
     path: Path, shapes: Shapes, tensors: Iterable[torch.Tensor], metadata: dict[str, str] | None = None
 ) -> dict:
     """The same for tensors that are made one by one, in the order of `shapes`."""
-    header, place = {"__metadata__": metadata} if metadata else {}, 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    place = 0
     for key, (dtype, shape) in shapes.items():
         end = place + math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [place, end]}
@@ -37,7 +39,7 @@ def write_stream(
         crc = _write(file, len(text).to_bytes(8, "little") + text, crc)
         for (dtype, shape), tensor in zip(shapes.values(), tensors, strict=True):
             assert tensor.dtype is dtype and tuple(tensor.shape) == shape
-            crc = _write(file, memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()), crc)
+            crc = _write(file, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": 8 + len(text) + place, "crc32": f"{crc:08x}"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,7 +22,8 @@ def saved_settings(path: Path) -> DictConfig:
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: the settings of the run that wrote {path} are needed")
     try:
-        return OmegaConf.merge(OmegaConf.structured(Config), *_defaults(), _of_today(OmegaConf.load(saved)))
+        said = cast(DictConfig, OmegaConf.load(saved))
+        return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), *_defaults(), _of_today(said)))
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"{saved} cannot be used: {str(error).splitlines()[0]}") from error
 

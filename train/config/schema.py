@@ -277,8 +277,8 @@ class Config:
             pp=p.pp,
             vpp=p.vpp,
             ep=p.ep,
-            etp=p.etp,
-            balance_group_size=p.balance_group_size,
+            etp=p.etp,  # type: ignore[arg-type]  # None: the layout's choice
+            balance_group_size=p.balance_group_size,  # type: ignore[arg-type]
         )
         return replace(layout, cp_comm_type=choose_cp_comm_type(p.cp_comm_type, layout, self.model.llm.kv_heads))
 

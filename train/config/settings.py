@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -45,10 +45,10 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     loader = GlobalHydra.instance().config_loader()
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-    named = {
+    named: dict[str, Any] = {
         o.key_or_group: o.value() for o in parsed if loader.get_group_options(o.key_or_group) and not o.is_delete()
     }
-    out = OmegaConf.create(OmegaConf.to_container(settings))
+    out: Any = OmegaConf.create(OmegaConf.to_container(settings))
     scale = out.scale
     out = OmegaConf.merge(out, scale.get("values", {}), scale.get("sizes", {}).get(scale.name, {}))
     for group, option in named.items():
@@ -93,7 +93,8 @@ def read_config(settings: DictConfig) -> Config:
     Raises ValueError where a setting is missing, unknown (Hydra lets +key=value through) or of a wrong type.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(Config, OmegaConf.to_container(settings, resolve=True)))
+        plain = OmegaConf.to_container(settings, resolve=True)
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(Config, plain)))
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is missing; choose a recipe, as in +recipe=stage1") from error
     except OmegaConfBaseException as error:
@@ -104,7 +105,7 @@ def keys(node: type = Config, prefix: str = "") -> list[str]:
     """Dotted names of all settings; those of a dictionary of parts, such as data.sources, with * for its keys."""
     found = []
     for field in fields(node):
-        name, kind = prefix + field.name, field.type
+        name, kind = prefix + field.name, cast(type, field.type)
         if get_origin(kind) is dict and is_dataclass(get_args(kind)[1]):
             name, kind = f"{name}.*", get_args(kind)[1]
         found += keys(kind, f"{name}.") if is_dataclass(kind) else [name]

@@ -75,7 +75,9 @@ def summarise(events: Iterable[Mapping]) -> Summary:
     if not kernels and not calls:
         raise ValueError("the trace has neither kernels nor operations; was it written by torch.profiler?")
     own = [(event["name"], event["dur"]) for event in kernels] if kernels else _own_times(calls)
-    seconds, launches, names = defaultdict(float), defaultdict(int), defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
+    launches: dict[str, int] = defaultdict(int)
+    names: dict[str, float] = defaultdict(float)
     for name, microseconds in own:
         kind = kind_of(name)
         seconds[kind] += microseconds / 1e6

@@ -48,6 +48,7 @@ def answer_forward(chunk, batch: MicroBatch, leaf) -> torch.Tensor:
 
 def answer_report(logits_1TV: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """(0, [2, T]): the loss of every position, and whether its label is the most likely token."""
+    assert batch.labels_1T is not None, "the last stage has labels"
     logits_TV, labels_T = logits_1TV[0].float(), batch.labels_1T[0]
     loss_T = F.cross_entropy(logits_TV, labels_T, reduction="none")
     return logits_TV.new_zeros(()), torch.stack([loss_T, (logits_TV.argmax(-1) == labels_T).float()])

@@ -9,6 +9,7 @@ Legend: B samples, I images, N patches, D encoder width, E embedding width, V sa
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,8 @@ class Embedder:
         tokenizer: Tokenizer | None = None,
         most_tokens: int = 0,
     ):
-        self.tower, self.vision, self.device, self.chunk = tower.to(device).eval(), vision, device, chunk
+        self.tower: Any = tower.to(device).eval()  # with as many of its parts as the task has
+        self.vision, self.device, self.chunk = vision, device, chunk
         self.tokenizer, self.most_tokens = tokenizer, most_tokens
         self.reads_texts, self.hears = (hasattr(tower, name) for name in ("embed_texts", "embed_audio"))
 
@@ -133,6 +135,7 @@ class Embedder:
 
     def _ids(self, text: str) -> np.ndarray:
         turns = [{"role": "assistant", "text": text}]
+        assert self.tokenizer is not None, "a tower that reads texts has a tokenizer"
         encoded = self.tokenizer.encode_sample(turns, ("assistant",), (), f"the text {text!r}")
         rows = encoded.tokens_T[None], encoded.trained_T[None]
         ids, _ = captions(*rows, 1, self.most_tokens, self.tokenizer.eos_id)
@@ -162,7 +165,8 @@ def mean_features(features_ND: torch.Tensor, images: PackedImages, images_B: tor
 
 def _chunks(items: Iterable[tuple], most: int) -> Iterator[list[tuple]]:
     """(what, Patches) pairs in order, together while they have at most `most` patches; one pair at least."""
-    chunk, used = [], 0
+    chunk: list[tuple] = []
+    used = 0
     for item in items:
         count = len(item[1].patches_NP)
         if chunk and used + count > most:

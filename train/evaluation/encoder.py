@@ -71,7 +71,8 @@ def linear_probe(train: Embedded, held_out: Embedded, features: str, device: tor
                 '"label" in the json of their samples'
             )
         parts += [feature_BD.to(device), label_B.to(device)]
-    return probe(*parts, names)
+    feature_BD, label_B, held_out_BD, held_out_B = parts
+    return probe(feature_BD, label_B, held_out_BD, held_out_B, names)
 
 
 def retrieval(embedded: Embedded, texts: Texts, device: torch.device) -> dict[str, dict]:
@@ -82,8 +83,9 @@ def retrieval(embedded: Embedded, texts: Texts, device: torch.device) -> dict[st
     """
     sound_V, scores = embedded.sound_V, {}
     seen_B, said_B = (_captions(embedded, place) for place in (VISUAL, SPOKEN))
+    assert embedded.image_BE is not None, "embedded where texts are read"
     galleries = [("image", embedded.image_BE, seen_B, embedded.labels)]
-    if sound_V:
+    if sound_V and embedded.sound_VE is not None:
         seen_V, said_V, label_V = (
             [column[sample] for sample in sound_V] for column in (seen_B, said_B, embedded.labels)
         )
@@ -97,11 +99,11 @@ def retrieval(embedded: Embedded, texts: Texts, device: torch.device) -> dict[st
             own_V = [caption or place for place, caption in enumerate(captions)]
             scores[name] = _recall(query_VE, item_VE, own_V, own_V, label_V, label_V)
     for kind, rows_RE, caption_R, label_R in galleries:
-        here = [row for row, caption in enumerate(caption_R) if caption is not None]
+        here = [(row, caption) for row, caption in enumerate(caption_R) if caption is not None]
         if here:
-            caption_H, label_H = ([column[row] for row in here] for column in (caption_R, label_R))
+            caption_H, label_H = [caption for _, caption in here], [label_R[row] for row, _ in here]
             text_U, label_U = list(dict.fromkeys(caption_H)), _label_of_each(caption_H, label_H)
-            row_HE, text_UE = rows_RE[here].to(device), texts(text_U).to(device)
+            row_HE, text_UE = rows_RE[[row for row, _ in here]].to(device), texts(text_U).to(device)
             scores[f"{kind}_to_text"] = _recall(row_HE, text_UE, caption_H, text_U, label_H, label_U)
             scores[f"text_to_{kind}"] = _recall(text_UE, row_HE, text_U, caption_H, label_U, label_H)
     return scores
@@ -135,9 +137,11 @@ def _captions(embedded: Embedded, place: int) -> list[str | None]:
 
 
 def _labelled(
-    rows_BE: torch.Tensor, labels: Sequence[str | None], names: list[str]
+    rows_BE: torch.Tensor | None, labels: Sequence[str | None], names: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows of the samples with a label, place of the label in names or -1, int64)."""
-    here = [sample for sample, label in enumerate(labels) if label is not None]
+    assert rows_BE is not None, "asked for of `embed`"
+    labelled = [(sample, label) for sample, label in enumerate(labels) if label is not None]
     place = {name: number for number, name in enumerate(names)}
-    return rows_BE[here], torch.tensor([place.get(labels[sample], -1) for sample in here], dtype=torch.int64)
+    places = torch.tensor([place.get(label, -1) for _, label in labelled], dtype=torch.int64)
+    return rows_BE[[sample for sample, _ in labelled]], places

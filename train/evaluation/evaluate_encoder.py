@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
 from tandem.data.media.text import Tokenizer
 from tandem.data.reading.labelled import Labelled, LabelledSample, Sizes
@@ -21,6 +22,7 @@ from tandem.train.evaluation.embedding import BareEncoder, Embedded, Embedder, l
 from tandem.train.evaluation.measures import RECALL_AT
 from tandem.train.evaluation.retrieval_picture import Gallery, draw
 from tandem.train.tasks import find
+from tandem.train.tasks.encoder_only import EncoderTask
 
 MOST_NAMED = 100  # damaged samples that the result names
 MOST_THREADS = 16
@@ -33,7 +35,8 @@ def evaluate(config: Config, path: Path, options: argparse.Namespace) -> dict:
     names = read_classes(options.classes) if options.classes else None
     templates = read_templates(options)
     embedder = build(config, reader, weights)
-    data, gallery, scored = labelled(config, options.data), Gallery(config.vision), {}
+    data, gallery = labelled(config, options.data), Gallery(config.vision)
+    scored: dict[str, str] = {}
     means, seen = bool(options.train) and features == "patches", partial(see, gallery) if options.picture else None
     samples = noted(progress(data), scored) if options.train else progress(data)
     embedded = embedder.embed(samples, embeddings=embedder.reads_texts, means=means, seen=seen)
@@ -66,7 +69,7 @@ def check(config: Config, options: argparse.Namespace) -> None:
         raise ValueError("an encoder is evaluated in one process: start launch/evaluate.py with python, not torchrun")
     if not options.data:
         raise ValueError("--data is missing: name a folder of classes, or shards, to evaluate an encoder on")
-    if not find(config.task).reads_texts:
+    if not _task(config).reads_texts:
         if not options.train:
             raise ValueError(
                 "--train is missing: an encoder of this task reads no texts, and is scored by a linear probe"
@@ -87,16 +90,21 @@ def check(config: Config, options: argparse.Namespace) -> None:
 
 def build(config: Config, reader: Reader, weights: str) -> Embedder:
     """The run's tower with the weights of a checkpoint, on this process's device."""
-    task = find(config.task)
+    task, tokenizer, most_tokens = _task(config), None, 0
     if not task.reads_texts:
-        tower, reads = BareEncoder(config.model.encoder), {}
+        tower: nn.Module = BareEncoder(config.model.encoder)
     else:
         tower = task.tower(config)
-        reads = {"tokenizer": Tokenizer(config.data.tokenizer), "most_tokens": config.model.text.max_tokens}
+        tokenizer, most_tokens = Tokenizer(config.data.tokenizer), config.model.text.max_tokens
     load_weights(tower, reader, weights)
-    return Embedder(
-        tower.to(config.train.dtype), config.vision, local_device(), config.parallel.encoder.chunk_patches, **reads
-    )
+    chunk_patches = config.parallel.encoder.chunk_patches
+    return Embedder(tower.to(config.train.dtype), config.vision, local_device(), chunk_patches, tokenizer, most_tokens)
+
+
+def _task(config: Config) -> EncoderTask:
+    task = find(config.task)
+    assert isinstance(task, EncoderTask), "the language path is evaluated elsewhere"
+    return task
 
 
 def labelled(config: Config, places: list[str], sound: bool = True) -> Labelled:
@@ -178,12 +186,13 @@ def picture(gallery: Gallery, embedder: Embedder, embedded: Embedded, out: str) 
     if not texts:
         print(f"{out} is not drawn: the data has no captions")
         return
-    right = [embedded.captions[place][0] for place in gallery.places]
+    right = [embedded.captions[place][0] or "" for place in gallery.places]
     of_label: dict[str, set[str]] = {}
     for label, said in zip(embedded.labels, embedded.captions, strict=True):
         if label is not None:
             of_label.setdefault(label, set()).update(text for text in said[:1] if text)
-    alike = [of_label.get(embedded.labels[place], set()) for place in gallery.places]
+    assert embedded.image_BE is not None, "embedded where texts are read"
+    alike = [of_label.get(embedded.labels[place] or "", set()) for place in gallery.places]
     draw(gallery, right, alike, embedded.image_BE[gallery.places], texts, embedder.texts(texts), Path(out))
     print(f"written to {out}")
 

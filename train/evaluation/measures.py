@@ -70,7 +70,7 @@ def recall(query_QE: torch.Tensor, item_IE: torch.Tensor, query_key_Q: torch.Ten
     place_Q = ranks(query_QE, item_IE, query_key_Q, item_key_I)
     keys = int(max(query_key_Q.max(), item_key_I.max())) + 1
     right, queries = torch.bincount(item_key_I, minlength=keys)[query_key_Q].unique(return_counts=True)
-    scores = {"queries": len(query_QE), "items": len(item_IE)}
+    scores: dict[str, float] = {"queries": len(query_QE), "items": len(item_IE)}
     for k in RECALL_AT:
         scores[f"r{k}"] = _share(place_Q < k)
         random = (chance(len(item_IE), n, k) * q for n, q in zip(right.tolist(), queries.tolist(), strict=True))

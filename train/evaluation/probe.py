@@ -10,6 +10,7 @@ Legend: B samples, D features, C classes.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def fit(feature_BD: torch.Tensor, label_B: torch.Tensor, classes: int, l2: float
     weight_DC = start.weight_DC.clone() if start else x_BD.new_zeros(x_BD.shape[1], classes)
     bias_C = start.bias_C.clone() if start else x_BD.new_zeros(classes)
     parameters = [weight_DC.requires_grad_(), bias_C.requires_grad_()]
-    search = {"line_search_fn": "strong_wolfe", "history_size": 10}
+    search: dict[str, Any] = {"line_search_fn": "strong_wolfe", "history_size": 10}
     solver = torch.optim.LBFGS(
         parameters, max_iter=MOST_ITERATIONS, tolerance_grad=1e-7, tolerance_change=1e-12, **search
     )

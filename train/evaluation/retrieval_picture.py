@@ -27,15 +27,17 @@ class Gallery:
 
     def __init__(self, vision: VisionSpec):
         self._vision = vision
-        self._rng, self._captions = np.random.default_rng(0), set()
+        self._rng = np.random.default_rng(0)
+        self._captions: set[str] = set()
         self.places: list[int] = []
         self.pixels: list[np.ndarray] = []
 
     def see(self, place: int, sample: LabelledSample) -> None:
         """Shown sample number `place`, which may take the place of another."""
-        if not sample.captions or sample.captions[0] in self._captions:
+        caption = sample.captions[0] if sample.captions else None
+        if caption is None or caption in self._captions:
             return
-        self._captions.add(sample.captions[0])
+        self._captions.add(caption)
         if len(self.places) < QUERIES:
             self.places.append(place)
             self.pixels.append(middle(sample.images, self._vision))

@@ -87,7 +87,8 @@ def write_weights(
 
     Returns their number and the bytes of all tensors.
     """
-    files, size = [[]], 0
+    files: list[list[str]] = [[]]
+    size = 0
     for name, shape in weights.shapes.items():
         count = math.prod(shape) * dtype.itemsize
         if files[-1] and size + count > file_bytes:
@@ -95,7 +96,7 @@ def write_weights(
             size = 0
         files[-1].append(name)
         size += count
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for place, names in enumerate(files, start=1):
         file = "model.safetensors" if len(files) == 1 else f"model-{place:05d}-of-{len(files):05d}.safetensors"
         shapes = {name: (dtype, weights.shapes[name]) for name in names}

@@ -34,6 +34,7 @@ def settings_of(folder: str | Path) -> dict:
 
 def open_folder(config: LLMConfig) -> Folder:
     """The weights in `config.folder`.  Raises ValueError where it is not a model of these settings."""
+    assert config.folder is not None, "asked for where a folder is named"
     family, _ = of_folder(config.folder)
     for key, value in settings_of(config.folder).items():
         if (ours := getattr(config, key)) != value:

@@ -119,7 +119,7 @@ class Family:
 
     def config(self, model: LLMConfig, dtype: str) -> dict[str, Any]:
         """A config.json of this model."""
-        out = {"architectures": [self.architecture], "model_type": self.model_type, "dtype": dtype}
+        out: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type, "dtype": dtype}
         out |= {**self.defaults, **FIXED, **self.fixed}
         out |= {name: getattr(model, key) for name, key in {**SIZES, **self.sizes}.items()}
         return out | {"rope_theta": model.rope_base, "use_cache": True}

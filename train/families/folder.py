@@ -6,6 +6,7 @@ Safetensors only, in one file or several with an index; nothing is unpickled, no
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,7 @@ class Folder:
     def __init__(self, folder: str | Path, family: Family, model: LLMConfig):
         self.path = Path(folder)
         self._files = self._index()
-        self._open: dict[str, object] = {}
+        self._open: dict[str, Any] = {}
         self._tensors = {tensor.name: tensor for tensor in family.tensors(model)}
         self._check()
 
@@ -64,7 +65,7 @@ class Folder:
                 out[low - first : high - first] = theirs
         return out
 
-    def _slice_of(self, name: str):
+    def _slice_of(self, name: str) -> Any:
         try:
             file = self._files[name]
             if file not in self._open:

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -43,24 +43,27 @@ class RankShard:
     pixels: StepPlan | None = None
 
 
-class Sharding(Protocol):
+Shard = TypeVar("Shard", bound=RankShard)
+
+
+class Sharding(Protocol[Shard]):
     """How a task divides a step over the ranks, and what it makes of the text."""
 
-    def shard(self, plan: StepPlan) -> RankShard:
+    def shard(self, plan: StepPlan) -> Shard:
         """This rank's shard: a pure function of the plan."""
 
-    def inspect(self, plan: StepPlan, rank_shard: RankShard, text: RowBatch) -> list[Failure]:
+    def inspect(self, plan: StepPlan, rank_shard: Shard, text: RowBatch) -> list[Failure]:
         """Samples whose text this rank has read and that cannot be used."""
 
-    def count(self, rank_shard: RankShard, text: RowBatch) -> int:
+    def count(self, rank_shard: Shard, text: RowBatch) -> int:
         """Tokens of this rank's shard that are trained; of no other rank's."""
 
-    def complete(self, plan: StepPlan, rank_shard: RankShard, text: RowBatch) -> Any:
+    def complete(self, plan: StepPlan, rank_shard: Shard, text: RowBatch) -> Any:
         """What the step needs of the text, once all ranks agreed (may be collective over this thread's gloo groups)."""
 
 
 @dataclass
-class PreparedStep:
+class PreparedStep(Generic[Shard]):
     """One step on the host: its plan, this rank's shard and pixels, its text as `Sharding.complete` made it, what the
     ranks agreed on, and all of it as the step takes it (`batch`, pinned where there is CUDA).
 
@@ -68,7 +71,7 @@ class PreparedStep:
     """
 
     plan: StepPlan
-    rank_shard: RankShard
+    rank_shard: Shard
     images: ImageBatch
     text: Any = None
     trained_tokens: int = 0
@@ -81,13 +84,12 @@ class PreparedStep:
 
 
 @dataclass
-class _Reading:
-    """One step that is being read, or the error that planning it met."""
+class _Reading(Generic[Shard]):
+    """One step that is being read."""
 
-    plan: StepPlan | None = None
-    rank_shard: RankShard | None = None
-    pending: Pending | None = None
-    error: str | None = None
+    plan: StepPlan
+    rank_shard: Shard
+    pending: Pending
 
 
 class AgreedError(RuntimeError):
@@ -98,7 +100,7 @@ class AgreedError(RuntimeError):
         self.skipped = skipped
 
 
-class Prefetcher:
+class Prefetcher(Generic[Shard]):
     """Iterator over `steps` prepared steps, equal on every rank; `drain` ends it early.
 
     compose: makes a prepared step's `batch`, whatever arrays that takes: here they cost the training loop nothing.
@@ -111,8 +113,8 @@ class Prefetcher:
         reader: ShardReader,
         config: DataConfig,
         grid: Grid,
-        sharding: Sharding,
-        compose: Callable[[PreparedStep], Any],
+        sharding: Sharding[Shard],
+        compose: Callable[[PreparedStep[Shard]], Any],
         *,
         steps: int,
     ):
@@ -128,7 +130,7 @@ class Prefetcher:
     def __iter__(self):
         return self
 
-    def __next__(self) -> PreparedStep:
+    def __next__(self) -> PreparedStep[Shard]:
         """The next step; StopIteration after the last; AgreedError where any rank failed."""
         prepared = self._aside.pop() if self._aside else self._ready.get()
         if prepared is None:
@@ -138,7 +140,7 @@ class Prefetcher:
             raise prepared
         return prepared
 
-    def poll(self) -> PreparedStep | None:
+    def poll(self) -> PreparedStep[Shard] | None:
         """The next step if it is ready."""
         if self._aside or self._ready.empty():
             return None
@@ -160,7 +162,7 @@ class Prefetcher:
     def _run(self):
         if self._grid.device.type == "cuda":
             torch.cuda.set_device(self._grid.device)  # a new thread starts on device 0; pinning would wake it
-        reading: deque[_Reading] = deque()
+        reading: deque[_Reading[Shard] | str] = deque()
         try:
             for step in range(self._steps):
                 while len(reading) < min(READING, self._steps - step):
@@ -172,7 +174,7 @@ class Prefetcher:
         except BaseException as error:
             self._ready.put(error)
         for left in reading:
-            if left.pending is not None:
+            if isinstance(left, _Reading):
                 self._abandon(left.pending)
         self._ready.put(None)
 
@@ -182,8 +184,8 @@ class Prefetcher:
         except Exception as error:
             print(f"rank {self._grid.rank}: while reading a step that nobody wants any more: {error}", flush=True)
 
-    def _begin(self) -> _Reading:
-        """Plans the next step and starts to read this rank's part of it."""
+    def _begin(self) -> _Reading[Shard] | str:
+        """Plans the next step and starts to read this rank's part of it; a sentence where that fails."""
         try:
             plan = self._stream.next_step()
             rank_shard = self._sharding.shard(plan)
@@ -191,59 +193,67 @@ class Prefetcher:
                 plan, rank_shard, self._reader.begin(plan, rank_shard.image_ids, rank_shard.rows, rank_shard.pixels)
             )
         except Exception as caught:
-            return _Reading(error=self._say(caught))
+            return self._say(caught)
 
     def _say(self, error: Exception) -> str:
         return f"rank {self._grid.rank}: {type(error).__name__}: {error}"
 
-    def _agree(self, reading: _Reading) -> PreparedStep | None:
+    def _agree(self, reading: _Reading[Shard] | str) -> PreparedStep[Shard] | None:
         """Ends the reading of one step and agrees on it; None where a rank drains.
 
         Collective on the control group, always; then, where no rank failed, as the sharding has it.
         """
-        images, text, error, failures = None, None, reading.error, {}
-        if error is None:
-            try:
-                images, text = self._reader.finish(reading.pending)
-                found = (
-                    *self._sharding.inspect(reading.plan, reading.rank_shard, text),
-                    *images.failures,
-                    *text.failures,
-                )
-                failures = {failure.sample: failure for failure in found}
-            except Exception as caught:
-                error = self._say(caught)
-        whole = images is not None
-        count = self._sharding.count(reading.rank_shard, text) if whole else 0
-        bytes_read = images.bytes_read + text.bytes_read if whole else 0
-        digest = (reading.plan.digest() ^ reading.rank_shard.digest) & (2**62 - 1) if reading.rank_shard else 0
-        mine = torch.tensor([digest, len(failures), error is not None, self._stop.is_set(), count, bytes_read])
-        seen_W6 = [torch.empty_like(mine) for _ in range(self._grid.layout.world)]
-        dist.all_gather(seen_W6, mine, group=self._grid.control)
-        seen_W6 = torch.stack(seen_W6)
+        read = self._finish(reading) if isinstance(reading, _Reading) else reading
+        if isinstance(read, str):
+            self._compare(torch.tensor([0, 0, True, self._stop.is_set(), 0, 0]))
+            raise self._agreed(read)
+        prepared, text, failures = read
+        count = self._sharding.count(prepared.rank_shard, text)
+        bytes_read = prepared.images.bytes_read + text.bytes_read
+        digest = (prepared.plan.digest() ^ prepared.rank_shard.digest) & (2**62 - 1)
+        mine = torch.tensor([digest, len(failures), False, self._stop.is_set(), count, bytes_read])
+        seen_W6 = self._compare(mine)
         failed, stopped = bool(seen_W6[:, 2].any()), bool(seen_W6[:, 3].any())
         odd = torch.nonzero(seen_W6[:, 0] != seen_W6[0, 0]).flatten().tolist()
-        if whole and (failed or stopped or odd):
-            images.release()
+        if failed or stopped or odd:
+            prepared.release()
         if failed:
-            raise self._agreed(error)
+            raise self._agreed(None)
         if odd:
-            raise AgreedError(f"ranks {odd} planned step {reading.plan.step} differently from rank 0")
+            raise AgreedError(f"ranks {odd} planned step {prepared.plan.step} differently from rank 0")
         if stopped:
             return None
-        prepared = PreparedStep(reading.plan, reading.rank_shard, images)
         prepared.trained_tokens, prepared.bytes_read = seen_W6[:, 4:].sum(dim=0).tolist()
         if seen_W6[:, 1].any():
             self._drop(prepared, text, failures)
         self._check_rate(prepared)
-        prepared.text = self._sharding.complete(reading.plan, reading.rank_shard, text)
+        prepared.text = self._sharding.complete(prepared.plan, prepared.rank_shard, text)
         error = self._make_batch(prepared)
-        failed = torch.tensor([error is not None], dtype=torch.int32)
-        dist.all_reduce(failed, group=self._grid.control)
-        if failed:
+        any_failed = torch.tensor([error is not None], dtype=torch.int32)
+        dist.all_reduce(any_failed, group=self._grid.control)
+        if any_failed:
             prepared.release()
             raise self._agreed(error)
         return prepared
+
+    def _finish(self, reading: _Reading[Shard]) -> tuple[PreparedStep[Shard], RowBatch, dict[int, Failure]] | str:
+        """(the step, its rows, the samples that cannot be used) once all is read; a sentence where that fails."""
+        try:
+            images, text = self._reader.finish(reading.pending)
+            found = (*self._sharding.inspect(reading.plan, reading.rank_shard, text), *images.failures, *text.failures)
+        except Exception as caught:
+            return self._say(caught)
+        return (
+            PreparedStep(reading.plan, reading.rank_shard, images),
+            text,
+            {failure.sample: failure for failure in found},
+        )
+
+    def _compare(self, mine_6: torch.Tensor) -> torch.Tensor:
+        """Every rank's numbers (collective on the control group)."""
+        seen_W6 = [torch.empty_like(mine_6) for _ in range(self._grid.layout.world)]
+        dist.all_gather(seen_W6, mine_6, group=self._grid.control)
+        return torch.stack(seen_W6)
 
     def _make_batch(self, prepared: PreparedStep) -> str | None:
         """Composes the batch, pinned for CUDA; a sentence where that fails."""

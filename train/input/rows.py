@@ -105,7 +105,7 @@ def row_prefetcher(
     *,
     steps: int,
     substitute: Callable[[StepPlan], StepPlan] | None = None,
-) -> Prefetcher:
+) -> Prefetcher[RowRankShard]:
     """The prefetcher of `steps` steps of packed rows."""
     sharding = Rows(config, grid, data.reader.tokenizer.pad_id, substitute)
     compose = functools.partial(step_input, grid=grid, vision=config.vision)

@@ -27,6 +27,7 @@ def train_forward(chunk, batch: MicroBatch, leaf: Leaf | None) -> torch.Tensor:
 def train_loss(losses_1T: torch.Tensor, batch: MicroBatch, domains: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum over trained tokens, and the report: loss sum and trained tokens of every data domain, fp64 [2, domains]."""
     mask_1T = batch.loss_mask_1T
+    assert mask_1T is not None and batch.domain_1T is not None, "the last stage has text"
     total = (losses_1T.float() * mask_1T).sum()
     with torch.no_grad():
         domain_1T = batch.domain_1T.long().clamp(min=0)

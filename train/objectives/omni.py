@@ -11,6 +11,7 @@ Legend: B samples of this rank, E embedding width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,8 @@ def omni_loss(
     embedded = dict(zip(config.sides, outputs, strict=False))
     scales, biases = outputs[sides : sides + pairs], outputs[sides + pairs : sides + 2 * pairs]
     losses = iter(outputs[sides + 2 * pairs :])
-    terms, share = {}, 0.0
+    terms: dict[str, torch.Tensor] = {}
+    share: Any = 0.0
     for pair, scale, bias in zip(config.pairs, scales, biases, strict=True):
         a_BE, b_BE = (embedded[side] for side in pair.split(":"))
         terms[pair] = siglip_loss(a_BE, b_BE, scale, bias, counts=counts, group=group)

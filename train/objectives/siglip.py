@@ -61,7 +61,7 @@ class _SigLIP(torch.autograd.Function):
         tiles = _Tiles(image_BD.to(exact), scale.to(exact), bias.to(exact), tile, gradients)
         grad_text_BD = _meet_all_texts(tiles, text_BD.contiguous(), counts, ring)
         pairs = max(sum(counts), 1)
-        if gradients:
+        if grad_text_BD is not None:
             slope = tiles.scale / pairs
             grad_scale = torch.einsum("bd,bd->b", tiles.grad_image_BD, tiles.image_BD).double().sum() / pairs
             ctx.save_for_backward(
@@ -89,15 +89,16 @@ def _meet_all_texts(tiles: "_Tiles", text_BD: torch.Tensor, counts: Sequence[int
             ahead = ring.pass_on(held_PD) if passes + 1 < ring.size else None
             texts = min(max(counts[ring.origin(passes)] - start, 0), len(held_PD))
             grad_PD = tiles.meet(held_PD, texts, matches=start if passes == 0 else None)
-            if tiles.gradients:
+            if grad_PD is not None and grad_BD is not None:
                 if behind is not None and passes == 0:
                     _bring_home(behind, grad_BD, home)
                 elif behind is not None:
                     grad_PD += behind.wait()
                 behind = ring.pass_on(grad_PD)
-            held_PD = None if ahead is None else ahead.wait()
+            if ahead is not None:
+                held_PD = ahead.wait()
         home = start
-    if behind is not None:
+    if behind is not None and grad_BD is not None:
         _bring_home(behind, grad_BD, home)
     return grad_BD
 
@@ -139,7 +140,7 @@ class _Tiles:
             if first == matches:
                 signed_RT.diagonal().neg_()
             self.loss += F.softplus(signed_RT, threshold=50).sum()  # past torch's 20 the curve is no line yet in fp64
-            if self.gradients:
+            if grad_PD is not None:
                 slope_RT = signed_RT.sigmoid_()
                 if first == matches:
                     slope_RT.diagonal().neg_()

@@ -80,8 +80,9 @@ class Health:
     def _warnings(self) -> list[str]:
         sentences = self._device_warnings()
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            sentences += [low_disk(self._folder, self._host), low_memory(self._host)]
-        return [sentence for sentence in sentences if sentence]
+            found = (low_disk(self._folder, self._host), low_memory(self._host))
+            sentences += [sentence for sentence in found if sentence]
+        return sentences
 
     def _device_warnings(self) -> list[str]:
         """The caching allocator takes all memory in the end; that it had to give some back is what says it is short."""

@@ -148,7 +148,8 @@ class _Monitor:
         self.pid, self.rank, self.world, self.timeout_s, self.patience_s = pid, rank, world, timeout_s, patience_s
         self.tick = min(0.5, timeout_s / 20)
         self.memory, self.traces = mmap.mmap(beats, _SIZE, prot=mmap.PROT_READ), traces
-        self.told, self.silent, self.stopped, self.raised = None, 0.0, 0.0, False
+        self.told: tuple | None = None
+        self.silent, self.stopped, self.raised = 0.0, 0.0, False
 
     def run(self) -> None:
         before = time.monotonic()

@@ -21,7 +21,7 @@ from tandem.train.input.device_prefetcher import DevicePrefetcher
 
 if TYPE_CHECKING:  # both ask the registry for tasks
     from tandem.train.config.schema import Config
-    from tandem.train.corpus import Data
+    from tandem.train.input.dataset import Data
     from tandem.train.input.prefetcher import PreparedStep
 
 Accept = Callable[[float, float], bool]  # whether to update, from the loss and the gradient norm
@@ -30,7 +30,8 @@ Accept = Callable[[float, float], bool]  # whether to update, from the loss and 
 class Engines(Protocol):
     """What a task trains and a checkpoint holds."""
 
-    grid: Grid
+    @property
+    def grid(self) -> Grid: ...
 
     @property
     def by_name(self) -> Mapping[str, EncoderEngine | LLMEngine]: ...
@@ -51,7 +52,8 @@ class StepFacts:
 class Trainer(Protocol):
     """A task at work on this rank."""
 
-    engines: Engines
+    @property
+    def engines(self) -> Engines: ...
 
     def steps(self, count: int) -> DevicePrefetcher:
         """The next `count` steps of the stream, made ready ahead."""
@@ -59,7 +61,7 @@ class Trainer(Protocol):
     def step(self, batch: Any, *, timer: PhaseTimer, stop: bool, accept: Accept) -> StepOutput:
         """One training step of what `steps` gave (collective); the same again where it was not accepted."""
 
-    def facts(self, prepared: "PreparedStep", output: StepOutput) -> StepFacts:
+    def facts(self, prepared: "PreparedStep[Any]", output: StepOutput) -> StepFacts:
         """What the metrics say of the step."""
 
     def tensors(self) -> dict[str, torch.Tensor]:

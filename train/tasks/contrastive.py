@@ -76,8 +76,8 @@ class ContrastiveTask(EncoderTask):
 
     def new_tower(self, config: Config) -> nn.Module:
         model, recompute = config.model, config.parallel.encoder.recompute
-        sizes = {"width": model.embedding, "recompute": recompute}
-        return ContrastiveTower(model.encoder, model.text, config.objective.contrastive, **sizes)
+        objective, width = config.objective.contrastive, model.embedding
+        return ContrastiveTower(model.encoder, model.text, objective, width=width, recompute=recompute)
 
     def objective(self, config: Config, device: torch.device, tokenizer: Tokenizer) -> ContrastiveObjective:
         return ContrastiveObjective(config, device, (tokenizer.eos_id,))

@@ -90,8 +90,8 @@ class Objective(Protocol):
     def chunks(self, batch: SampleBatch, device: torch.device) -> list[Chunk]:
         """What the tower is called with."""
 
-    def loss(self, batch: SampleBatch, *leaves: torch.Tensor) -> Losses:
-        """The loss of the tower's outputs (may be collective)."""
+    def loss(self, batch: SampleBatch, *leaves: Any, **_: Any) -> Losses:
+        """The loss of the tower's outputs, one tensor each (may be collective)."""
 
     def flops(self, patches_I: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
         """Forward FLOPs of a step over the world, the encoder's and all others': from the patches of every image and
@@ -129,9 +129,15 @@ class EncoderTrainer:
 
     def steps(self, count: int) -> DevicePrefetcher:
         data, grid, objective = self._data, self.engines.grid, self._objective
-        captions = {"wanted": objective.captions, "negatives": objective.negatives}
-        captions["eos_id"] = data.reader.tokenizer.eos_id
-        sharding = Samples(self._config, data.stream.corpus, grid.rank, grid.layout.world, **captions)
+        sharding = Samples(
+            self._config,
+            data.stream.corpus,
+            grid.rank,
+            grid.layout.world,
+            eos_id=data.reader.tokenizer.eos_id,
+            wanted=objective.captions,
+            negatives=objective.negatives,
+        )
         prefetcher = Prefetcher(data.stream, data.reader, self._config.data, grid, sharding, self._compose, steps=count)
         return DevicePrefetcher(prefetcher, grid.device)
 
@@ -272,11 +278,11 @@ class EncoderTask(Task):
             text_folder(config.model.text)
 
     @abstractmethod
-    def new_tower(self, config: Config, **sizes) -> nn.Module:
+    def new_tower(self, config: Config) -> nn.Module:
         """The encoder and all that is trained with it, as children named like `parts`, on the CPU."""
 
-    def tower(self, config: Config, **sizes) -> nn.Module:
-        """The tower with its first weights."""
+    def tower(self, config: Config, **sizes: Any) -> nn.Module:
+        """The tower with its first weights; sizes: what `new_tower` of this task takes besides."""
         tower = self.new_tower(config, **sizes)
         initialize(tower, config.train.seed)
         return tower

@@ -22,6 +22,7 @@ class MimObjective(Stateless):
 
     def __init__(self, config: Config, device: torch.device):
         self._config, self._mim = config, config.objective.mim
+        assert config.objective.teacher is not None, "`check` wants one"
         self._teacher = load_teacher(config.objective.teacher, device, config.train.dtype, config.vision)
         self.tower = TASK.tower(config, teacher_width=self._teacher.width)
 
@@ -68,6 +69,7 @@ class MimTask(EncoderTask):
             )
 
     def check_folders(self, config: Config) -> None:
+        assert config.objective.teacher is not None, "`check` wants one"
         check_teacher(config.objective.teacher, config.vision)
 
     def new_tower(self, config: Config, teacher_width: int = 1) -> nn.Module:

@@ -66,8 +66,8 @@ class OmniTask(EncoderTask):
 
     def new_tower(self, config: Config) -> nn.Module:
         model, recompute = config.model, config.parallel.encoder.recompute
-        sizes = {"width": model.embedding, "recompute": recompute}
-        return OmniTower(model.encoder, model.text, config.objective.omni, **sizes)
+        objective, width = config.objective.omni, model.embedding
+        return OmniTower(model.encoder, model.text, objective, width=width, recompute=recompute)
 
     def objective(self, config: Config, device: torch.device, tokenizer: Tokenizer) -> OmniObjective:
         return OmniObjective(config)

@@ -54,7 +54,8 @@ class ViT(nn.Module):
     def forward(self, pixel_values_NP, image_grid_hw_I2):
         x_ND = self.patch_embedding(pixel_values_NP.to(self.patch_embedding.weight.dtype))
         grids = image_grid_hw_I2.tolist()
-        positions_N2 = torch.cat([positions(*grid, self.config.merge) for grid in grids]).to(x_ND.device)
+        places = [positions(height, width, self.config.merge) for height, width in grids]
+        positions_N2 = torch.cat(places).to(x_ND.device)
         head_width = self.config.hidden_size // self.config.num_attention_heads
         cos_N1K, sin_N1K = rotary(positions_N2, head_width, self.config.rope_theta)
         for block in self.blocks:
@@ -105,7 +106,7 @@ CONNECTORS = {"mlp": PooledMLP}
 
 
 class TandemPreTrainedModel(PreTrainedModel):
-    config_class = TandemConfig
+    config_class: type = TandemConfig
     main_input_name = "input_ids"
     supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]

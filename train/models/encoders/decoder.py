@@ -113,7 +113,7 @@ class TextDecoder(nn.Module):
         """Token embeddings; where a text is written they move one place on, so that each place follows what is read."""
         embedded = list(split(self.tokens(torch.cat([reading.tokens_T for reading in readings])), readings))
         for place, reading in enumerate(readings):
-            if reading.causal:
+            if reading.causal and self.start is not None:
                 first_B = reading.own.cu_q_N1[:-1].long()
                 start_BD = self.start(torch.zeros_like(first_B))
                 embedded[place] = embedded[place].roll(1, 0).index_copy(0, first_B, start_BD)

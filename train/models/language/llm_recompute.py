@@ -10,6 +10,7 @@ All ranks of a stage compute the same layers again in the same order, so collect
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -40,7 +41,7 @@ class RecomputedLayer(TransformerLayer):
         context_fn = noop_context_fn
         if recompute == "selective":
             context_fn = kept_matmuls(self.config.hidden_size, saved_ops())
-        more = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context_fn}
+        more: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context_fn}
         return checkpoint(forward, hidden_states, *args, **more, **kwargs)
 
 

@@ -63,9 +63,10 @@ class MarkedRMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron-core's
 
     def forward(self, x_S1D):
+        assert self.eps is not None
         return rms_norm(x_S1D, self.weight, self.eps)
 
 
@@ -80,8 +81,9 @@ class RotarySelfAttention(SelfAttention):
         if self.config.qk_layernorm:
             q_SGxK, k_SG1K, v_SG1K = mixed_SGXK.split((mixed_SGXK.shape[2] - 2, 1, 1), dim=2)
             mixed_SGXK = torch.cat((self.q_layernorm(q_SGxK), self.k_layernorm(k_SG1K), v_SG1K), dim=2)
-        qkv = rotate_qkv(mixed_SGXK, *packed_seq_params.tables_2SK)
-        return self.linear_proj(self.core_attention(*qkv, packed_seq_params)[:, None])
+        assert packed_seq_params.tables_2SK is not None, "made for every row"
+        q_SHK, k_SGK, v_SGK = rotate_qkv(mixed_SGXK, *packed_seq_params.tables_2SK)
+        return self.linear_proj(self.core_attention(q_SHK, k_SGK, v_SGK, packed_seq_params)[:, None])
 
 
 class PackedAttention(MegatronModule):

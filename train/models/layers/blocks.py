@@ -20,8 +20,9 @@ Legend: N packed tokens, D width, H heads, K head width, I segments, L = 2 * dep
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class RotatedLinear(nn.Linear):
         super().__init__(width, 3 * width)
         self.heads = heads
 
-    def forward(self, x_ND, cos_NK, sin_NK):
+    def forward(self, x_ND, cos_NK, sin_NK):  # type: ignore[override]  # a linear layer with more to it
         """Queries, keys and values, each [N, H, K]."""
         product_NY, bias_Y = product_of(self, x_ND)
         parts = (3, self.heads, -1)
@@ -87,7 +88,7 @@ def _gelu(product_NF, bias_F):
 class ResidualLinear(nn.Linear):
     """A linear layer whose result is added to a residual stream."""
 
-    def forward(self, h_NF, x_ND, keep_N=None):
+    def forward(self, h_NF, x_ND, keep_N=None):  # type: ignore[override]  # a linear layer with more to it
         branch_ND = super().forward(h_NF)
         return x_ND + branch_ND if keep_N is None else _AddKept.apply(x_ND, branch_ND, keep_N)
 
@@ -129,6 +130,11 @@ def _leave_again(*arguments):
     return checkpoint(_leave, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
+def _attend(qkv: Sequence[torch.Tensor], segments: Segments) -> torch.Tensor:
+    q_NHK, k_NHK, v_NHK = qkv
+    return attention(q_NHK, k_NHK, v_NHK, segments, causal=False)
+
+
 def _crossing(leave, enter):
     """From one block's attention to the next one's: the next block's input, and queries, keys and values."""
 
@@ -168,15 +174,15 @@ class Passage:
             if self.store is not None:
                 keeping = recomputed(qkv, enter, (block, x_ND, *tables), self.store)
             with keeping:
-                seen_NHK = attention(*qkv, self.segments, causal=False)
+                seen_NHK = _attend(qkv, self.segments)
             qkv = ()  # what follows needs memory for the next
-            if block is blocks[-1]:
-                return leave(block, x_ND, seen_NHK, keep_2N)
-            x_ND, *qkv = cross((block, blocks[place + 1]), x_ND, seen_NHK, *tables, keep_2N)
+            if place + 1 < len(blocks):
+                x_ND, *qkv = cross((block, blocks[place + 1]), x_ND, seen_NHK, *tables, keep_2N)
+        return leave(blocks[-1], x_ND, seen_NHK, keeps[-1])
 
 
 def run_blocks(
-    blocks: Iterable[Block],
+    stack: nn.ModuleList,
     x_ND: torch.Tensor,
     cos_NK: torch.Tensor,
     sin_NK: torch.Tensor,
@@ -184,7 +190,7 @@ def run_blocks(
     recompute: str,
     keep_LI: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x_ND through all blocks.
+    """x_ND through all blocks of the stack.
 
     recompute: "none" keeps all activations; "selective" a block's input, its queries, keys and values, and what
         attention makes of them; "offload" its input and what attention makes, in host memory; "full" its input.
@@ -192,7 +198,7 @@ def run_blocks(
 
     Compiled blocks see whole buckets of tokens: what is added attends to itself alone and is cut away again.
     """
-    blocks, tokens = list(blocks), len(x_ND)
+    blocks, tokens = cast(list[Block], list(stack)), len(x_ND)
     recompute = recompute if torch.is_grad_enabled() else "none"
     compiled = compilation.enabled(x_ND.device) and compilation.compilable(blocks)
     if compiled:

@@ -62,10 +62,10 @@ class Preprocessing:
         """uint8 [height, width, 3] of the model's size."""
         image = Image.fromarray(pixels_HW3)
         width, height = image.size
-        if self.resized is None:
+        if self.shorter is not None:
             short = min(width, height)
             width, height = int(width * self.shorter / short), int(height * self.shorter / short)
-        else:
+        elif self.resized is not None:
             height, width = self.resized
         image = image.resize((width, height), self.resample)
         if self.crop is not None:

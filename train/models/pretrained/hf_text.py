@@ -52,6 +52,7 @@ class TextFolder:
 
 def text_folder(config: TextConfig) -> TextFolder:
     """Reads `config.folder` but for its weights.  Raises ValueError, one sentence, where it cannot serve."""
+    assert config.folder is not None, "asked for where a folder is named"
     folder, what = Path(config.folder), f"model.text.folder={config.folder}"
     names = weight_names(folder, what)
     whole = read_config(folder, what, SERVED)
@@ -106,7 +107,7 @@ class HuggingFaceText(nn.Module):
         ids = torch.full((len(lengths_B) * longest,), self._pad, dtype=torch.int64, device=device)
         ids.index_copy_(0, host_to_device(place_T, device), texts.tokens_T)
         ids.index_fill_(0, host_to_device(ends_B, device), self._end)
-        if starts:
+        if self._start is not None:
             ids[::longest] = self._start
         if self._full_length:
             place_T = place_T.copy()
@@ -122,7 +123,7 @@ def _special_ids(folder: Path, text, family: str, what: str) -> tuple[int | None
             source = transformers_for(what).AutoTokenizer.from_pretrained(folder, **LOCAL)
         except Exception as error:  # as in read_config
             raise ValueError(f"{what}: its tokenizer cannot be read: {first_line(error)}") from error
-    ids = {key: getattr(source, f"{key}_token_id", None) for key in ("bos", "eos", "pad")}
+    ids: dict[str, Any] = {key: getattr(source, f"{key}_token_id", None) for key in ("bos", "eos", "pad")}
     end = ids["eos"]
     wanted = {"eos": end, **({"bos": ids["bos"]} if family == "clip" else {"pad": ids["pad"]})}
     for key, value in wanted.items():
@@ -143,16 +144,16 @@ def _check_sizes(config: TextConfig, words: int, places: int, what: str) -> None
         )
 
 
-def _load_text(found: TextFolder) -> tuple[nn.Module, nn.Module]:
+def _load_text(found: TextFolder) -> tuple[Any, Any]:
     """(model up to its last norm, projection), fp32, without dropout."""
     folder, whole, family, names, what = found.folder, found.whole, found.family, found.names, found.what
     transformers = transformers_for(what)
-    settings = {"dtype": torch.float32, "attention_dropout": 0.0}
+    settings: dict[str, Any] = {"dtype": torch.float32, "attention_dropout": 0.0}
     if family == "clip" and not any(name.endswith("text_projection.weight") for name in names):
         return load(transformers.CLIPTextModel, folder, what, **settings), nn.Identity()
     if family == "clip":
         settings["projection_dim"] = whole.projection_dim  # what its text part says of it is not used and may be wrong
-        model = load(transformers.CLIPTextModelWithProjection, folder, what, **settings)
+        model: Any = load(transformers.CLIPTextModelWithProjection, folder, what, **settings)
         return model.text_model, model.text_projection
     model = load(transformers.SiglipTextModel, folder, what, **settings)
     inner = getattr(model, "text_model", model)

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class HuggingFaceTeacher:
         grids = [tuple(grid) for grid in np.asarray(grid_hw_I2).tolist()]
         patches = images.patches_NP.split([h * w for h, w in grids])
         order = sorted(range(len(grids)), key=grids.__getitem__)
-        found: list[torch.Tensor] = [None] * len(grids)
+        found: list[torch.Tensor] = [patches[0]] * len(grids)  # each is replaced
         for begin in range(0, len(order), IMAGES_AT_ONCE):
             taken = order[begin : begin + IMAGES_AT_ONCE]
             runs = [(grid, list(run)) for grid, run in itertools.groupby(taken, key=grids.__getitem__)]
@@ -164,7 +165,7 @@ def _timm_parts(config, folder: Path, what: str, dtype: torch.dtype) -> Parts:
     projected = "_clip_" in config.architecture and "_ft_" not in str(said.get("tag")) and config.num_labels > 0
     name = "TimmWrapperForImageClassification" if projected else "TimmWrapperModel"
     model = load(getattr(transformers, name), folder, what, dtype=dtype)
-    inner = model.timm_model
+    inner: Any = model.timm_model
     if not hasattr(inner, "patch_embed"):
         raise ValueError(f"{what}: {config.architecture} is not a vision transformer")
     sizes = [

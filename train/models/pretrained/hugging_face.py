@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -97,7 +98,7 @@ def _keys(said) -> set[str]:
     return set().union(*map(_keys, said)) if isinstance(said, list) else set()
 
 
-def load(model_class: type, folder: Path, what: str, *, unused: tuple[str, ...] = (), **settings) -> nn.Module:
+def load(model_class: Any, folder: Path, what: str, *, unused: tuple[str, ...] = (), **settings) -> nn.Module:
     """The model with the folder's weights on the CPU; settings go to its configuration, or are `dtype`.
 
     unused: substrings of names of weights that nobody will use, which the folder may lack.  What else it lacks

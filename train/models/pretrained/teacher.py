@@ -13,7 +13,7 @@ Legend: N patches of I images, C teacher width, D width of our encoder, g teache
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -103,7 +103,8 @@ def _encoder_config(step: Path, what: str, vision: VisionSpec) -> ViTConfig:
     if saved is None:
         raise ValueError(f"{what}: the config.yaml of the run that wrote {step.name} is needed beside its checkpoints")
     try:
-        config = ViTConfig(**OmegaConf.to_container(OmegaConf.load(saved).model.encoder))
+        encoder: Any = OmegaConf.to_container(OmegaConf.load(saved).model.encoder)
+        config = ViTConfig(**encoder)
     except (OmegaConfBaseException, YAMLError, OSError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{what}: {saved} has no usable model.encoder: {str(error).splitlines()[0]}") from error
     if config.patch_size != vision.patch_size:

@@ -12,6 +12,7 @@ Legend: N patches of I images of B samples, T tokens of B texts, E embedding wid
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,9 @@ class TextTower(nn.Module):
 
     def __init__(self, config: TextConfig, width: int):
         super().__init__()
-        self.encoder = build_text_encoder(config)
-        self.projection = nn.Linear(self.encoder.width, width)
+        encoder: Any = build_text_encoder(config)
+        self.encoder = encoder
+        self.projection = nn.Linear(encoder.width, width)
 
     def forward(self, texts: PackedTexts, recompute: str = "none") -> torch.Tensor:
         return self.projection(self.encoder.pool(self.encoder(texts, recompute), texts))
@@ -95,7 +97,7 @@ class ContrastiveHead(nn.Module):
         """(scale, bias, SuperClass loss of each sample, zeros without a classifier)."""
         scale, bias = self.temperature()
         assert (khot is None) == (self.classifier is None), "SuperClass targets exactly where there is a classifier"
-        if self.classifier is None:
+        if self.classifier is None or khot is None:
             return scale, bias, embedding_BE.new_zeros(len(embedding_BE))
         logits_BV = self.classifier(embedding_BE.to(self.classifier.bias.dtype))
         return scale, bias, superclass_loss(logits_BV, khot)

@@ -154,6 +154,7 @@ class MimTower(nn.Module):
             rotary = self.encoder.rotary(images.positions_N2.index_select(0, visible_V))
             features_VD = self.encoder.trunk(x_VD, *rotary, masked.visible, self.recompute, images.keep_LI)
             return self.mim.head(self.mim.decoder(features_VD, masked, self.recompute))
+        assert self.mim.mask is not None, "without a decoder there is a mask token"
         x_ND = self.mim.mask(x_VD, visible_V, len(images.patches_NP))
         rotary = self.encoder.rotary(images.positions_N2 * ~masked.mask_N[:, None])  # angle 0 at masked places
         features_ND = self.encoder.trunk(x_ND, *rotary, images.segments, self.recompute, images.keep_LI)

@@ -24,6 +24,7 @@ Legend: B samples, I images, F frames, N patches, T tokens, D widths, E width of
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ class OmniChunk:
     @staticmethod
     def of(
         images: PackedImages,
-        frames_B: Sequence[int],
+        frames_B: Sequence[int] | np.ndarray,
         captions: Sequence[tuple[np.ndarray, np.ndarray]],
         negatives: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
     ) -> "OmniChunk":
@@ -168,7 +169,7 @@ class OmniChunk:
         texts = [caption for both in captions for caption in both]
         return OmniChunk(
             images=images,
-            texts=PackedTexts.of(np.concatenate(texts), [len(text) for text in texts], device),
+            texts=PackedTexts.of(np.concatenate(texts), np.array([len(text) for text in texts]), device),
             frame_F=host_to_device(np.flatnonzero(kind_I == 0), device),
             audio_B=host_to_device(audio_B, device),
             frames_B=host_to_device(frames_B, device),
@@ -192,7 +193,7 @@ class OmniChunk:
 def _as_one(captions, patches_B: np.ndarray, device) -> Reading:
     """Both captions of each sample as one text, with all patches of the sample to look at."""
     joined = [np.concatenate(both) for both in captions]
-    texts = PackedTexts.of(np.concatenate(joined), [len(text) for text in joined], device)
+    texts = PackedTexts.of(np.concatenate(joined), np.array([len(text) for text in joined]), device)
     seen = Segments.of(texts.segments.q_lengths_N, patches_B, device=device)
     return Reading(texts.tokens_T, texts.positions_T, texts.segments, seen)
 
@@ -240,23 +241,24 @@ class Reader(nn.Module):
             readings += [replace(chunk.own, causal=True)]
         read = self.decoder(readings, features_ND, chunk.kind_N, chunk.number_N, recompute)
         losses = []
-        if self.matching is not None:
+        if self.matching is not None and chunk.other_B is not None:
             last_BD = [last_of_each(x_TD, reading.own) for x_TD, reading in zip(read[:2], readings[:2], strict=True)]
             own_B, other_B = self.matching(torch.cat(last_BD)).chunk(2)
             losses += [(F.softplus(-own_B) + chunk.other_B * F.softplus(other_B)) / 2]
         if self.words is not None:
-            loss_T = self._loss(read[-1], chunk.own.tokens_T, recompute)
+            loss_T = self._loss(self.words, read[-1], chunk.own.tokens_T, recompute)
             tokens_B = chunk.own.own.cu_q_N1.diff().long()
             losses += [torch.segment_reduce(loss_T, "sum", lengths=tokens_B, unsafe=True)]  # unsafe: see mean_of_images
         return losses
 
-    def _loss(self, x_TD, tokens_T, recompute):
+    def _loss(self, words, x_TD, tokens_T, recompute):
         if recompute != "none" and torch.is_grad_enabled():  # logits are the largest thing a small tower would keep
-            return checkpoint(self._cross_entropy, x_TD, tokens_T, use_reentrant=False)
-        return self._cross_entropy(x_TD, tokens_T)
+            return checkpoint(self._cross_entropy, words, x_TD, tokens_T, use_reentrant=False)
+        return self._cross_entropy(words, x_TD, tokens_T)
 
-    def _cross_entropy(self, x_TD, tokens_T):
-        return F.cross_entropy(self.words(x_TD).float(), tokens_T, reduction="none")
+    @staticmethod
+    def _cross_entropy(words, x_TD, tokens_T):
+        return F.cross_entropy(words(x_TD).float(), tokens_T, reduction="none")
 
 
 class OmniHead(nn.Module):
@@ -282,7 +284,7 @@ class OmniHead(nn.Module):
     def _side(self, side, embedded):
         if "+" not in side:
             return embedded[side]
-        fusion = self.fusions[_named(side)]
+        fusion: Any = self.fusions[_named(side)]
         return fusion(torch.cat([embedded[source] for source in side.split("+")], dim=-1).to(fusion.bias.dtype))
 
 
