@@ -1,7 +1,7 @@
 """What toy videos sound like: a name spoken by espeak-ng where it is installed, telephone tones elsewhere.
 
     espeak-ng   "three" in one of a few voices; those of training and of held-out clips differ.  The program where it is
-                on the PATH, else the library of the package espeakng-loader (extra `dev`)
+                on the PATH, else the library of the package espeakng-loader (extra `toy`)
     tones       keys of the name's number, as a telephone dials them: two tones at once (DTMF, ITU-T Q.23)
 
 The digits have the numbers 0 to 9, the photographs those from 10 on.
