@@ -9,6 +9,6 @@ _here = Path(__file__).resolve().parent
 __path__ = [str(_here / "tandem" if (_here / "tandem" / "train").is_dir() else _here)]
 
 if __name__ == "__main__":
-    from tandem.launch.cli import main
+    from tandem.launch import main
 
     main()

@@ -66,6 +66,11 @@ def make_catalog(folder: Path, size: Size) -> None:
         "groups": [["captions", None, count]],
         "skipped": {},
         "broken": None,
+        "format": "turns",
+        "prompt": None,
+        "untrained": 0,
+        "found": {},
+        "looks_like": None,
     }
     write_index(str(folder / "part.tar.index"), header, samples, media, np.zeros(0, EVENT))
     one = gather_catalog(["http://store/000000/part.tar"], "0" * 64, [str(folder / "part.tar.index")])

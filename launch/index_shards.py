@@ -2,6 +2,9 @@
 
     python launch/index_shards.py 'corpus/train-{0000..0099}.tar' --tokenizer corpus/tokenizer.json --workers 8
 
+The format of a shard's samples is told: turns, pairs, images, text or video (docs/data.md). `--format` names it where
+the first samples mislead, and `--prompt` is what the user says in pairs and videos, '<image>' or '<video>' if left out.
+
 Run it again after changing a shard or the tokenizer, or after an interruption: shards whose index is current are left
 alone. Damaged samples are left out of the index and reported. Remote shards (s3://, https://, ...) need --index-dir,
 where their indexes go, and --catalog, the file that training names in their place.
@@ -23,6 +26,7 @@ from pathlib import Path
 if not __package__:  # run as a file of a checkout, which need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tandem.data.formats.in_place import AUTO, find_format, formats
 from tandem.data.media.text import Tokenizer
 from tandem.data.shards.catalog import CATALOG_SUFFIX, expand_shards, gather_catalog, write_catalog
 from tandem.data.shards.index import SUFFIX, load_index
@@ -32,7 +36,7 @@ from tandem.data.shards.storage import base_name, is_url, shown
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one shard: a report, `made` now or before, or the sentence that says why there is none."""
+    """What became of one shard: a report, `made` now or before, and the sentence that says why it cannot be used."""
 
     report: IndexReport | None
     made: bool
@@ -40,11 +44,14 @@ class Outcome:
 
 
 def index_shards(
-    shards: list[str], paths: list[str], tokenizer_file: str, workers: int, force: bool
+    shards: list[str], paths: list[str], tokenizer_file: str, workers: int, force: bool, **reading: str | None
 ) -> Generator[Outcome, None, None]:
-    """Index every shard, `workers` at a time, into its path; outcomes in the order of the shards. Raises ValueError."""
+    """Index every shard, `workers` at a time, into its path; outcomes in the order of the shards. Raises ValueError.
+
+    reading: format and prompt, as `build_index` takes them.
+    """
     Tokenizer(tokenizer_file)  # a bad one is told once
-    act = functools.partial(_index_one, tokenizer_file=tokenizer_file, force=force)
+    act = functools.partial(_index_one, tokenizer_file=tokenizer_file, force=force, reading=reading)
     if workers == 1 or len(shards) == 1:
         yield from map(act, shards, paths)
         return
@@ -73,12 +80,15 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _index_one(shard: str, path: str, tokenizer_file: str, force: bool) -> Outcome:
+def _index_one(shard: str, path: str, tokenizer_file: str, force: bool, reading: dict) -> Outcome:
     tokenizer = _tokenizer(tokenizer_file)
     try:
-        if not force and is_current(shard, tokenizer, path):
-            return Outcome(IndexReport.of(load_index(shard, tokenizer.sha256, path)), made=False)
-        return Outcome(build_index(shard, tokenizer, path), made=True)
+        made = force or not is_current(shard, tokenizer, path, **reading)
+        if made:
+            report = build_index(shard, tokenizer, path, **reading)
+        else:
+            report = IndexReport.of(load_index(shard, tokenizer.sha256, path))
+        return Outcome(report, made, "" if report.samples else report.nothing())
     except (ValueError, OSError) as error:
         return Outcome(None, False, str(error))
 
@@ -103,6 +113,8 @@ def index_paths(shards: list[str], folder: str | None) -> list[str]:
 
 def _check(arguments: argparse.Namespace, shards: list[str]) -> None:
     remote = next((shard for shard in shards if is_url(shard)), None)
+    if arguments.format != AUTO:
+        find_format(arguments.format).check_prompt(arguments.prompt)
     if arguments.workers < 1:
         raise ValueError(f"--workers is {arguments.workers}; it must be at least 1")
     if remote and not (arguments.index_dir and arguments.catalog):
@@ -118,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one shard each at a time)")
     parser.add_argument("--index-dir", help="folder for the indexes; without it each goes beside its shard")
     parser.add_argument("--catalog", help="file ending in .catalog for all shards; use it where there are thousands")
+    parser.add_argument("--format", default=AUTO, help=f"of the samples: {AUTO} or one of {', '.join(formats())}")
+    parser.add_argument("--prompt", metavar="TEXT", help="what the user says in pairs and videos, with a placeholder")
     parser.add_argument("--force", action="store_true", help="index also shards whose index is current")
     return parser
 
@@ -132,11 +146,13 @@ def main(argv: list[str] | None = None) -> int:
         paths = index_paths(shards, arguments.index_dir)
         if arguments.index_dir:
             os.makedirs(arguments.index_dir, exist_ok=True)
-        made = index_shards(shards, paths, arguments.tokenizer, arguments.workers, arguments.force)
+        reading = {"format": arguments.format, "prompt": arguments.prompt}
+        made = index_shards(shards, paths, arguments.tokenizer, arguments.workers, arguments.force, **reading)
         with contextlib.closing(made):
             for outcome in made:
                 outcomes.append(outcome)
-                lines = outcome.report.lines() if outcome.report else [f"not indexed: {outcome.error}"]
+                lines = outcome.report.lines() if outcome.report else []
+                lines += [f"not indexed: {outcome.error}"] if outcome.error else []
                 print("\n".join(lines), flush=True)
         _summary(outcomes)
         failed = [outcome.error for outcome in outcomes if outcome.error]
@@ -154,9 +170,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _summary(outcomes: list[Outcome]) -> None:
-    reports = [outcome.report for outcome in outcomes if outcome.report]
+    reports = [outcome.report for outcome in outcomes if outcome.report and not outcome.error]
     skipped = sum(sum(report.skipped.values()) for report in reports)
-    before = sum(not outcome.made for outcome in outcomes if outcome.report)
+    before = sum(not outcome.made for outcome in outcomes if outcome.report and not outcome.error)
     note = f" ({before} shards were indexed before)" if before else ""
     print(f"{len(reports)} shards, {sum(report.samples for report in reports)} samples, {skipped} skipped{note}")
 

@@ -2,9 +2,9 @@
 
     python launch/train_tokenizer.py tokenizer.json shards/toy/train/*.tar --vocab-size 512
 
-The text of all turns and streams is read from the shards' json members; no index is needed, as an index needs a
-tokenizer. Any text can be encoded and comes back unchanged. The same shards give the same file. Afterwards, index the
-shards with it (launch/index_shards.py).
+The text of all turns and streams is read from the shards, whatever their format (docs/data.md); no index is needed, as
+an index needs a tokenizer. Any text can be encoded and comes back unchanged. The same shards give the same file.
+Afterwards, index the shards with it (launch/index_shards.py).
 """
 
 import argparse
@@ -15,7 +15,8 @@ from pathlib import Path
 if not __package__:  # run as a file of a checkout, which need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tandem.data.media.text import SampleError, parse_sample, texts_of, train_bpe_tokenizer
+from tandem.data.formats.in_place import contents, take_texts
+from tandem.data.media.text import SampleError, texts_of, train_bpe_tokenizer
 from tandem.data.shards.catalog import expand_shards
 from tandem.data.shards.storage import open_range
 from tandem.data.shards.tars import TarSamples
@@ -30,14 +31,15 @@ class ShardTexts:
     def __iter__(self) -> Iterator[str]:
         for shard in self.shards:
             with open_range(shard) as file:
-                tar = TarSamples(file)
+                tar = TarSamples(file, take_texts)
                 for sample in tar:
                     try:
-                        texts = texts_of(parse_sample(sample.sound().read(), sample.name)["turns"], sample.name)
+                        said = [content["turns"] for _, content in contents(sample)]
+                        texts = [text for turns in said for text in texts_of(turns, sample.name)]
                     except SampleError:
                         self.skipped += 1
                         continue
-                    self.samples += 1
+                    self.samples += bool(texts)
                     yield from texts
             if tar.broken:
                 raise ValueError(f"shard {shard} is not whole: {tar.broken}")

@@ -77,7 +77,7 @@ def defective_shards(folder: Path) -> tuple[list[str], dict[str, str | None]]:
         "spam": "blocked URL",
         "garbled": "unreadable image",
         "broken": "bad json",
-        "alone": "no json",
+        "alone": "text too short",
         "again": "exact duplicate",
         "copy": "near duplicate",
         "both": "exact duplicate",

@@ -5,7 +5,6 @@ captioned image, the answer to a question. Lengths are in characters with runs o
 """
 
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,9 +12,7 @@ from urllib.parse import urlsplit
 
 from tandem.data.curation.similar import MAX_DISTANCE
 from tandem.data.media.image import MAX_PIXELS, ImageError, image_size
-from tandem.data.media.text import SampleError, parse_sample
-
-_PLACEHOLDER = re.compile("<(image|video)>")
+from tandem.data.media.text import KIND_OF, SampleError, placeholders, split_marks
 
 
 @dataclass(frozen=True)
@@ -43,27 +40,29 @@ class Rules:
             raise ValueError(f"--min-similarity is {self.min_similarity}; a cosine lies between -1 and 1")
 
 
-def read_content(data: bytes, name: str) -> dict:
-    """A sample's json with its turns checked as far as curation reads them. Raises SampleError."""
-    content = parse_sample(data, name)
+def check_turns(content: dict, name: str) -> None:
+    """The turns are as curation reads them. Raises SampleError."""
     turns = content["turns"]
     if not isinstance(turns, list) or not turns:
         raise SampleError("bad turns", f"{name} has no list of turns")
     spoken = [*turns, *(event for turn in turns if isinstance(turn, dict) for event in _events(turn))]
     if not all(isinstance(part, dict) and _is_text(part.get("text")) for part in spoken):
         raise SampleError("bad turns", f"{name} has a turn or a streamed text that is not an object with a text")
-    return content
 
 
 def assistant_text(content: dict) -> str:
     """What the assistant says, in one line. See the top of this file."""
     spoken = [part for turn in content["turns"] for part in (turn, *_events(turn)) if part.get("role") == "assistant"]
-    return " ".join(_PLACEHOLDER.sub(" ", " ".join(part["text"] for part in spoken)).split())
+    return " ".join(" ".join(_without_placeholders(part["text"]) for part in spoken).split())
+
+
+def _without_placeholders(text: str) -> str:
+    return "".join(" " if is_mark and piece in KIND_OF else piece for is_mark, piece in split_marks(text))
 
 
 def check_media(content: dict, kinds: Sequence[str], name: str) -> None:
     """Placeholders of the text and media of the sample agree, in order and kind."""
-    wanted = [kind for turn in content["turns"] for kind in _PLACEHOLDER.findall(turn["text"])]
+    wanted = [kind for turn in content["turns"] for kind in placeholders(turn["text"])]
     if wanted != list(kinds):
         sentence = (
             f"{name} names {len(wanted)} media in its text ({_list(wanted)}) and has {len(kinds)} ({_list(kinds)})"

@@ -23,11 +23,12 @@ from tandem.data.curation.filters import (
     check_image,
     check_media,
     check_text,
+    check_turns,
     check_url,
-    read_content,
 )
 from tandem.data.curation.report import Report
 from tandem.data.curation.similar import perceptual_hash
+from tandem.data.formats.in_place import contents, take_texts
 from tandem.data.media.image import MAX_PIXELS, ImageError, decode_image
 from tandem.data.media.text import SampleError
 from tandem.data.shards.storage import open_range
@@ -84,7 +85,7 @@ class Examiner:
         """{"bytes": of the tar, "broken": sentence or None, "samples": findings in order}. Raises ValueError."""
         findings = []
         with open_range(shard) as file:
-            samples = TarSamples(file)
+            samples = TarSamples(file, take_texts)
             candidates = map(self._examine, samples)
             while batch := list(islice(candidates, SCORED_TOGETHER)):
                 self._score(batch)
@@ -94,7 +95,10 @@ class Examiner:
     def _examine(self, sample: Sample) -> Candidate:
         candidate, name = Candidate(sample.key), sample.name
         try:
-            content = read_content(sample.sound().read(), name)
+            (_, content), *more = contents(sample)
+            if more:
+                raise SampleError("lines", f"{name} holds {len(more) + 1} samples; curation takes one under a key")
+            check_turns(content, name)
             check_media(content, [medium.kind for medium in sample.media], name)
             check_url(content, self._blocked, name)
             candidate.text = assistant_text(content)

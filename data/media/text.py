@@ -7,7 +7,7 @@ A turn with a video may be streamed: texts with a time, its events, stand betwee
 
 How many visual tokens and frames there are depends on the run's resolution. So a sample is encoded without them: its
 base text, and the places where media go in. Whoever reads a row lays both out. Text can never spell a special token
-other than the box tags.
+other than the box tags. A backslash before a placeholder or box tag makes it text (`split_marks`).
 
 Shapes: T base text tokens of a sample, M media of a sample, I images and frames planned for a sample.
 """
@@ -35,7 +35,7 @@ KIND_OF = {IMAGE: "image", VIDEO: "video"}
 UNLABELLED = "unlabelled"  # domain of a sample whose json names none
 MAX_SECONDS = 4_294_967  # of an event: milliseconds are kept in 32 bits
 
-_MARKS = re.compile("(" + "|".join(re.escape(mark) for mark in (IMAGE, VIDEO, *BOX_TAGS)) + ")")
+_MARKS = re.compile(r"(?<!\\)(\\*)(" + "|".join(re.escape(mark) for mark in (IMAGE, VIDEO, *BOX_TAGS)) + ")")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -147,8 +147,8 @@ class Tokenizer:
             train = role in train_roles
             tokens.append(self.ids[ROLES[role]])
             trained.append(False)
-            for piece in _MARKS.split(text):
-                if piece in KIND_OF:
+            for is_mark, piece in split_marks(text):
+                if is_mark and piece in KIND_OF:
                     before, after = (self.before_ids, self.after_ids) if piece == IMAGE else ([], [])
                     media_at.append(len(tokens) + len(before))
                     tokens += before + after
@@ -157,7 +157,7 @@ class Tokenizer:
                     said = stream if piece == VIDEO else ()
                     events.append(tuple(self._event(entry, role, train_roles) for entry in said))
                     continue
-                ids = self._ids_of(piece)
+                ids = self._ids_of(is_mark, piece)
                 tokens += ids
                 trained += [train] * len(ids)
             tokens.append(self.eos_id)
@@ -171,16 +171,50 @@ class Tokenizer:
             tuple(events),
         )
 
-    def _ids_of(self, piece: str) -> list[int]:
-        """Ids of one piece of a text that was split at its marks."""
-        return [self.ids[piece]] if piece in BOX_TAGS else self.encode_text(piece) if piece else []
+    def _ids_of(self, is_mark: bool, piece: str) -> list[int]:
+        """Ids of one piece of a text that was split at its marks, a box tag or text."""
+        return [self.ids[piece]] if is_mark else self.encode_text(piece)
 
     def _event(self, entry: tuple[int, str, str], turn_role: str, train_roles: Collection[str]) -> Event:
         time_ms, role, text = entry
-        said = [token for piece in _MARKS.split(text) for token in self._ids_of(piece)] + [self.eos_id]
+        said = [token for piece in split_marks(text) for token in self._ids_of(*piece)] + [self.eos_id]
         tokens = [self.ids[ROLES[role]], *said, self.ids[ROLES[turn_role]]]
         trained = [False, *[role in train_roles] * len(said), False]
         return Event(time_ms, np.array(tokens, np.int32), np.array(trained, bool))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Marks in texts: placeholders and box tags
+
+
+def split_marks(text: str) -> list[tuple[bool, str]]:
+    r"""(whether it is a mark, piece) of a text, in order; pieces of text are not empty.
+
+    A mark behind an odd number of backslashes is text, and of these backslashes half remain: `\<image>` is the text
+    "<image>", and `\\<image>` is a backslash and a placeholder. Elsewhere a backslash is a backslash.
+    """
+    pieces, plain, at = [], "", 0
+    for match in _MARKS.finditer(text):
+        backslashes, mark = len(match[1]), match[2]
+        plain += text[at : match.start()] + "\\" * (backslashes // 2)
+        at = match.end()
+        if backslashes % 2:
+            plain += mark
+            continue
+        pieces += [(False, plain)] * bool(plain) + [(True, mark)]
+        plain = ""
+    plain += text[at:]
+    return pieces + [(False, plain)] * bool(plain)
+
+
+def escaped(text: str) -> str:
+    """The text that `split_marks` takes as this text, whatever marks it holds."""
+    return _MARKS.sub(lambda match: "\\" * (2 * len(match[1]) + 1) + match[2], text)
+
+
+def placeholders(text: str) -> list[str]:
+    """Kinds of media ("image", "video") that a text has placeholders for, in order."""
+    return [KIND_OF[piece] for is_mark, piece in split_marks(text) if is_mark and piece in KIND_OF]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,6 +237,11 @@ def parse_sample(data: bytes, name: str) -> dict:
     content = load_json(data, name)
     if not isinstance(content, dict) or "turns" not in content:
         raise SampleError("bad json", f'{name} has a json member that is not an object with "turns"')
+    return sample_content(content, name)
+
+
+def sample_content(content: dict, name: str) -> dict:
+    """The content of a sample with its domain and entity checked. Raises SampleError."""
     domain, entity = content.get("domain", UNLABELLED), content.get("entity")
     _check_text(domain, f"{name} has a domain", "bad json")
     if entity is not None:
@@ -215,7 +254,7 @@ def texts_of(turns: Sequence[dict], name: str) -> list[str]:
     texts: list[str] = []
     for _, text, stream in _checked_turns(turns, name):
         texts += (text, *(said for _, _, said in stream))
-    return [piece for text in texts for piece in _MARKS.split(text) if piece and piece not in (*KIND_OF, *BOX_TAGS)]
+    return [piece for text in texts for is_mark, piece in split_marks(text) if not is_mark]
 
 
 def _check_text(value: object, what: str, reason: str) -> None:
@@ -235,8 +274,8 @@ def _checked_turns(turns: Sequence[dict], name: str) -> list[tuple[str, str, lis
         stream = turn.get("stream", [])
         if not isinstance(stream, list):
             raise SampleError("bad stream", f'{name} has a "stream" that is not a list')
-        if stream and text.count(VIDEO) != 1:
-            seen = f"a turn with a stream and {text.count(VIDEO)} {VIDEO} placeholders"
+        if stream and (videos := placeholders(text).count("video")) != 1:
+            seen = f"a turn with a stream and {videos} {VIDEO} placeholders"
             raise SampleError("bad stream", f"{name} has {seen}; a stream belongs to exactly one video")
         entries = [_checked_entry(entry, name) for entry in stream]
         checked.append((role, text, sorted(entries, key=lambda entry: entry[0])))
@@ -255,7 +294,7 @@ def _checked_entry(entry: object, name: str) -> tuple[int, str, str]:
     time = entry["time"] if isinstance(entry, dict) and "time" in entry else None
     if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time <= MAX_SECONDS:
         raise SampleError("bad stream", f"{name} has a stream entry whose time is not a number of seconds from 0")
-    if IMAGE in text or VIDEO in text:
+    if placeholders(text):
         raise SampleError("bad stream", f"{name} has a placeholder in a stream entry; media belong into a turn's text")
     return int(time * 1000 + 0.5), role, text
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tandem.data.formats.in_place import AUTO, find_format
 from tandem.data.media.text import ROLES
 from tandem.data.shards.catalog import Catalog, open_catalog
 from tandem.data.shards.index import ShardIndex
@@ -28,7 +29,7 @@ class SourceSettings:
     weight: share of the samples, relative to the other sources' weights; None for all sources to follow from their
     sizes: then a source gives min(samples of its epoch, max_samples) * repeat samples while the others give theirs.
     entity_cap, rare_domain_copies: see data/planning/order.py. train_roles: whose turns are trained on. fps: frames
-    taken from a second of video.
+    taken from a second of video. format: that all its shards must have been indexed as, AUTO for any.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SourceSettings:
     rare_domain_copies: int = 1
     train_roles: tuple[str, ...] = ("assistant",)
     fps: float = 1
+    format: str = AUTO
 
     def __post_init__(self):
         key = f"data.sources.{self.name}"
@@ -59,6 +61,11 @@ class SourceSettings:
                     f"{key} has weight={self.weight} and {name}={getattr(self, name)}: a weight already says how often "
                     f"the source is visited; leave one of them out"
                 )
+        if self.format != AUTO:
+            try:
+                find_format(self.format)
+            except ValueError as error:
+                raise ValueError(f"{key}.format={self.format}: {error}") from error
         unknown = set(self.train_roles) - set(ROLES)
         if unknown or not self.train_roles:
             raise ValueError(f"{key}.train_roles={list(self.train_roles)}: choose some of {', '.join(ROLES)}")
@@ -82,6 +89,11 @@ class Corpus:
         for one, catalog in zip(settings, catalogs, strict=True):
             if catalog.n_samples == 0:
                 raise ValueError(f"data.sources.{one.name}: its {catalog.n_shards} shards hold no usable sample")
+            if one.format != AUTO and (others := set(catalog.formats) - {one.format}):
+                raise ValueError(
+                    f"data.sources.{one.name}.format={one.format}, but some of its shards were indexed as "
+                    f"{', '.join(sorted(others))}; set it to {AUTO}, or index them again with --format {one.format}"
+                )
         self.sources = tuple(
             Source(one, catalog, int(first))
             for one, catalog, first in zip(settings, catalogs, first_C1[:-1], strict=True)

@@ -285,7 +285,7 @@ class Stream:
         vision = self.config.vision  # its other values are compared by themselves, to be named
         config = {key: value for key, value in asdict(self.config).items() if key not in ("rows_per_step", "vision")}
         config |= {"min_patches": vision.min_patches, "max_patches": vision.max_patches}
-        undecisive = ("name", "shards", "train_roles")
+        undecisive = ("name", "shards", "train_roles", "format")  # a catalog's digest has the formats
         sources = [
             (
                 {key: value for key, value in asdict(source.settings).items() if key not in undecisive},

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tandem.data.formats.in_place import find_format
 from tandem.data.media.audio import spectrogram
 from tandem.data.media.image import ImageError, decode_image, to_patches
-from tandem.data.media.text import SampleError, Tokenizer, parse_sample
+from tandem.data.media.text import SampleError, Tokenizer
 from tandem.data.media.video import SoundError, VideoError, decode_frames
 from tandem.data.planning.plan import AUDIO
 from tandem.data.reading.sample_layout import lay_out
@@ -175,7 +176,7 @@ class JobRunner:
             for out, grid, pixels_HW3 in zip(out_I, grid_I, frames, strict=True):
                 out[:] = to_patches(pixels_HW3, grid, self._vision)
 
-    # Texts. Arrays: path_M, offset_M, size_M, crc_M, source_M, out_M, length_M of each sample's json member;
+    # Texts. Arrays: path_M, offset_M, size_M, crc_M, plain_M, source_M, out_M, length_M of each sample's text;
     # first_kind_M1 into kind; first_M1 into I; media_I, time_I, tokens_I, start_I.
 
     def _texts(self, job: Job, tokens: np.ndarray, trained: np.ndarray) -> Done:
@@ -196,8 +197,10 @@ class JobRunner:
     def _text(self, job: Job, s: int, here: slice, length: int, done: Done) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, trained) of one sample, checked against the places that the plan has for its images."""
         arrays, name = job.arrays, "the sample"
-        content = parse_sample(self._read(job, s, name, done), name)
+        data = self._read(job, s, name, done)
         kinds = [KINDS[kind] for kind in arrays["kind"][slice(*arrays["first_kind_M1"][s : s + 2])].tolist()]
+        format, prompt = job.words["formats"][arrays["path_M"][s]]
+        content = find_format(format).content(data, bool(arrays["plain_M"][s]), kinds, prompt, name)
         roles = self._train_roles[int(arrays["source_M"][s])]
         encoded = self._tokenizer.encode_sample(content["turns"], roles, kinds, name)
         tokens, trained, start_I = lay_out(

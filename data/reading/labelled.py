@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tandem.data.formats.in_place import contents, format_of
 from tandem.data.media.audio import sound_grid, spectrogram
 from tandem.data.media.image import ImageError, decode_image, image_size, to_patches
 from tandem.data.media.text import SampleError, load_json, texts_of
@@ -176,14 +177,27 @@ class Labelled:
 
 def _bytes_of(member: Member) -> bytes | None:
     """What the pass over a tar takes of a member."""
-    return member.read() if member.kind in ("json", "image", "video") else None
+    return member.read() if member.kind in ("json", "text", "image", "video") else None
+
+
+def _content_of(sample: Sample) -> dict:
+    """What is said of a sample: its json, or what its format makes of its members. Raises SampleError."""
+    if sample.problem is not None:
+        raise sample.problem
+    json, format = next(iter(sample.of_kind("json")), None), format_of(sample)
+    if json is None and format is not None and format.lacking:
+        raise SampleError("no json", f"{sample.name} has no .json member and no .txt member")
+    said = {} if json is None else load_json(json.taken, sample.name)
+    if not isinstance(said, dict):
+        raise SampleError("bad json", f"{sample.name} has a json member that is not an object")
+    if "label" in said and format is None:
+        return said
+    return said | contents(sample)[0][1]
 
 
 def _raw(sample: Sample, name: str) -> _Raw:
     """Raises SampleError for a sample that breaks a rule of shards, or that has no medium."""
-    content = load_json(sample.sound().taken, sample.name)
-    if not isinstance(content, dict):
-        raise SampleError("bad json", f"{sample.name} has a json member that is not an object")
+    content = _content_of(sample)
     label = content.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int | None) or label == "":
         raise SampleError("bad json", f"{sample.name} has a label that is neither a text nor a whole number")

@@ -89,7 +89,8 @@ def text_work(corpus: Corpus, plan: StepPlan, rows: np.ndarray, words: dict, wor
         "source_M": corpus.source_of(shard_M),
         "out_M": np.repeat(np.arange(len(rows)) * plan.seq_length, end_R - first_R) + plan.start_S[sample_M],
         "length_M": plan.length_S[sample_M],
-    } | _bytes_of(records_M, "json_")
+        "plain_M": records_M["plain"],
+    } | _bytes_of(records_M, "text_")
 
     media_M, count_M = records_M["first_media"].astype(np.int64), records_M["media"].astype(np.int64)
     media = _records(corpus, "media", np.repeat(shard_M, count_M), ranges(media_M, media_M + count_M))
@@ -106,7 +107,7 @@ def text_work(corpus: Corpus, plan: StepPlan, rows: np.ndarray, words: dict, wor
         "start_I": plan.start_I[image_I] - np.repeat(plan.start_S[sample_M], images_M),
     }
     ragged = [kinds, _Ragged("first_M1", np.append(0, np.cumsum(images_M)), places)]
-    cost_M = 50 + 0.5 * records_M["json_size"]
+    cost_M = 50 + 0.5 * records_M["text_size"]
     return _works(corpus, words | {"kind": "texts"}, shard_M, items, ragged, cost_M, list(sample_M), workers)
 
 
@@ -127,11 +128,13 @@ def _works(
     for first, last in _between(np.unique([0, *borders, len(cost_M)])):
         shards, path_M = np.unique(shard_M[first:last], return_inverse=True)
         paths = [corpus.shard_name(shard) for shard in shards.tolist()]
+        indexes = [corpus.index(shard) for shard in shards.tolist()]
+        said = {"paths": paths, "formats": [(index.format, index.prompt) for index in indexes]}
         arrays = {name: array[first:last] for name, array in items.items()} | {"path_M": path_M}
         for entries in ragged:
             arrays |= entries.cut(first, last)
         cost = float(cost_M1[last] - cost_M1[first])
-        works.append(Work(Job(words | {"paths": paths}, arrays), cost, shard_M[first:last], samples_M[first:last]))
+        works.append(Work(Job(words | said, arrays), cost, shard_M[first:last], samples_M[first:last]))
     return works
 
 

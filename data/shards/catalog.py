@@ -28,9 +28,10 @@ from tandem.data.shards.storage import base_name, check_path, is_url, shown
 
 CATALOG_SUFFIX = ".catalog"
 CATALOG_MAGIC = b"TANDMCAT"
-CATALOG_VERSION = 1
+CATALOG_VERSION = 2
 
 _AGAIN = "write it again with python launch/index_shards.py SHARDS --tokenizer FILE --catalog FILE"
+_IMPORT = "import other data by python launch/import_data.py {} --out DIR"
 _ARRAYS = {  # those of shards first; K of each, K + 1 where an array says where something starts
     "samples": "<i8",
     "shard_bytes": "<i8",
@@ -64,8 +65,10 @@ class Catalog:
     """
 
     def __init__(self, header: dict, arrays: dict[str, np.ndarray], folder: str = ""):
-        """header: tokenizer_sha256, domains, digest. Names of shards that are no full paths are below `folder`."""
+        """header: tokenizer_sha256, formats, domains, digest. Names of shards that are no full paths are below
+        `folder`."""
         self.tokenizer_sha256: str = header["tokenizer_sha256"]
+        self.formats: tuple[str, ...] = tuple(header["formats"])  # of the shards, each once
         self.domains: tuple[str, ...] = tuple(header["domains"])
         self.digest: int = header["digest"]  # 63 bits of what fixes the order of samples; where shards lie does not
         self._arrays, self._folder = arrays, folder
@@ -132,13 +135,23 @@ def open_catalog(patterns: Sequence[str], tokenizer_sha256: str) -> Catalog:
 def gather_catalog(
     shards: Sequence[str], tokenizer_sha256: str, index_paths: Sequence[str | None] | None = None
 ) -> Catalog:
-    """The catalog of shards from the headers of their indexes (`<shard>.index` where no path is given). ValueError."""
+    """The catalog of shards from the headers of their indexes (`<shard>.index` where no path is given).
+
+    Raises ValueError, also for a shard without a usable sample.
+    """
     index_paths = index_paths or [None] * len(shards)
     domains: dict[str, int] = {}
     entities: dict[str, int] = {}
-    shard_rows, rows, names = [], [], []
+    shard_rows, rows, names, formats = [], [], [], set()
     for shard, path in zip(shards, index_paths, strict=True):
         index, groups = load_header(shard, tokenizer_sha256, path)
+        if index.n_samples == 0:
+            held = ", ".join(f"{n} {ending}" for ending, n in index.found.items()) or "no member"
+            like = f", which looks like format {index.looks_like}" if index.looks_like else ""
+            raise ValueError(
+                f"shard {shown(shard)} holds no usable sample of format {index.format}: it has {held}{like}"
+            )
+        formats.add(index.format)
         shard_rows.append((index.n_samples, index.shard_bytes, int(index.digest, 16), len(groups)))
         names.append((shard, "" if index.path == shard + SUFFIX else index.path))
         for group in groups:
@@ -163,7 +176,8 @@ def gather_catalog(
         **_texts(names),
     }
     digest = _digest([base_name(shard) for shard in shards], ordered, arrays)
-    return Catalog({"tokenizer_sha256": tokenizer_sha256, "domains": ordered, "digest": digest}, arrays)
+    header = {"tokenizer_sha256": tokenizer_sha256, "formats": sorted(formats), "domains": ordered, "digest": digest}
+    return Catalog(header, arrays)
 
 
 def _ordinals(entity_X: np.ndarray, samples_X: np.ndarray, n_entities: int) -> tuple[np.ndarray, np.ndarray]:
@@ -213,6 +227,7 @@ def write_catalog(path: str | Path, catalog: Catalog) -> None:
     header = {
         "version": CATALOG_VERSION,
         "tokenizer_sha256": catalog.tokenizer_sha256,
+        "formats": catalog.formats,
         "domains": catalog.domains,
         "digest": catalog.digest,
         "lengths": {name: len(array) for name, array in arrays.items()},
@@ -278,7 +293,8 @@ def _read_catalog(path: str) -> Catalog:
 
 
 def expand_shards(patterns: Iterable[str], urls: bool = False) -> list[str]:
-    """Files named by paths with {0000..0012} braces and * ? globs, in the order given, globs sorted.
+    """Files named by paths with {0000..0012} braces and * ? globs, in the order given, globs sorted; of a folder its
+    *.tar.
 
     Raises ValueError for a pattern that matches nothing, a missing file, a file named twice, and for an address unless
     `urls`; in addresses only braces are understood.
@@ -307,6 +323,11 @@ def expand_shards(patterns: Iterable[str], urls: bool = False) -> list[str]:
 def _matching(path: str, pattern: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
+    if os.path.isdir(path):
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "*.tar")))
+        if not found:
+            raise ValueError(f"folder {path} holds no shard (*.tar); {_IMPORT.format(path)}")
+        return found
     if not any(letter in path for letter in "*?["):
         raise ValueError(f"shard {path} (from {pattern!r}) does not exist")
     found = sorted(match for match in glob.glob(path) if os.path.isfile(match))

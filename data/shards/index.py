@@ -4,7 +4,8 @@
 
     magic | u64 header length | JSON header | zeros to 64 bytes | SAMPLE records | MEDIA records | EVENT records
 
-Nothing in it depends on the resolution, the row length or which roles are trained. data/shards/indexing.py builds it.
+Nothing in it depends on the resolution, the row length or which roles are trained. Its format says how the members of
+a sample are a conversation (data/formats/in_place). data/shards/indexing.py builds it.
 """
 
 import hashlib
@@ -21,19 +22,19 @@ from tandem.data.shards.storage import base_name, is_url, shown
 
 SUFFIX = ".index"
 MAGIC = b"TANDMIDX"
-VERSION = 2
+VERSION = 3
 IMAGE, VIDEO = 0, 1  # MEDIA.kind
 ALIGN = 64
 
 SAMPLE = np.dtype(
     [
-        ("json_offset", "<u8"),
-        ("json_size", "<u4"),
-        ("json_crc", "<u4"),  # zlib.crc32 of the member, here and below
+        ("text_offset", "<u8"),  # of the json or txt member, or of a line of a jsonl member
+        ("text_size", "<u4"),
+        ("text_crc", "<u4"),  # zlib.crc32 of these bytes; of media, below, of the member
         ("text_tokens", "<i4"),  # base text: [SOI] and [EOI] of images counted, visual tokens, frames and events not
         ("first_media", "<u4"),
         ("media", "<u2"),
-        ("_", "<u2"),
+        ("plain", "<u2"),  # 1 where the text is no JSON
         ("group", "<u4"),  # into the header's list of (domain, entity)
     ]
 )
@@ -79,7 +80,12 @@ class ShardIndex:
     n_events: int
     skipped: dict[str, int]  # reason -> samples left out
     broken: str | None  # a sentence with the byte where a damaged tar ends
-    digest: str  # of the records
+    format: str  # of data/formats/in_place
+    prompt: str | None  # the user's turn of a pair, None for the placeholder alone
+    untrained: int  # samples without a turn of the assistant
+    found: dict[str, int]  # members by the ends of their names
+    looks_like: str | None  # the format that most of the first samples fit
+    digest: str  # of the format, the prompt and the records
     records_at: int
 
     @property
@@ -118,7 +124,7 @@ def load_index(shard: str | Path, tokenizer_sha256: str, path: str | Path | None
     index, _ = load_header(shard, tokenizer_sha256, path)
     with open(index.path, "rb") as file:
         file.seek(index.records_at)
-        seen = hashlib.file_digest(file, _new_digest).hexdigest()
+        seen = hashlib.file_digest(file, lambda: _new_digest(index.format, index.prompt)).hexdigest()
     if seen != index.digest:
         raise ValueError(f"{index.path} is damaged: its records do not have their checksum; {_again(index.shard)}")
     return index
@@ -164,7 +170,19 @@ def load_header(
     return index, groups
 
 
-_HEADER_FIELDS = ("shard_bytes", "stamp", "tokenizer_sha256", "skipped", "broken", "digest")
+_HEADER_FIELDS = (
+    "shard_bytes",
+    "stamp",
+    "tokenizer_sha256",
+    "skipped",
+    "broken",
+    "format",
+    "prompt",
+    "untrained",
+    "found",
+    "looks_like",
+    "digest",
+)
 
 
 def _groups(header: dict) -> tuple[Group, ...]:
@@ -187,8 +205,8 @@ def _again(shard: str) -> str:
     return f"run python launch/index_shards.py {shown(shard)} --tokenizer FILE{more}"
 
 
-def _new_digest():
-    return hashlib.blake2b(digest_size=8)
+def _new_digest(format: str, prompt: str | None):
+    return hashlib.blake2b(json.dumps([format, prompt]).encode(), digest_size=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +215,7 @@ def _new_digest():
 
 def write_index(path: str, header: dict, samples: np.ndarray, media: np.ndarray, events: np.ndarray) -> None:
     """Write an index; `header` says all but the counts and the checksums. The file appears whole or not at all."""
-    digest = _new_digest()
+    digest = _new_digest(header["format"], header["prompt"])
     for records in (samples, media, events):
         digest.update(records)
     counts = {"samples": len(samples), "media": len(media), "events": len(events)}

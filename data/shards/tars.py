@@ -1,9 +1,10 @@
 """The samples of an uncompressed tar in webdataset naming, local or remote, one at a time and in order.
 
-    KEY.json  KEY.0.png  KEY.1.mp4  KEY.txt  ...     members of a sample adjacent, media ordered by number
+    KEY.json  KEY.0.png  KEY.1.mp4  KEY.jpg  KEY.txt  ...     members of a sample adjacent, media ordered by number
 
 Nothing in the tar is trusted: names, sizes and order are checked here, and a damaged or truncated tar ends where it
-stops being readable, with the byte. A sample that breaks a rule comes with the reason and is not to be used.
+stops being readable, with the byte. A sample that breaks a rule comes with the reason and is not to be used. Names that
+begin with a dot (macOS's "._NAME" among them) are passed over. Tars behind the end mark of the first are read too.
 """
 
 import io
@@ -17,10 +18,18 @@ from typing import Any, BinaryIO, cast
 from tandem.data.media.text import SampleError
 from tandem.data.shards.storage import RangeFile, Section, is_url, shown
 
-MAX_BYTES = {"json": 1 << 26, "image": 1 << 28, "video": 1 << 31, "other": 1 << 31}  # of a member, by kind
+MAX_BYTES = {  # of a member, by kind
+    "json": 1 << 26,
+    "text": 1 << 26,
+    "lines": 1 << 28,
+    "image": 1 << 28,
+    "video": 1 << 31,
+    "other": 1 << 31,
+}
 MAX_HEADER_BYTES = 1 << 20  # of one member, long names included
 
-_MEDIUM = re.compile(r"(\d{1,9})\.(?:(png|jpe?g|webp|gif|bmp|tiff?)|(mp4|mkv|webm|mov|avi))", re.IGNORECASE)
+_MEDIUM = re.compile(r"(?:(\d{1,9})\.)?(?:(png|jpe?g|webp|gif|bmp|tiff?)|(mp4|mkv|webm|mov|avi))", re.IGNORECASE)
+_TEXTS = {"json": "json", "txt": "text", "jsonl": "lines"}
 _BLOCK = tarfile.BLOCKSIZE
 _READ_AHEAD = {False: 1 << 20, True: 1 << 23}  # bytes, by whether the shard is remote
 _CHUNK = 1 << 23
@@ -29,8 +38,9 @@ _WHOLE = 1 << 26  # bytes up to which a member is kept in memory between its che
 
 @dataclass
 class Member:
-    """The file KEY.rest of the tar. `kind` is "json", "image", "video" or "other"; media have a number."""
+    """The file `name`, KEY.rest, of the tar. `kind` is a key of MAX_BYTES; media may have a number."""
 
+    name: str
     rest: str
     kind: str
     number: int | None
@@ -66,6 +76,7 @@ class Sample:
     members: dict[str, Member] = field(default_factory=dict)
     problem: SampleError | None = None
     numbered: dict[int, Member] = field(default_factory=dict)
+    unnumbered: list[Member] = field(default_factory=list)  # media KEY.jpg
 
     @property
     def name(self) -> str:
@@ -74,16 +85,14 @@ class Sample:
 
     @property
     def media(self) -> list[Member]:
-        """The media in the order of their numbers."""
+        """The media in the order of their numbers, or the only one without a number."""
+        if not self.numbered and len(self.unnumbered) == 1:
+            return self.unnumbered
         return [self.numbered[number] for number in sorted(self.numbered)]
 
-    def sound(self) -> Member:
-        """The json member of a sample that can be used. Raises SampleError for one that cannot."""
-        if self.problem is not None:
-            raise self.problem
-        if "json" not in self.members:
-            raise SampleError("no json", f"{self.name} has no .json member")
-        return self.members["json"]
+    def of_kind(self, *kinds: str) -> list[Member]:
+        """The members of these kinds, in the order of the kinds, then of the tar."""
+        return [member for kind in kinds for member in self.members.values() if member.kind == kind]
 
     def spoil(self, reason: str, sentence: str = "") -> None:
         """The first problem is the one that is told."""
@@ -109,9 +118,9 @@ class TarSamples:
     def __iter__(self) -> Iterator[Sample]:
         sample, seen = None, set()
         for info in self._infos():
-            if info.isdir():
-                continue
             folder, _, base = info.name.rpartition("/")
+            if info.isdir() or base.startswith("."):
+                continue
             stem, _, rest = base.partition(".")
             key = f"{folder}/{stem}" if folder else stem
             if sample is None or key != sample.key:
@@ -119,7 +128,8 @@ class TarSamples:
                     yield sample
                 sample = Sample(key)
                 if key in seen:
-                    sample.spoil("members not adjacent")
+                    sentence = f"{sample.name} stands in two places; members of a sample must be adjacent"
+                    sample.spoil("members not adjacent", sentence)
                 seen.add(key)
             if info.name.startswith("/") or ".." in folder.split("/") or not stem:
                 sample.spoil("unsafe name")
@@ -137,10 +147,10 @@ class TarSamples:
 
     def _add(self, sample: Sample, rest: str, info: tarfile.TarInfo) -> None:
         match = _MEDIUM.fullmatch(rest)
-        kind, number = "json" if rest == "json" else "other", None
+        kind, number = _TEXTS.get(rest.lower(), "other"), None
         if match is not None:
-            kind, number = "image" if match[2] else "video", int(match[1])
-        member = Member(rest, kind, number, info.offset_data, info.size, self._file, self._passing)
+            kind, number = "image" if match[2] else "video", None if match[1] is None else int(match[1])
+        member = Member(info.name, rest, kind, number, info.offset_data, info.size, self._file, self._passing)
         sample.members[rest] = member
         try:
             if number in sample.numbered:
@@ -150,21 +160,36 @@ class TarSamples:
                 raise SampleError("member too large", sentence)
             if number is not None:
                 sample.numbered[number] = member
+            elif match is not None:
+                sample.unnumbered.append(member)
             if self._take is not None:
                 member.taken = self._take(member)
         except SampleError as error:
             sample.spoil(error.reason, f"{sample.name}, {printable(info.name)}: {error}")
 
     def _infos(self) -> Iterator[tarfile.TarInfo]:
-        """Headers in order. The last one may be that of a member which the end cuts; `broken` is set by then."""
+        """Headers in order, of all tars in the file. The last one may be that of a member which the end cuts; `broken`
+        is set by then."""
+        start = 0
+        while start is not None and self.broken is None:
+            start = yield from self._archive(start)
+
+    def _archive(self, start: int) -> Iterator[tarfile.TarInfo]:
+        """Headers of the tar that begins at byte `start`. Returns where the next one begins, None where none does."""
         total = self._file.size
+        self._passing.seek(start)
         try:
             headers = cast(BinaryIO, _Headers(self._passing))  # has what tarfile uses of a file
             tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 (the caller closes the file)
         except tarfile.TarError as error:
-            raise ValueError(f"{shown(self._file.path)} is not an uncompressed tar file: {error}") from error
+            if start:
+                self._damaged_at(start)
+                return None
+            name = shown(self._file.path)
+            hint = f"import other data by python launch/import_data.py {name} --out DIR"
+            raise ValueError(f"{name} is not an uncompressed tar file ({error}); {hint}") from error
         while True:
-            start = tar.offset
+            header = tar.offset
             try:
                 info = tar.next()
             except (tarfile.TarError, ValueError, OverflowError, RecursionError):
@@ -173,20 +198,37 @@ class TarSamples:
                 break
             tar.members.clear()  # type: ignore[attr-defined]  # not in typeshed; tarfile would keep every header
             if info.size < 0:
-                self.broken = f"damaged: a negative size in the tar header at byte {start}; what follows is left out"
-                return
-            if info.offset_data + info.size > total:
-                reach = f"inside {printable(info.name)}, which reaches to {info.offset_data + info.size}"
+                self.broken = f"damaged: a negative size in the tar header at byte {header}; what follows is left out"
+                return None
+            end = tar.offset if info.issparse() else info.offset_data + info.size  # a sparse one is stored in fewer
+            if end > total:
+                reach = f"inside {printable(info.name)}, which reaches to {end}"
                 self.broken = f"truncated: the file ends at byte {total}, {reach}"
                 yield info
-                return
+                return None
             yield info
-        self._passing.seek(tar.offset)
-        end = self._passing.read(_BLOCK)
-        if len(end) < _BLOCK:
-            self.broken = f"truncated: the file ends at byte {total} without tar's end mark"
-        elif any(end):
-            self.broken = f"damaged: no readable tar header at byte {tar.offset}; what follows is left out"
+        if start and tar.offset == start:
+            self._damaged_at(start)
+            return None
+        return self._behind(tar.offset)
+
+    def _behind(self, at: int) -> int | None:
+        """Where another tar begins behind the end mark at byte `at`, None where only zeros follow."""
+        self._passing.seek(at)
+        block = self._passing.read(_BLOCK)
+        if len(block) < _BLOCK:
+            self.broken = f"truncated: the file ends at byte {self._file.size} without tar's end mark"
+        elif any(block):
+            self._damaged_at(at)
+        else:
+            while block := self._passing.read(_BLOCK):
+                at += _BLOCK
+                if any(block):
+                    return at
+        return None
+
+    def _damaged_at(self, at: int) -> None:
+        self.broken = f"damaged: no readable tar header at byte {at}; what follows is left out"
 
 
 class _Headers:

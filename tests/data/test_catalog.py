@@ -110,7 +110,7 @@ def test_a_catalog_that_does_not_fit_is_refused(shards, tokenizer, tmp_path, mak
         b"": "is not a catalog",
         good[:-64]: "is damaged",
         good + bytes(64): "is damaged",
-        good.replace(b'"version": 1', b'"version": 7'): "has version 7",
+        good.replace(b'"version": 2', b'"version": 7'): "has version 7",
         good.replace(b'"domains": ["a"', b'"domains": ["x"'): "has a damaged header",
         good[:60]: "has a damaged header",
     }.items():
@@ -178,7 +178,9 @@ def test_an_address_in_a_catalog_is_checked_like_any_other(shards, tokenizer, tm
     catalog = open_catalog(shards, tokenizer.sha256)
     raw = f"pipe:touch {tmp_path}/ran".encode()
     arrays = catalog._arrays | {"name": np.frombuffer(raw, np.uint8), "name_start": np.array([0, len(raw)])}
-    forged = Catalog({"tokenizer_sha256": tokenizer.sha256, "domains": ["a"], "digest": 1}, arrays)
+    forged = Catalog(
+        {"tokenizer_sha256": tokenizer.sha256, "formats": ["turns"], "domains": ["a"], "digest": 1}, arrays
+    )
     for act in (forged.shard, forged.index):
         with pytest.raises(ValueError, match="no path and no address"):
             act(0)
@@ -224,7 +226,7 @@ def test_a_catalog_of_a_billion_samples_opens_at_once_in_little_memory(tmp_path)
         "group_base": np.arange(groups) // ENTITIES * (SAMPLES // ROWS),
         "entity_samples": np.bincount(entity_X, minlength=ENTITIES) * (SAMPLES // ROWS),
     }
-    header = {"tokenizer_sha256": "0" * 64, "domains": list("abcd"), "digest": 5}
+    header = {"tokenizer_sha256": "0" * 64, "formats": ["turns"], "domains": list("abcd"), "digest": 5}
     write_catalog(tmp_path / "billion.catalog", Catalog(header, arrays))
     command = [sys.executable, "-c", OPEN, f"{tmp_path}/billion.catalog"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

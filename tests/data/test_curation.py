@@ -17,8 +17,8 @@ from tandem.data.curation.filters import (
     blocking_entry,
     check_image,
     check_text,
+    check_turns,
     read_block_list,
-    read_content,
 )
 from tandem.data.curation.pipeline import Examiner, curate
 from tandem.data.curation.runners import RayWorker, in_processes
@@ -139,7 +139,7 @@ def test_text_is_what_the_assistant_says():
     "turns", [3, [], ["x"], [{"role": "user"}], [{"text": 5}], [{"text": "\ud800"}], [{"text": "a", "stream": [1]}]]
 )
 def test_turns_that_are_none(turns):
-    assert reason_of(read_content, json.dumps({"turns": turns}).encode(), "x") == "bad turns"
+    assert reason_of(check_turns, {"turns": turns}, "x") == "bad turns"
 
 
 def test_block_list(tmp_path):
@@ -177,7 +177,7 @@ def test_thresholds_that_mean_nothing(wrong):
 def test_samples_with_unusable_names_or_members(tmp_path):
     one = b"{}"
     members = [("a.json", one), ("b.json", one), ("a.0.png", one), ("c.json", one), ("c.json", one)]
-    members += [("../up.json", one), ("dir/d.json", one), ("/etc/e.json", one), ("dir/.json", one)]
+    members += [("../up.json", one), ("dir/d.json", one), ("/etc/e.json", one)]
     members += [("f.json", one), ("f.0.png", one), ("f.00.jpg", one)]
     shard = write_tar(tmp_path / "s.tar", members)
     with tarfile.open(shard, "a") as tar:
@@ -194,7 +194,6 @@ def test_samples_with_unusable_names_or_members(tmp_path):
         ("../up", "unsafe name"),
         ("dir/d", None),
         ("/etc/e", "unsafe name"),
-        ("dir/", "unsafe name"),
         ("f", "two media share a number"),
         ("link", "not a plain file"),
     ]

@@ -169,7 +169,7 @@ def test_shards(shard, tokenizer, tmp_path):
         index, size = load_index(path, tokenizer.sha256), path.stat().st_size
         samples, media = np.asarray(index.samples), np.asarray(index.media)
         assert len(samples) == report.samples <= 5 + 6
-        assert (samples["json_offset"] + samples["json_size"] <= size).all()
+        assert (samples["text_offset"] + samples["text_size"] <= size).all()
         assert (media["offset"] + media["size"] <= size).all()
         assert (media["height"].astype(np.int64) * media["width"] <= 1 << 27).all()
 

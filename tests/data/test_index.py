@@ -27,8 +27,8 @@ def test_offsets_and_checksums_are_those_of_the_bytes_that_tarfile_reads(corpus,
     with tarfile.open(shard) as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
     for sample in index.samples:
-        content = raw[sample["json_offset"] : sample["json_offset"] + sample["json_size"]]
-        assert sample["json_crc"] == zlib.crc32(content)
+        content = raw[sample["text_offset"] : sample["text_offset"] + sample["text_size"]]
+        assert sample["text_crc"] == zlib.crc32(content)
         key = json.loads(content)["key"]
         assert content == members[key + ".json"]
         first = sample["first_media"]
@@ -320,7 +320,7 @@ def test_an_index_that_does_not_fit_is_refused(make_shard, tokenizer):
         good[:-1]: "is damaged",
         good[:-1] + b"x": "is damaged: its records do not have their checksum",
         b"other" + good: "is not a shard index",
-        good.replace(b'"version": 2', b'"version": 9'): "has version 9",
+        good.replace(b'"version": 3', b'"version": 9'): "has version 9",
         good.replace(b'"samples": 1', b'"samples": 2'): "damaged header",
         good.replace(b'"read"', b'"raed"'): "damaged header: it does not have its checksum",
         MAGIC + good[8:16] + b"\xff" * 200: "damaged header",

@@ -79,9 +79,11 @@ def test_remote_shards(shards, tokenizer, tmp_path, capsys):
     assert open_catalog([catalog], tokenizer.sha256).index(0).n_samples == 1
 
 
-def test_a_shard_that_cannot_be_indexed_does_not_stop_the_others(shards, tokenizer, tmp_path, capsys):
+def test_a_shard_that_cannot_be_indexed_does_not_stop_the_others(shards, tokenizer, tmp_path, capsys, make_shard):
     bad = tmp_path / "bad.tar"
     bad.write_bytes(b"x" * 2000)
+    good = make_shard.json("a", "b")
+    write_tar(Path(shards[1]), [("z.json", good), ("a.json", good), ("b.json", good)])
     with tarfile.open(shards[1]) as tar:
         cut = tar.getmember("b.json").offset
     os.truncate(shards[1], cut)

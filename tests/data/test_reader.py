@@ -63,8 +63,8 @@ def test_rows_hold_the_samples(opened, plan, reader):
     for s in range(len(plan.shard_S)):
         index = corpus.index(plan.shard_S[s])
         record = index.samples[plan.index_S[s]]
-        content = json.loads(Path(index.shard).read_bytes()[record["json_offset"] :][: record["json_size"]])
-        bytes_read += int(record["json_size"])
+        content = json.loads(Path(index.shard).read_bytes()[record["text_offset"] :][: record["text_size"]])
+        bytes_read += int(record["text_size"])
         row, at = plan.row_S[s], slice(plan.start_S[s], plan.start_S[s] + plan.length_S[s])
         inside[row, at] = True
         tokens, trained = rows.tokens[row, at], rows.trained[row, at]
@@ -204,11 +204,11 @@ def damaged(make_shard, tokenizer):
     assert set(plan.index_S.tolist()) == set(range(5))
     index = corpus.index(0)
     samples, media = index.samples.copy(), index.media.copy()
-    overwrite(shard, samples[0]["json_offset"], b"?" * 10)
+    overwrite(shard, samples[0]["text_offset"], b"?" * 10)
     overwrite(shard, media[1]["offset"] + 60, bytes(40))
     overwrite(shard, media[2]["offset"] + media[2]["size"] // 2, bytes(200))
-    shorter = make_shard.json("<image>h", "3").ljust(int(samples[3]["json_size"]))
-    overwrite(shard, samples[3]["json_offset"], shorter)
+    shorter = make_shard.json("<image>h", "3").ljust(int(samples[3]["text_size"]))
+    overwrite(shard, samples[3]["text_offset"], shorter)
     return corpus, plan
 
 
@@ -247,8 +247,8 @@ def test_what_the_checksum_cannot_see(damaged, tokenizer, monkeypatch):
     corpus, plan = damaged
     monkeypatch.setattr(jobs, "zlib", SimpleNamespace(crc32=lambda data: 0))
     index = corpus.index(0)
-    trusting = SimpleNamespace(samples=index.samples.copy(), media=index.media.copy())
-    trusting.samples["json_crc"] = trusting.media["crc"] = 0
+    trusting = SimpleNamespace(samples=index.samples.copy(), media=index.media.copy(), format="turns", prompt=None)
+    trusting.samples["text_crc"] = trusting.media["crc"] = 0
     monkeypatch.setattr(corpus, "index", lambda shard: trusting)
     reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0)
     images, rows = reader.read(plan, range(len(plan.tokens_I)), [0])
@@ -367,7 +367,7 @@ def test_webdataset_reads_the_same_samples(corpus, indexes):
     assert len(seen) == index.n_samples
     raw = Path(index.shard).read_bytes()
     for sample, record in zip(seen, index.samples, strict=True):
-        assert sample["json"] == raw[record["json_offset"] :][: record["json_size"]]
+        assert sample["json"] == raw[record["text_offset"] :][: record["text_size"]]
         image = sample.get("0.png") or sample["0.jpg"]
         medium = index.media[record["first_media"]]
         assert decode_image(image, 1 << 20).shape[:2] == (medium["height"], medium["width"])

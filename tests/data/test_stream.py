@@ -281,9 +281,9 @@ def test_plans_of_files_are_the_layout_of_their_samples(corpus, tokenizer, too_l
         for s in range(len(plan.shard_S)):
             index, mine = opened.index(int(plan.shard_S[s])), plan.image_sample_I == s
             record = index.samples[plan.index_S[s]]
-            name = f"sample at byte {record['json_offset']} of {index.shard}"
+            name = f"sample at byte {record['text_offset']} of {index.shard}"
             with open_range(opened.shard_name(int(plan.shard_S[s]))) as file:
-                content = parse_sample(file.read(int(record["json_offset"]), int(record["json_size"])), name)
+                content = parse_sample(file.read(int(record["text_offset"]), int(record["text_size"])), name)
             media = index.media[record["first_media"] : record["first_media"] + record["media"]]
             names = ["video" if kind == VIDEO else "image" for kind in media["kind"]]
             encoded = tokenizer.encode_sample(content["turns"], ("assistant",), names, name)

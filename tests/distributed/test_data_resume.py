@@ -137,7 +137,7 @@ def read_an_epoch(overrides: list[str]) -> tuple[int, int]:
             index = data.stream.corpus.index(shard)
             record = index.samples[sample]
             first = int(record["first_media"])
-            used += int(record["json_size"]) + int(index.media["size"][first : first + int(record["media"])].sum())
+            used += int(record["text_size"]) + int(index.media["size"][first : first + int(record["media"])].sum())
         prepared.release()
     return read, used
 

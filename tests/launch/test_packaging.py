@@ -68,7 +68,7 @@ def test_every_folder_of_modules_is_a_package_of_the_project():
 
 
 def test_an_installation_trains_from_another_directory(installed, corpus, tmp_path):
-    command = "import sys; from tandem.launch.cli import main; sys.exit(main())"
+    command = "import sys; from tandem.launch import main; sys.exit(main())"
     settings = ["+recipe=stage1", "scale=toy", "run.dir=run", "data.workers=1", *SMALL, *corpus_overrides(corpus)]
     done = run("-c", command, "train", *settings, cwd=tmp_path, path=installed)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -76,7 +76,7 @@ def test_an_installation_trains_from_another_directory(installed, corpus, tmp_pa
 
 
 def test_processes_that_an_installed_command_starts_find_its_functions(installed, corpus, tmp_path):
-    command = "import sys; from tandem.launch.cli import main; sys.exit(main())"
+    command = "import sys; from tandem.launch import main; sys.exit(main())"
     for name in ("read", "count"):
         (tmp_path / f"{name}.tar").write_bytes((corpus / f"train/{name}-0000.tar").read_bytes())
     words = ["index-shards", "read.tar", "count.tar", "--tokenizer", str(corpus / "tokenizer.json"), "--workers", "2"]
@@ -86,7 +86,7 @@ def test_processes_that_an_installed_command_starts_find_its_functions(installed
 
 
 def test_an_installation_lists_its_commands_and_knows_the_nearest(installed, tmp_path):
-    command = "import sys; from tandem.launch.cli import main; sys.exit(main())"
+    command = "import sys; from tandem.launch import main; sys.exit(main())"
     listed = run("-c", command, cwd=tmp_path, path=installed).stdout
     assert "  train " in listed and "  make-shards " in listed and "  cli " not in listed
     wrong = run("-c", command, "evaluat", cwd=tmp_path, path=installed)
@@ -94,7 +94,7 @@ def test_an_installation_lists_its_commands_and_knows_the_nearest(installed, tmp
 
 
 def commands():
-    return sorted(path for path in (ROOT / "launch").glob("*.py") if path.stem not in ("__init__", "cli"))
+    return sorted(path for path in (ROOT / "launch").glob("*.py") if path.stem != "__init__")
 
 
 @pytest.mark.parametrize("path", commands(), ids=lambda path: path.stem)

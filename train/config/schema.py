@@ -127,7 +127,8 @@ class SourceConfig:
     weight: its share of the samples against the other sources' weights; null on all sources for shares by size, where
     `repeat` multiplies a source's size and `max_samples` bounds it.  entity_cap: most samples of one entity an epoch.
     rare_domain_copies: how often an epoch holds each sample of a domain that has under half of the mean domain's.
-    train_roles: whose turns are trained on.  fps: frames a second taken from a video."""
+    train_roles: whose turns are trained on.  fps: frames a second taken from a video.  format: that its shards must
+    have been indexed as, auto for any."""
 
     shards: list[str]
     weight: float | None = None
@@ -137,6 +138,7 @@ class SourceConfig:
     rare_domain_copies: int = 1
     train_roles: list[str] = field(default_factory=lambda: ["assistant"])
     fps: float = 1.0
+    format: str = "auto"
 
 
 @dataclass

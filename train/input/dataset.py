@@ -13,6 +13,8 @@ from tandem.train.config.schema import Config
 from tandem.train.input.prefetcher import BATCHES_HELD
 from tandem.train.tasks import find
 
+IMAGES = "images"  # the format without texts
+
 
 @dataclass(frozen=True)
 class Data:
@@ -40,6 +42,12 @@ def open_data(config: Config) -> Data:
         for name, source in data.sources.items()
     ]
     corpus = Corpus.open(sources, tokenizer.sha256)
+    for source in corpus.sources:
+        if (task.has_llm or task.reads_texts) and IMAGES in source.catalog.formats:
+            raise ValueError(
+                f"data.sources.{source.settings.name} has shards of format {IMAGES}, in which nothing is said: "
+                f"task {config.task} needs texts; only task mim does without"
+            )
     settings = StreamConfig(
         seq_length=config.train.seq_length,
         rows_per_step=config.train.global_batch_size,

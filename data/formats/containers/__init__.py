@@ -1,0 +1,41 @@
+"""Files that hold records, one module each: `CONTAINER` cuts a file into units and reads the records of a unit.
+
+    lines     a record a line, also .gz and .zst        parquet   rows
+    array     one JSON list                             archive   tar.gz of samples
+    table     .csv and .tsv                             folder    images or videos, with captions or classes
+
+Folders and tables are first written as lines, see `Container.prepare`.
+"""
+
+import importlib
+import os
+import pkgutil
+from functools import cache
+
+from tandem.data.formats.containers.base import Container
+
+__all__ = ["Container", "container_of", "find_container"]
+
+
+@cache
+def _containers() -> dict[str, Container]:
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    found = [module.CONTAINER for module in modules if hasattr(module, "CONTAINER")]
+    return {each.name: each for each in found}
+
+
+def find_container(name: str) -> Container:
+    return _containers()[name]
+
+
+def container_of(path: str) -> Container:
+    """The container of a file or folder, by its name and first bytes. Raises ValueError for another file."""
+    head = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            head = file.read(1 << 16)
+    found = next((each for each in _containers().values() if each.holds(path, head)), None)
+    if found is None:
+        known = ", ".join(ending for each in _containers().values() for ending in each.endings)
+        raise ValueError(f"{path} is no file that can be imported; known are folders and {known}")
+    return found

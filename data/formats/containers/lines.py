@@ -1,0 +1,109 @@
+"""A JSON object on each line: .jsonl, also compressed as .gz or .zst, and .json files of this kind.
+
+A plain file is cut at lines; a compressed one is one unit, read in order.
+"""
+
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from tandem.data.formats.containers.base import Container, Found, not_utf8
+from tandem.data.media.text import SampleError
+
+_BLOCK = 1 << 20
+_LONGEST = 1 << 28  # bytes of a line
+_PACKED = (".gz", ".zst", ".zstd")
+
+
+class LinesContainer(Container):
+    name = "lines"
+    endings = (".jsonl", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".jsonl.zstd")
+
+    def holds(self, path: str, head: bytes) -> bool:
+        return super().holds(path, head) or (path.lower().endswith(".json") and _first_is_object(head))
+
+    def units(self, path: str, most: int) -> Iterator[dict]:
+        size = os.path.getsize(path)
+        if path.lower().endswith(_PACKED):
+            yield {"first": 0, "start": 0, "end": None, "weight": size}
+            return
+        start = first = lines = at = 0
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                found = -1
+                while (found := block.find(b"\n", found + 1)) >= 0:
+                    lines += 1
+                    if lines == most:
+                        end = at + found + 1
+                        yield {"first": first, "start": start, "end": end, "weight": end - start}
+                        start, first, lines = end, first + lines, 0
+                at += len(block)
+        if start < size:
+            yield {"first": first, "start": start, "end": size, "weight": size - start}
+
+    def records(self, path: str, unit: dict, start: int) -> Iterator[Found]:
+        with opened(path) as file:
+            if unit["start"]:
+                file.seek(unit["start"])
+            at, ordinal = unit["start"], unit["first"]
+            while unit["end"] is None or at < unit["end"]:
+                try:
+                    line = file.readline(_LONGEST)
+                except (OSError, EOFError, ValueError) as error:
+                    raise ValueError(f"{path} cannot be read behind byte {at} of its text: {error}") from error
+                if not line:
+                    break
+                if ordinal >= start and line.strip():
+                    yield ordinal, parse(line, at)
+                at, ordinal = at + len(line), ordinal + 1
+
+
+def parse(line: bytes, at: int) -> object:
+    """What a line at byte `at` holds, or the SampleError that says why it cannot be read."""
+    try:
+        return json.loads(line.decode("utf-8-sig" if at == 0 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return SampleError("not UTF-8", not_utf8("its line", at + error.start))
+    except (ValueError, RecursionError) as error:
+        return SampleError("bad json", f"its line, at byte {at}, is no JSON: {error}")
+
+
+@contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """A file, unpacked. Raises ValueError where pyarrow is needed and not installed."""
+    if path.lower().endswith((".gz", ".tgz")):
+        with gzip.open(path) as file:
+            yield file
+    elif path.lower().endswith(_PACKED):
+        with pyarrow_for(path).input_stream(path, compression="zstd") as stream, io.BufferedReader(stream) as file:
+            yield file
+    else:
+        with open(path, "rb") as file:
+            yield file
+
+
+def pyarrow_for(path: str):
+    """The module. Raises ValueError, naming the file that needs it, where it is not installed."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow, which is not installed: pip install 'tandem[import]'") from error
+    return pyarrow
+
+
+def _first_is_object(head: bytes) -> bool:
+    """Whether the first line is a whole JSON object, or a longer line than `head` that may be one."""
+    line, end, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    if not line.startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return not end
+
+
+CONTAINER = LinesContainer()

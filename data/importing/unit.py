@@ -1,0 +1,179 @@
+"""What a worker does: the records of one unit become parts, each a shard of limited size with its index.
+
+    record  --format-->  turns and media  --read, check-->  KEY.json KEY.0.jpg KEY.1.jpg ...  -->  tar
+
+Everything that the parts hold follows from the unit and the settings, so that a part which a killed process left
+half-written is written again alike.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tandem.data.formats.containers import find_container
+from tandem.data.formats.records import find_format, format_of
+from tandem.data.importing.journal import Journal, Part, Tally
+from tandem.data.importing.media import MediaFiles
+from tandem.data.importing.tar_writer import TarWriter
+from tandem.data.media.text import SampleError, Tokenizer, placeholders
+from tandem.data.shards.tars import MAX_BYTES, printable
+
+_PROGRESS_S = 0.5
+Members = list[tuple[str, bytes]]
+
+
+@dataclass(frozen=True)
+class UnitTask:
+    """Imports one unit: {"number", "file", "path", "container", "format", "folders", "count", ...} of the pipeline.
+
+    tokenizer: file with which shards are indexed, None for none.
+    """
+
+    out: str
+    shard_bytes: int
+    prompt: str | None
+    domain: str | None
+    tokenizer: str | None
+
+    def __call__(self, unit: dict) -> int:
+        """Write the parts that are missing; the number of parts. Raises ValueError for a damaged file."""
+        journal = Journal(self.out)
+        parts = journal.parts(unit["number"])
+        if parts and parts[-1].last:
+            return len(parts)
+        run = _UnitRun(self, unit, journal, len(parts), parts[-1].next if parts else unit["first"])
+        try:
+            return run.finish()
+        finally:
+            run.drop()
+
+    @cached_property
+    def opened_tokenizer(self) -> Tokenizer | None:
+        return None if self.tokenizer is None else Tokenizer(self.tokenizer)
+
+
+class _UnitRun:
+    """The parts of one unit from a record on."""
+
+    def __init__(self, task: UnitTask, unit: dict, journal: Journal, number: int, start: int):
+        self._task, self._unit, self._journal, self._number = task, unit, journal, number
+        self._start, self._next, self._tally = start, start, Tally()
+        self._files = MediaFiles(unit["folders"])
+        self._container = find_container(unit["container"])
+        self._format = None if self._container.whole else find_format(unit["format"])
+        self._writer: TarWriter | None = None
+        self._noted = time.monotonic()
+
+    def finish(self) -> int:
+        for ordinal, record in self._container.records(self._unit["path"], self._unit, self._start):
+            try:
+                members, tally = self._sample(ordinal, record)
+            except SampleError as error:
+                name = f"record {ordinal} of {printable(self._unit['source'])}"
+                self._tally.leave_out(error.reason, f"{name}: {error}")
+            else:
+                if self._writer and self._writer.size + TarWriter.needed(members) > self._task.shard_bytes:
+                    self._close(last=False)
+                self._writer = self._writer or TarWriter(Path(self._task.out) / self._shard, self._journal.folder)
+                self._writer.add(members)
+                self._tally.add(tally)
+            self._next = ordinal + 1
+            self._note(ordinal)
+        self._close(last=True)
+        return self._number
+
+    def drop(self) -> None:
+        if self._writer:
+            self._writer.drop()
+
+    @property
+    def _shard(self) -> str:
+        return f"shard-{self._unit['number']:05}-{self._number:03}.tar"
+
+    def _close(self, last: bool) -> None:
+        """The part is complete: tar, index, journal entry, in this order."""
+        shard = None
+        if self._writer:
+            self._writer.close()
+            shard, self._tally.bytes = self._shard, self._writer.path.stat().st_size
+            self._writer = None
+            if self._task.opened_tokenizer is not None:
+                self._index(Path(self._task.out) / shard)
+        self._journal.record(self._unit["number"], self._number, Part(shard, self._next, last, self._tally))
+        self._number, self._tally = self._number + 1, Tally()
+
+    def _index(self, path: Path) -> None:
+        from tandem.data.shards.indexing import build_index
+
+        report = build_index(path, self._task.opened_tokenizer)
+        left = Tally(report.samples, report.images, report.videos, self._tally.bytes)
+        left.left_out, left.examples = self._tally.left_out, self._tally.examples
+        for reason, n in report.skipped.items():
+            left.left_out[reason] += n
+            left.examples.setdefault(reason, []).append(f"{path.name}: {report.examples[reason]}")
+        self._tally = left
+
+    def _sample(self, ordinal: int, record: object) -> tuple[Members, Tally]:
+        """The members of one sample, and what to count. Raises SampleError."""
+        if isinstance(record, SampleError):
+            raise record
+        if self._container.whole:
+            members = [(f"{record['key']}.{rest}" if rest else record["key"], data) for rest, data in record["members"]]
+            return members, Tally(samples=1)
+        if not isinstance(record, dict):
+            raise SampleError("no object", f"it is a {type(record).__name__}, not an object")
+        if not self._format.fits(record) and (other := format_of(record)):
+            sentence = f"it is of format {other.name}, but the file's is {self._format.name}"
+            raise SampleError(f"of format {other.name}, not {self._format.name}", sentence)
+        return self._conversation(ordinal, record)
+
+    def _conversation(self, ordinal: int, record: dict) -> tuple[Members, Tally]:
+        try:
+            said = self._format.conversation(record, self._task.prompt)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SampleError("bad record", f"it is not {self._format.what} ({error!r})") from error
+        kinds = [medium.kind for medium in said.media]
+        _check_placeholders([kind for turn in said.turns for kind in placeholders(turn["text"])], kinds)
+        key = f"{self._unit['file']:04}-{ordinal:09}"
+        media = [self._files.read(medium) for medium in said.media]
+        content = {"turns": said.turns, **said.more}
+        if self._task.domain is not None:
+            content["domain"] = self._task.domain
+        try:
+            text = json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise SampleError("bad text", "it has a text with a lone surrogate, which is no character") from error
+        if len(text) > MAX_BYTES["json"]:
+            raise SampleError("text too long", f"its text has {len(text)} bytes; the limit is {MAX_BYTES['json']}")
+        members = [(f"{key}.json", text)]
+        members += [(f"{key}.{number}.{ending}", data) for number, (ending, data) in enumerate(media)]
+        return members, Tally(1, kinds.count("image"), kinds.count("video"))
+
+    def _note(self, ordinal: int) -> None:
+        if time.monotonic() - self._noted > _PROGRESS_S and self._unit["count"]:
+            self._noted = time.monotonic()
+            self._journal.progress(self._unit["number"], (ordinal + 1 - self._unit["first"]) / self._unit["count"])
+
+
+def _check_placeholders(found: list[str], kinds: list[str]) -> None:
+    """Raises SampleError where placeholders and media do not agree one by one."""
+    if found == kinds:
+        return
+    for kind in ("image", "video"):
+        named, held = found.count(kind), kinds.count(kind)
+        sentence = f"its text has {named} <{kind}> and it names {held} {kind}s"
+        if named < held:
+            raise SampleError(f"<{kind}> missing", f"{sentence}; each needs its placeholder")
+        if named > held:
+            raise SampleError(f"<{kind}> surplus", f"{sentence}; write \\<{kind}> where the text itself is meant")
+    raise SampleError("media in another order", f"its text has <{'>, <'.join(found)}>, it names {', '.join(kinds)}")
+
+
+def first_records(container: str, path: str, unit: dict, most: int) -> Iterator[object]:
+    """The first records of a unit that can be read, at most `most`."""
+    for _, (_, record) in zip(range(most), find_container(container).records(path, unit, unit["first"]), strict=False):
+        if not isinstance(record, SampleError):
+            yield record
