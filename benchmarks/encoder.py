@@ -295,7 +295,7 @@ def measure(size: Size, device: torch.device) -> dict:
     ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (vit, peer))
     return {
         "patches": images.lengths_I.tolist(),
-        "flop": 3 * encoder_flops(size.vit, images.lengths_I),
+        "flop": 3 * encoder_flops(size.vit, images.grid_I2),
         "peak_flop_per_s": device_peak_tflops(device) * 1e12,
         "parameters": {"ours": ours, "peer": theirs, "peer_positions": peer.config.num_patches * size.vit.width},
         "errors": errors,

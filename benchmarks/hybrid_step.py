@@ -246,7 +246,7 @@ def encoder_floor(size: Size, config, images: int) -> float:
 
     from tandem.train.cost.flops import device_peak_tflops, encoder_flops
 
-    work = 3 * encoder_flops(config.model.encoder, np.full(images, size.side**2))
+    work = 3 * encoder_flops(config.model.encoder, np.full((images, 2), size.side))
     cores = min(size.ranks, len(os.sched_getaffinity(0)))
     return work / (device_peak_tflops(torch.device("cpu")) * 1e12) / cores
 

@@ -48,9 +48,11 @@ class VisionSpec:
     """Everything about geometry and cost, built from plain numbers; `train.vision` builds it from the settings.
 
     min_patches, max_patches: of one image.  merge: patches a side of a block that becomes one token.  mean, std: of
-    pixel values from 0 to 1, by channel.  width, depth, mlp_width: of the encoder; token_flops: of the connector,
-    forward, for one token; 0 where nobody asks for cost.  Raises ValueError, one sentence with the key, for a value
-    that cannot work.
+    pixel values from 0 to 1, by channel.  width, depth, mlp_width, mlp_matrices: of the encoder's blocks; token_flops:
+    of the connector, forward, for one token; 0 where nobody asks for cost.  class_tokens: of each image beside its
+    patches.  window: patches a side of the windows to which all but `whole_layers` of the blocks confine attention, 0
+    for none.  learned: whether positions come from a table of one grid.  Raises ValueError, one sentence with the key,
+    for a value that cannot work.
     """
 
     min_patches: int = 4
@@ -62,7 +64,12 @@ class VisionSpec:
     width: int = 0
     depth: int = 0
     mlp_width: int = 0
+    mlp_matrices: int = 2
     token_flops: int = 0
+    class_tokens: int = 0
+    window: int = 0
+    whole_layers: int = 0
+    learned: bool = False
 
     INTERPOLATION: ClassVar[str] = "bilinear"
     layout: ClassVar[ViewLayout] = ViewLayout()
@@ -195,12 +202,26 @@ class VisionSpec:
         x_N = merge * (block_N % across_N) + corner_N % merge
         return np.stack([y_N, x_N], 1).astype(np.int32)
 
+    def windows(self, grid_hw_I2: np.ndarray | Sequence) -> tuple[np.ndarray, np.ndarray]:
+        """(order int64 [N], patches of each window): patches in the order of `cut`, taken window by window.
+
+        Windows of an image come in raster order, the last of a row or column may be smaller, and patches keep their
+        order inside a window.
+        """
+        grid_hw_I2, positions_N2 = np.asarray(grid_hw_I2, np.int64).reshape(-1, 2), self.positions(grid_hw_I2)
+        windows_I2 = -(-grid_hw_I2 // self.window)
+        first_I = np.cumsum(windows_I2.prod(1)) - windows_I2.prod(1)
+        patches_I = grid_hw_I2.prod(1)
+        y_N, x_N = (positions_N2 // self.window).T
+        window_N = np.repeat(first_I, patches_I) + y_N * np.repeat(windows_I2[:, 1], patches_I) + x_N
+        return np.argsort(window_N, kind="stable"), np.bincount(window_N)
+
     # Cost
 
-    def encoder_flops(self, patches_I) -> np.ndarray:
-        """Forward FLOPs of the encoder for each view of these patches, int64 [I]."""
-        n = np.asarray(patches_I, np.int64)
-        return 2 * n * self.patch_values * self.width + transformer_flops(n, self.width, self.depth, self.mlp_width)
+    def encoder_flops(self, grid_hw_I2) -> np.ndarray:
+        """Forward FLOPs of the encoder for each view, int64 [I]."""
+        patches_I = np.asarray(grid_hw_I2, np.int64).prod(-1)
+        return 2 * patches_I * self.patch_values * self.width + self.cost(grid_hw_I2)
 
     def connector_flops(self, tokens) -> np.ndarray:
         """Forward FLOPs of the connector that makes these tokens, int64."""
@@ -212,8 +233,15 @@ class VisionSpec:
         The patch embedding and the connector are left out: 2% of the report's encoder, and plans of before stay as
         they are.
         """
-        patches_I = np.asarray(grid_hw_I2, np.int64).prod(-1)
-        return transformer_flops(patches_I, self.width, self.depth, self.mlp_width)
+        grid_hw_I2 = np.asarray(grid_hw_I2, np.int64)
+        tokens_I = grid_hw_I2.prod(-1) + self.class_tokens
+        pairs_I = self.depth * tokens_I**2
+        if self.window:
+            whole_I2, rest_I2 = np.divmod(grid_hw_I2, self.window)
+            of_windows_I = (whole_I2 * self.window**2 + rest_I2**2).prod(-1)  # sum of squares, axis by axis
+            pairs_I = self.whole_layers * tokens_I**2 + (self.depth - self.whole_layers) * of_windows_I
+        sizes = (self.width, self.depth, self.mlp_width, self.mlp_matrices)
+        return transformer_flops(tokens_I, *sizes, pairs_I=pairs_I)
 
     # Identity
 
@@ -233,10 +261,17 @@ def patch_values(patch_size: int) -> int:
     return patch_size * patch_size * CHANNELS
 
 
-def transformer_flops(tokens_I, width: int, depth: int, mlp_width: int) -> np.ndarray:
-    """Forward FLOPs of `depth` blocks for each segment of these tokens, whose tokens attend to all of it, int64 [I]."""
+def transformer_flops(
+    tokens_I, width: int, depth: int, mlp_width: int, mlp_matrices: int = 2, pairs_I: np.ndarray | None = None
+) -> np.ndarray:
+    """Forward FLOPs of `depth` blocks for each segment of these tokens, int64 [I].
+
+    mlp_matrices: of mlp_width x width in each block.  pairs_I: query-key pairs of all blocks together; where they are
+    not given, tokens attend to all of their segment.
+    """
     n, d = np.asarray(tokens_I, np.int64), width
-    return depth * (n * (8 * d * d + 4 * d * mlp_width) + 4 * n * n * d)
+    pairs_I = depth * n * n if pairs_I is None else pairs_I
+    return depth * n * (8 * d * d + 2 * mlp_matrices * d * mlp_width) + 4 * pairs_I * d
 
 
 def changed(was: dict, now: dict) -> str:

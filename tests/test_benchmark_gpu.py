@@ -54,7 +54,7 @@ def test_the_towers_pack_is_the_one_that_was_measured_before():
     pack = draw_pack(32768)
     assert (len(pack.grid_I2), pack.patches) == (26, 32076)
     assert round(pack.flops(ViTConfig()) / 1e12, 1) == 135.3
-    assert pack.flops(ViTConfig()) == 3 * encoder_flops(ViTConfig(), pack.lengths_I)
+    assert pack.flops(ViTConfig()) == 3 * encoder_flops(ViTConfig(), pack.grid_I2)
     assert not np.any(pack.grid_I2 % 2)
 
 

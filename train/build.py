@@ -104,9 +104,10 @@ def build_encoder_engine(config: Config, tower: nn.Module, device: torch.device)
 def layer_lr_scale(name: str, depth: int, decay: float) -> float:
     """Factor of a parameter's learning rate: decay ** (layers of the encoder above it); 1 outside of the encoder.
 
-    The patch embedding lies under all `depth` blocks, the final norm above them (BEiT, Bao et al. 2022).
+    The patch embedding lies under all `depth` blocks, with positions, class token and the norm before them; the final
+    norm lies above them (BEiT, Bao et al. 2022).
     """
-    place = re.match(r"encoder\.(?:blocks\.(\d+)|(patch_embedding))\.", name)
+    place = re.match(r"encoder\.(?:blocks\.(\d+)|(patch_embedding|positions|class_token|pre_norm))\.", name)
     if place is None:
         return 1.0
     return decay ** (depth + 1 if place[2] else depth - int(place[1]))

@@ -29,7 +29,7 @@ from tandem.train.reliability.health import Health
 from tandem.train.reliability.stopping import end_launcher, follow_launcher, stop_wish
 from tandem.train.reliability.watchdog import Heartbeat
 from tandem.train.schedule import learning_rate
-from tandem.train.start import Position, RunPaths, agree_on_run_paths, go_back, restore
+from tandem.train.start import Position, RunPaths, agree_on_run_paths, check_folders, go_back, restore
 from tandem.train.tasks import find
 from tandem.train.tasks.base import Trainer
 
@@ -73,7 +73,7 @@ def run(config: Config) -> str:
     layout = check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     launcher = follow_launcher()
     with watchdog.watch(config.watchdog.timeout_s, config.watchdog.patience_s) as heartbeat:
-        find(config.task).check_folders(config)
+        check_folders(config)
         data = open_data(config)
         load_from = config.checkpoint.load_from
         start = checkpoint.Reader(checkpoint.resolve(load_from)) if load_from else None

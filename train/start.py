@@ -14,6 +14,9 @@ from tandem.train import families
 from tandem.train.checkpoints import checkpoint
 from tandem.train.checkpoints.saving import Saver, verify_together
 from tandem.train.config.schema import Config
+from tandem.train.config.settings import resumed
+from tandem.train.families import encoders
+from tandem.train.families.folder import Folder
 from tandem.train.input.dataset import Data
 from tandem.train.reliability import history, watchdog
 from tandem.train.reliability.guards import Record
@@ -90,6 +93,24 @@ def _of_this_launch() -> Path | None:
     return same[0] if same else None
 
 
+def check_folders(config: Config) -> None:
+    """Raises ValueError, one sentence, where a folder that a setting names cannot serve; a run that goes on does not
+    read those of its model."""
+    find(config.task).check_folders(config)
+    if resumed(config) is None:
+        _model_folders(config)
+
+
+def _model_folders(config: Config) -> dict[str, Folder]:
+    """The folders that parts of the model start from, by part."""
+    model, found = config.model, {}
+    if model.encoder.folder:
+        found["encoder"] = encoders.open_folder(model.encoder)
+    if model.llm.folder and find(config.task).has_llm:
+        found["llm"] = families.open_folder(model.llm)
+    return found
+
+
 def restore(
     config: Config,
     trainer: Trainer,
@@ -99,7 +120,7 @@ def restore(
     paths: RunPaths,
 ) -> tuple[Position, list[str]]:
     """(position to go on from, what to tell about it): resumes, or starts from `checkpoint.load_from`, which replaces
-    what `model.llm.folder` gives."""
+    what the folders of the model's parts give."""
     newest, damaged = saver.newest_valid()
     told = [f"DAMAGED, an older one is used: {sentence}" for sentence in damaged]
     if newest is not None:
@@ -107,11 +128,13 @@ def restore(
         if "vision" not in position.data:
             told.append(f"{newest} does not say its vision settings: those of its time are taken, {OLDEST}")
         return position, told
-    if find(config.task).has_llm and config.model.llm.folder:
-        cast(LLMEngine, trainer.engines.by_name["llm"]).load(
-            families.open_folder(config.model.llm).read, optimizer=False
-        )
-        told.append(f"llm from {config.model.llm.folder}")
+    for part, folder in _model_folders(config).items():
+        if part == "llm":
+            cast(LLMEngine, trainer.engines.by_name["llm"]).load(folder.read, optimizer=False)
+        else:
+            read = lambda name, *box, of=folder: of.read(name.removeprefix("encoder."), *box)  # noqa: E731
+            trainer.engines.encoder.load(read, optimizer=False, parts={"encoder"})
+        told.append(f"{part} from {folder.told}")
     if start is not None:
         if wrong := verify_together(start.path, trainer.engines):
             raise ValueError(f"checkpoint.load_from={config.checkpoint.load_from}: {'; '.join(wrong)}")

@@ -25,7 +25,12 @@ def vision_spec(
         std=tuple(encoder.image_std),
         width=encoder.width,
         depth=encoder.depth,
-        mlp_width=int(encoder.width * encoder.mlp_ratio),
+        mlp_width=encoder.mlp_width,
+        mlp_matrices=3 if encoder.gated else 2,
         token_flops=token_flops,
+        class_tokens=int(encoder.class_token),
+        window=encoder.window,
+        whole_layers=len(encoder.whole_layers),
+        learned=encoder.positions == "learned",
         **limits,
     )

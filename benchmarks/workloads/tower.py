@@ -39,7 +39,7 @@ class Pack:
 
     def flops(self, vit: ViTConfig) -> int:
         """Of forward and backward, as three forwards."""
-        return 3 * encoder_flops(vit, self.lengths_I)
+        return 3 * encoder_flops(vit, self.grid_I2)
 
     def images(self, device: torch.device) -> PackedImages:
         """Random patches."""

@@ -59,8 +59,21 @@ def test_costs_by_hand():
     """Two blocks of width 8 and MLP 24 over 6 patches: 6 (8 64 + 4 8 24) + 4 36 8 operations each."""
     spec = VisionSpec(width=8, depth=2, mlp_width=24, token_flops=130, patch_size=16)
     assert spec.cost(np.array([[2, 3]])).tolist() == [2 * (6 * (8 * 64 + 4 * 8 * 24) + 4 * 36 * 8)]
-    assert spec.encoder_flops([6]).tolist() == [int(spec.cost(np.array([[2, 3]]))[0]) + 2 * 6 * 768 * 8]
+    assert spec.encoder_flops([[2, 3]]).tolist() == [int(spec.cost(np.array([[2, 3]]))[0]) + 2 * 6 * 768 * 8]
     assert spec.connector_flops(7) == 7 * 130
+
+
+def test_windows_by_hand():
+    """3 x 5 patches in windows of 2 x 2: rows of 2 and 1 patches, columns of 2, 2 and 1."""
+    spec = VisionSpec(merge=1, width=8, depth=3, mlp_width=24, mlp_matrices=3, window=2, whole_layers=1)
+    order_N, patches_W = spec.windows([(3, 5), (2, 2)])
+    assert patches_W.tolist() == [4, 4, 2, 2, 2, 1, 4]
+    assert order_N.tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]
+    pairs = 15**2 + 2 * sum(n * n for n in patches_W[:-1])
+    assert spec.cost(np.array([[3, 5]])).tolist() == [3 * 15 * (8 * 64 + 6 * 8 * 24) + 4 * pairs * 8]
+    assert VisionSpec(width=8, depth=2, mlp_width=24, class_tokens=1).cost(np.array([[2, 3]])) == [
+        2 * (7 * (8 * 64 + 4 * 8 * 24) + 4 * 49 * 8)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tandem.launch.evaluate import main as evaluate
 from tandem.train import loop
 from tandem.train.config.checks import check_config
 from tandem.train.config.settings import composed, read_config
-from tandem.train.tasks import find
+from tandem.train.start import check_folders
 from tests.curation_shards import encoded, pair
 from tests.distributed.world import run_torchrun, run_world
 from tests.support import ROOT, corpus_overrides, settings, write_tar
@@ -235,7 +235,7 @@ def test_the_encoders_own_stages_refuse_before_the_ranks_meet(name, files):
     with pytest.raises(ValueError) as error:
         config = settings(recipe, *(override.format(files=files) for override in overrides))
         check_config(config, 2 if "parallel.tp=2" in overrides else 1)
-        find(config.task).check_folders(config)
+        check_folders(config)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

@@ -37,7 +37,7 @@ CODE_NAME = re.compile(r"(data|parallel|train)(\.\w+)+")
 
 KEYS = keys()
 OF_EXTENSIONS = {"+recipe=colour", "model=wide", "model=shuffled"}  # files of docs/extending.md, see test_extending.py
-NEEDS_FOLDER = re.compile("model.llm.folder=/")  # of the reader's
+NEEDS_FOLDER = re.compile(r"model\.(llm|encoder)\.folder=/")  # of the reader's
 
 
 @functools.cache

@@ -429,8 +429,8 @@ PARALLEL = (
         "image_cost_without_attention",
         "data/vision.py",
         "transformer_flops",
-        "(n * (8 * d * d + 4 * d * mlp_width) + 4 * n * n * d)",
-        "n * (8 * d * d + 4 * d * mlp_width)",
+        " + 4 * pairs_I * d",
+        "",
         ("tests/train/test_flops.py",),
     ),
     Mutation(

@@ -43,6 +43,8 @@ from tests.reference.vision import text_embedding
 from tests.support import new_tower, settings
 from tests.train.followed import CPU, open_stage
 from tests.train.toys import ToyLLM, packed, random_images
+from tests.train.vision_models import images as noise
+from tests.train.vision_models import saved
 
 GRID, TOKENS = [4, 6], 24  # of the image and of the text that go through the models
 EFFECTS: dict[str, Callable[["Lab"], None]] = {}
@@ -176,6 +178,57 @@ for key, value, usual in (
     ("norm_eps", 0.4, 1e-6),
 ):
     encoder_effect(key, value, usual)
+
+
+def switch_effect(key: str, value: str, *base: str):
+    """Against the same encoder without this key: other weights, or other features from those of the same names.  What
+    a switch computes is held to transformers' classes (tests/train/test_encoder_families.py)."""
+
+    def run(lab):
+        found = []
+        for overrides in ([*base, f"model.encoder.{key}={value}"], list(base)):
+            config, engines = language("model.connector.merge=1", *overrides)
+            shapes = {name: tuple(tensor.shape) for name, tensor in weights_of(engines.encoder).items()}
+            _, images = noise(config, [(3, 5), (4, 6)])
+            with torch.no_grad():
+                found.append((shapes, engines.encoder.encode(images)))
+        (shapes, rows), (usual_shapes, usual_rows) = found
+        assert rows.shape == usual_rows.shape and rows.isfinite().all()
+        if shapes == usual_shapes:
+            differs(rows, usual_rows)
+
+    EFFECTS[f"model.encoder.{key}"] = run
+
+
+LEARNED = ("model.encoder.positions=learned", "model.encoder.position_grid=3")
+for key, value, *base in (
+    ("positions", "learned"),
+    ("position_grid", "4", *LEARNED),
+    ("interpolation", "antialias", *LEARNED),
+    ("class_token", "true", *LEARNED),
+    ("pre_norm", "true"),
+    ("final_norm", "false"),
+    ("norm", "rmsnorm"),
+    ("activation", "quick_gelu"),
+    ("bias", "false"),
+    ("patch_bias", "false"),
+    ("frames", "2"),
+    ("window", "2"),
+    ("whole_layers", "[1]", "model.encoder.window=2"),
+):
+    switch_effect(key, value, *base)
+
+
+@effect("model.encoder.folder", "model.encoder.feature_layer")
+def encoder_of_a_folder(lab):
+    """Its sizes, without the last layer; its weights are those of `tests/distributed/test_encoder_families.py`."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = saved("clip", Path(root))
+        overrides = [f"model.encoder.folder={folder}", "model.encoder.feature_layer=-2"]
+        config, engines = language(*overrides)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights_of(engines.encoder).items()}
+    assert config.model.encoder.depth == 2 and shapes["encoder.blocks.1.qkv.weight"] == (144, 48)
+    assert not any(name.startswith("encoder.blocks.2.") for name in shapes)
 
 
 @effect("model.encoder.patch_size", "model.connector.merge", "model.encoder.image_mean", "model.encoder.image_std")

@@ -27,14 +27,14 @@ from tandem.train.cost.flops import (
 from tandem.train.models.connectors.base import Sizes
 from tandem.train.models.connectors.mlp import CONNECTOR
 from tandem.train.models.encoders.text_encoder import PackedTexts, TextConfig, TextEncoder
-from tandem.train.models.encoders.vit import PackedImages, SeedViT
+from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
 from tandem.train.models.layers.attention_pool import AttentionPool
 from tandem.train.models.layers.masking import mask_images
 from tandem.train.models.towers.masked import MaskedImages, MimConfig, MimTower
 from tandem.train.models.towers.vision_tower import VisionTower
 from tandem.train.vision import vision_spec
 from tests.support import settings
-from tests.train.toys import LLM_KINDS, packed, random_images
+from tests.train.toys import LLM_KINDS, packed, packed_for, random_images
 
 LENGTHS = [10, 7, 7, 16]
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2]]
@@ -58,8 +58,23 @@ def images():
 
 
 def test_encoder_forward(encoder, images):
-    patches_I, pixels = images
-    assert counted(lambda: encoder(pixels)) == encoder_flops(encoder.config, patches_I)
+    _, pixels = images
+    assert counted(lambda: encoder(pixels)) == encoder_flops(encoder.config, GRIDS)
+
+
+def test_windows_and_gates_are_counted():
+    """Windows of 4 x 4 patches in one of two blocks, cut off at the borders of images."""
+    config = ViTConfig(width=32, depth=2, heads=2, activation="swiglu", window=4, whole_layers=[1], norm="rmsnorm")
+    encoder, vision = SeedViT(config), vision_spec(config)
+    images = packed_for(vision, GRIDS)
+    assert counted(lambda: encoder(images)) == encoder_flops(config, GRIDS)
+    assert encoder_flops(config, GRIDS) == vision.cost(GRIDS).sum() + 2 * 52 * 588 * 32
+
+
+def test_a_class_token_is_counted_and_the_resizing_of_positions_is_not():
+    config = ViTConfig(width=32, depth=2, heads=2, positions="learned", position_grid=5, class_token=True)
+    encoder, images = SeedViT(config), packed_for(vision_spec(config), GRIDS)
+    assert counted(lambda: encoder(images)) == encoder_flops(config, GRIDS) + 2 * 52 * 25 * 32
 
 
 def test_encoder_training_is_three_forwards_less_the_gradient_of_pixels(encoder, images):
@@ -67,14 +82,14 @@ def test_encoder_training_is_three_forwards_less_the_gradient_of_pixels(encoder,
     patches_I, pixels = images
     of_pixels = 2 * int(patches_I.sum()) * VisionSpec().patch_values * encoder.config.width
     real = counted(lambda: encoder(pixels).sum().backward())
-    assert real == 3 * encoder_flops(encoder.config, patches_I) - of_pixels
+    assert real == 3 * encoder_flops(encoder.config, GRIDS) - of_pixels
 
 
 def test_balance_costs_are_the_encoder_without_its_patch_embedding(encoder):
     for patches in (4, 100, 16384):
         embedding = 2 * patches * VisionSpec().patch_values * encoder.config.width
         (cost,) = vision_spec(encoder.config).cost([[2, patches // 2]])
-        assert cost == encoder_flops(encoder.config, np.array([patches])) - embedding
+        assert cost == encoder_flops(encoder.config, [[2, patches // 2]]) - embedding
 
 
 def test_adapter_forward():
@@ -94,7 +109,9 @@ def test_masked_modelling_forward(reading, encoder, images):
     tower, masked = MimTower(encoder.config, mim, width), MaskedImages.of(pixels, mask_N)
     of_encoder, of_head = mim_flops(encoder.config, mim, patches_I, visible_I, width)
     assert counted(lambda: tower.predict(masked)) == of_encoder + of_head
-    assert (of_encoder == encoder_flops(encoder.config, visible_I)) == (reading == "drop")
+    assert (of_encoder == encoder_flops(encoder.config, np.stack([visible_I, np.ones_like(visible_I)], -1))) == (
+        reading == "drop"
+    )
 
 
 @pytest.mark.parametrize("out_width", [48, None], ids=["projected", "as wide as the encoder"])
@@ -159,24 +176,24 @@ def test_other_patches_and_blocks_are_counted(patch_size, merge):
     tower = VisionTower(config.model.encoder, config.model.connector, config.model.llm.width)
     patches_NP = np.zeros((144, patch_size**2 * 3), np.uint8)
     images = PackedImages.of(patches_NP, vision.positions(grids), [72, 72], torch.device("cpu"))
-    step = step_flops(vision, config.model.llm, [], np.array([72, 72]), 128, np.array([128]))
+    step = step_flops(vision, config.model.llm, [], grids, 128, np.array([128]))
     assert counted(lambda: tower(images)) == step.encoder + step.adapter // 3
 
 
 def test_step_adds_up_what_each_stage_trains():
     config = settings("stage1")
     vit, llm = config.model.encoder, config.model.llm
-    patches_I, lengths_N = np.array([16, 64]), np.array([30, 50])
+    grids_I2, lengths_N = np.array([[4, 4], [8, 8]]), np.array([30, 50])
     forward, attention = llm_flops(llm, 128, causal_pairs(lengths_N)), llm_flops(llm, 0, causal_pairs(lengths_N))
 
     vision = vision_spec(vit, llm_width=llm.width)
 
     def step(trainable):
-        return step_flops(vision, llm, trainable, patches_I, 128, lengths_N)
+        return step_flops(vision, llm, trainable, grids_I2, 128, lengths_N)
 
     everything, adapter = step(["encoder", "adapter", "llm"]), step(["adapter"])
-    assert (everything.encoder, everything.llm) == (3 * encoder_flops(vit, patches_I), 3 * forward)
-    assert (adapter.encoder, adapter.llm) == (encoder_flops(vit, patches_I), 2 * forward + attention)
+    assert (everything.encoder, everything.llm) == (3 * encoder_flops(vit, grids_I2), 3 * forward)
+    assert (adapter.encoder, adapter.llm) == (encoder_flops(vit, grids_I2), 2 * forward + attention)
     assert everything.adapter == adapter.adapter == 3 * vision.connector_flops(20)
     assert adapter.total == adapter.encoder + adapter.adapter + adapter.llm
 
@@ -192,7 +209,7 @@ def test_a_full_scale_step_does_not_overflow():
     vit = settings("stage1", "model=seed_vl").model.encoder
     n, d, images = 16384, 1280, 71_303_168 // 4096
     by_hand = images * (27 * (24 * n * d * d + 4 * n * n * d) + 2 * n * VisionSpec().patch_values * d)
-    assert encoder_flops(vit, np.full(images, n)) == by_hand
+    assert encoder_flops(vit, np.full((images, 2), 128)) == by_hand
 
 
 @pytest.mark.parametrize(

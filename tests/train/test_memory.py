@@ -36,6 +36,7 @@ from tandem.train.models.layers.initial import initialize
 from tandem.train.models.towers.vision_tower import VisionTower
 from tandem.train.vision import vision_spec
 from tests.support import ROOT
+from tests.train.toys import packed_for
 
 CPU = torch.device("cpu")
 WIDTH = 96  # of the LLM
@@ -86,7 +87,14 @@ def _storages(tensors) -> dict[int, int]:
 
 
 @pytest.mark.parametrize(
-    "config", [ViTConfig(width=64, depth=2, heads=4, mlp_ratio=3.0), ViTConfig(patch_size=16), recipe()[0]]
+    "config",
+    [
+        ViTConfig(width=64, depth=2, heads=4, mlp_ratio=3.0),
+        ViTConfig(patch_size=16),
+        recipe()[0],
+        ViTConfig(width=64, depth=2, heads=4, activation="swiglu", norm="rmsnorm", bias=False, frames=2),
+        ViTConfig(width=64, depth=2, heads=4, positions="learned", class_token=True, pre_norm=True, patch_bias=False),
+    ],
 )
 def test_the_encoders_parameters_are_counted(config):
     with torch.device("meta"):
@@ -111,6 +119,26 @@ def test_what_the_encoder_keeps(recompute):
     # replay holds one chunk of any number
     twice = encoder_memory(config, ConnectorConfig(), WIDTH, chunks=2, **sizes)
     assert twice.activations == formula.activations * (1 if recompute == "replay" else 2)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"activation": "swiglu", "norm": "rmsnorm", "window": 4, "whole_layers": [1]},
+        {"positions": "learned", "position_grid": 24, "class_token": True, "activation": "quick_gelu"},
+    ],
+    ids=["gate and windows", "learned positions"],
+)
+def test_what_switches_keep(switches):
+    config = ViTConfig(width=128, depth=4, heads=2, **switches)
+    module = VisionTower(config, ConnectorConfig(), WIDTH)
+    initialize(module, seed=0)
+    images = packed_for(vision_spec(config), [[8, 8]] * 6)
+    with Live() as live:
+        rows = module(images)
+    sizes = dict(chunk_patches=6 * 64, chunks=1, recompute="none", zero_stage=1, world=1, element=FP32)
+    formula = encoder_memory(config, ConnectorConfig(), WIDTH, **sizes)
+    assert live.bytes == pytest.approx(formula.activations + rows.numel() * FP32, rel=0.1)
 
 
 @pytest.mark.parametrize(("patch_size", "merge"), [(16, 2), (14, 3)])

@@ -23,16 +23,16 @@ from transformers.utils import import_utils
 from tandem.data.vision import VisionSpec
 from tandem.train.models.encoders.vit import SeedViT, ViTConfig
 from tandem.train.models.layers.initial import initialize
-from tandem.train.models.pretrained import hf_vision, hugging_face
+from tandem.train.models.pretrained import hugging_face
 from tandem.train.models.pretrained.teacher import load_teacher
 from tests.train.folders import saved_models, write
 from tests.train.toys import CPU, pack_pictures, packed, pictures, random_images
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 FIXED = dict(**SIZES, image_size=56, patch_size=14)
-CLIP = (torch.tensor(hf_vision.CLIP_MEAN), torch.tensor(hf_vision.CLIP_STD))
+CLIP = (torch.tensor(hugging_face.CLIP_MEAN), torch.tensor(hugging_face.CLIP_STD))
 HALF = (torch.full((3,), 0.5),) * 2
-IMAGENET = (torch.tensor(hf_vision.IMAGENET_MEAN), torch.tensor(hf_vision.IMAGENET_STD))
+IMAGENET = (torch.tensor(hugging_face.IMAGENET_MEAN), torch.tensor(hugging_face.IMAGENET_STD))
 
 
 def clip():

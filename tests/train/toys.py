@@ -14,6 +14,7 @@ from tandem.parallel.comm.context import pack_row
 from tandem.parallel.comm.transfer import to_device
 from tandem.parallel.engines import llm_shards
 from tandem.parallel.layout import Layout
+from tandem.train.models.encoders.arrangement import Arrangement
 from tandem.train.models.encoders.vit import PackedImages
 from tandem.train.models.language.llm import VisualGPT
 from tandem.train.models.language.llm_config import LLMConfig
@@ -72,6 +73,15 @@ def packed(images: list[np.ndarray], grids_I2, shift_I2=None) -> PackedImages:
     if shift_I2 is not None:
         positions_N2 = positions_N2 + np.repeat(np.asarray(shift_I2, np.int32), patches_I, axis=0)
     return PackedImages.of(np.concatenate(images), positions_N2, patches_I, CPU)
+
+
+def packed_for(vision: VisionSpec, grids_I2, seed: int = 0) -> PackedImages:
+    """Noise for an encoder of this geometry."""
+    grids_I2, generator = np.asarray(grids_I2), np.random.default_rng(seed)
+    patches_I = grids_I2.prod(1)
+    patches_NP = generator.integers(0, 256, (patches_I.sum(), vision.patch_values), np.uint8)
+    arrangement = Arrangement.of(vision, grids_I2, CPU)
+    return PackedImages.of(patches_NP, vision.positions(grids_I2), patches_I, CPU, arrangement=arrangement)
 
 
 def to_meta(value):

@@ -22,7 +22,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from yaml.error import MarkedYAMLError
 
 from tandem.train import families
+from tandem.train.checkpoints.checkpoint import checkpoints
 from tandem.train.config.schema import Config
+from tandem.train.families import encoders
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PRESETS = ("recipe", "scale")
@@ -67,11 +69,31 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
         else:
             OmegaConf.update(out, key, OmegaConf.select(settings, key), merge=False, force_add=True)
     out.scale = {"name": scale.name}
-    if folder := OmegaConf.select(out, "model.llm.folder"):
-        said = {f"model.llm.{key}": value for key, value in families.settings_of(folder).items()}
-        for key in said.keys() - {override.key_or_group for override in parsed}:  # contradictions are `check_folder`'s
-            OmegaConf.update(out, key, said[key])
+    for part in ("llm", "encoder"):
+        if folder := OmegaConf.select(out, f"model.{part}.folder"):
+            said = {f"model.{part}.{key}": value for key, value in _of_folder(out, part, folder).items()}
+            for key in said.keys() - {override.key_or_group for override in parsed}:  # `families.check` compares
+                OmegaConf.update(out, key, said[key], merge=False)
     return out
+
+
+def _of_folder(settings: DictConfig, part: str, folder: str) -> dict[str, Any]:
+    """What a folder says of a part of the model; of a run that goes on, what it said when the run began."""
+    if (saved := resumed(settings)) is not None and OmegaConf.select(saved, f"model.{part}.folder") == folder:
+        return OmegaConf.to_container(saved.model[part])
+    if part == "llm":
+        return families.settings_of(folder)
+    return encoders.settings_of(folder, OmegaConf.select(settings, "model.encoder.feature_layer") or -1)
+
+
+def resumed(settings: DictConfig | Config) -> DictConfig | None:
+    """The saved settings of the run that these resume; None where they resume none."""
+    if not settings.checkpoint.resume or not settings.run.dir:
+        return None
+    run_dir = Path(settings.run.dir)
+    saved = run_dir / "config.yaml"
+    folder = Path(settings.checkpoint.dir or run_dir / "checkpoints")
+    return OmegaConf.load(saved) if saved.is_file() and checkpoints(folder) else None
 
 
 def _said_by(loader, group: str, option: str) -> DictConfig:

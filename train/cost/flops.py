@@ -43,9 +43,9 @@ PEAK_TFLOPS = {  # by a part of the name, the first that fits: dense bf16, from 
 }
 
 
-def encoder_flops(config: ViTConfig, patches_I: np.ndarray) -> int:
-    """Forward FLOPs of the encoder over images of `patches_I` patches."""
-    return int(vision_spec(config).encoder_flops(patches_I).sum())
+def encoder_flops(config: ViTConfig, grid_hw_I2: np.ndarray) -> int:
+    """Forward FLOPs of the encoder over images of these patches down and across."""
+    return int(vision_spec(config).encoder_flops(grid_hw_I2).sum())
 
 
 def mim_flops(
@@ -53,16 +53,18 @@ def mim_flops(
 ) -> tuple[int, int]:
     """Forward FLOPs of masked image modelling, (encoder, all else), the teacher's own not counted.
 
-    patches_I: of each image; visible_I: those of them that are not masked.
+    patches_I: of each image; visible_I: those of them that are not masked.  A plain encoder's cost depends on numbers
+    of patches alone.
     """
+    of_encoder = [encoder_flops(vit, np.stack([n_I, np.ones_like(n_I)], -1)) for n_I in (patches_I, visible_I)]
     visible, masked = int(np.sum(visible_I)), int(np.sum(patches_I) - np.sum(visible_I))
     if mim.masked == "token":  # the trunk runs over all places, the embedding over visible patches
         unseen = 2 * masked * vision_spec(vit).patch_values * vit.width
-        return encoder_flops(vit, patches_I) - unseen, 2 * masked * vit.width * teacher_width
+        return of_encoder[0] - unseen, 2 * masked * vit.width * teacher_width
     mlp_width = int(mim.decoder_width * vit.mlp_ratio)
     decoder = int(transformer_flops(patches_I, mim.decoder_width, mim.decoder_depth, mlp_width).sum())
     head = 2 * mim.decoder_width * (visible * vit.width + masked * teacher_width)
-    return encoder_flops(vit, visible_I), decoder + head
+    return of_encoder[1], decoder + head
 
 
 def pool_flops(vit: ViTConfig, patches_I: np.ndarray, out_width: int) -> int:
@@ -129,13 +131,13 @@ class StepFlops:
 
 
 def step_flops(
-    vision: VisionSpec, llm: "LLMConfig", trainable, patches_I: np.ndarray, tokens: int, lengths_N: np.ndarray
+    vision: VisionSpec, llm: "LLMConfig", trainable, grid_hw_I2: np.ndarray, tokens: int, lengths_N: np.ndarray
 ) -> StepFlops:
     """FLOPs of forward and backward; the adapter always learns, so gradients always pass through the LLM."""
-    visual_tokens, pairs = vision.tokens_of(int(np.sum(patches_I))), causal_pairs(lengths_N)
+    visual_tokens, pairs = int(vision.tokens(grid_hw_I2).sum()), causal_pairs(lengths_N)
     forward, attention = llm_flops(llm, tokens, pairs), llm_flops(llm, 0, pairs)
     return StepFlops(
-        encoder=int(vision.encoder_flops(patches_I).sum()) * (3 if "encoder" in trainable else 1),
+        encoder=int(vision.encoder_flops(grid_hw_I2).sum()) * (3 if "encoder" in trainable else 1),
         adapter=int(vision.connector_flops(visual_tokens)) * 3,
         llm=3 * forward if "llm" in trainable else 2 * forward + attention,
     )

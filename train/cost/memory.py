@@ -16,12 +16,14 @@ Legend: d width, h and g numbers of all query and key/value heads together, f ex
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from tandem.parallel.kernels.cross_entropy import peak_bytes
 from tandem.parallel.kernels.recompute import IN_FLIGHT
 from tandem.parallel.layout import Layout
 from tandem.train.models import connectors
 from tandem.train.models.connectors.base import ConnectorConfig
-from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.encoders.vit import SeedViT, ViTConfig
 from tandem.train.vision import vision_spec
 
 if TYPE_CHECKING:  # the encoder's memory is counted without Megatron-core
@@ -30,6 +32,7 @@ if TYPE_CHECKING:  # the encoder's memory is counted without Megatron-core
 FP32 = 4
 OPTIMIZER = 3 * FP32  # weights and two moments of a parameter
 POSITION = 2 * 4  # bytes of a patch's place
+ARRANGEMENT = 2 * 4 + 2 * 8  # and of its image's grid, its token and its token's row
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,8 @@ class Memory:
 
 def encoder_parameters(config: ViTConfig, llm_width: int, connector: ConnectorConfig | None = None) -> tuple[int, int]:
     """Parameters of (encoder, adapter)."""
-    d, mlp = config.width, int(config.width * config.mlp_ratio)
-    block = 4 * d * d + 2 * d * mlp + 4 * d + d + mlp + 4 * d  # products, their biases, two norms
-    encoder = config.depth * block + (vision_spec(config).patch_values + 1) * d + 2 * d
+    with torch.device("meta"):
+        encoder = sum(parameter.numel() for parameter in SeedViT(config).parameters())
     kind, sizes, options = connectors.between(config, connector or ConnectorConfig(), llm_width)
     return encoder, kind.parameters(sizes, options)
 
@@ -78,41 +80,47 @@ def encoder_memory(
     of an activation, 2 for bf16.
     """
     parameters = sum(encoder_parameters(config, llm_width, connector))
-    d, mlp = config.width, int(config.width * config.mlp_ratio)
+    d, mlp = config.width, config.mlp_width
     held, kept = (1, "none") if recompute == "replay" else (chunks, recompute)
 
     def of_blocks(recompute: str, layers: int, patches: int) -> int:
-        return activation_bytes(recompute, patches, layers, d, config.heads, mlp, element)
+        return activation_bytes(recompute, patches, layers, d, config.heads, mlp, element, config.gated)
 
     vision = vision_spec(config, connector)
     rows, values = vision.tokens_of(chunk_patches), vision.patch_values
     kind, sizes, options = connectors.between(config, connector, llm_width)
     adapter = rows * element * kind.token_elements(sizes, options)
     ends = chunk_patches * element * (values + d)  # pixels that are embedded, features before the final norm
+    if vision.learned:
+        ends += chunk_patches * element * config.position_grid**2  # what each row of the table is in a position
     inside = 0 if kept == "none" else of_blocks("none", 1, chunk_patches)
-    tables = chunk_patches * 2 * FP32 * d // config.heads
+    tables = 0 if vision.learned else chunk_patches * 2 * FP32 * d // config.heads
+    places = POSITION + ARRANGEMENT * (not config.plain)
     return Memory(
         weights=parameters * element // (world if zero_stage == 3 else 1),
         gradients=parameters * FP32 // (world if zero_stage > 1 else 1),
         optimizer=parameters * OPTIMIZER // world,
         activations=of_blocks(kept, config.depth, held * chunk_patches) + held * (ends + adapter + tables),
-        at_hand=inside + chunk_patches * element * (2 * mlp + 2 * d),
-        buffers=chunks * (chunk_patches * (values + POSITION) + 2 * rows * llm_width * element),
+        at_hand=inside + chunk_patches * element * ((3 if config.gated else 2) * mlp + 2 * d),
+        buffers=chunks * (chunk_patches * (values + places) + 2 * rows * llm_width * element),
     )
 
 
-def activation_bytes(recompute: str, tokens: int, layers: int, width: int, heads: int, mlp: int, element: int) -> int:
+def activation_bytes(
+    recompute: str, tokens: int, layers: int, width: int, heads: int, mlp: int, element: int, gated: bool = False
+) -> int:
     """Bytes on the device that the backward of a stack of pre-norm blocks (`train.models.layers.blocks`) needs, not
     compiled, beside weights, tables and the one block at hand; `element`: bytes of an activation.
 
-    none       input, two norms (and their statistics), q k v, attention's output and log-sum-exp, sum, MLP twice
+    none       input, two norms (and their statistics), q k v, attention's output and log-sum-exp, sum, MLP twice, with
+               a gate four times
     selective  input, q k v, attention's output and log-sum-exp
     full       input
     offload    IN_FLIGHT tensors of the width on their way
     """
     lse, statistics = 4 * heads, 4 * 4
     kept = {
-        "none": (8 * width + 2 * mlp) * element + lse + statistics,
+        "none": (8 * width + (4 if gated else 2) * mlp) * element + lse + statistics,
         "selective": 5 * width * element + lse,
         "full": width * element,
         "offload": 0,

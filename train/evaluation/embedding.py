@@ -21,6 +21,7 @@ from tandem.data.reading.labelled import LabelledSample, Patches
 from tandem.data.vision import VisionSpec
 from tandem.parallel.plan.balance import cut_in_order
 from tandem.train.checkpoints.checkpoint import Reader
+from tandem.train.models.encoders.arrangement import Arrangement
 from tandem.train.models.encoders.text_encoder import PackedTexts
 from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
 
@@ -153,7 +154,8 @@ def pack(parts: Sequence[Patches], vision: VisionSpec, device: torch.device) -> 
     grid_hw_I2 = np.concatenate([part.grid_hw_I2 for part in parts])
     patches_NP = np.concatenate([part.patches_NP for part in parts])
     patches_I = grid_hw_I2.prod(axis=1, dtype=np.int64)
-    images = PackedImages.of(patches_NP, vision.positions(grid_hw_I2), patches_I, device)
+    arrangement = Arrangement.of(vision, grid_hw_I2, device)
+    images = PackedImages.of(patches_NP, vision.positions(grid_hw_I2), patches_I, device, arrangement=arrangement)
     return images, torch.tensor([len(part.grid_hw_I2) for part in parts], device=device)
 
 

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from tandem.train.families.base import Family
-from tandem.train.families.folder import Folder, by_their_names, shapes
+from tandem.train.families.folder import Folder, by_their_names, shapes, theirs
 from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.registry import Registry
 
-__all__ = ["by_their_names", "of_folder", "of_model", "open_folder", "settings_of", "shapes"]
+__all__ = ["by_their_names", "of_folder", "of_model", "open_folder", "settings_of", "shapes", "theirs"]
 FAMILIES: Registry[Family] = Registry(__name__, __path__, "FAMILY", "model_type")
 
 

@@ -10,9 +10,11 @@ A run read backwards is the inverse, so reading and writing share one table, and
 Legend: H query heads, G key/value heads, K head width, F width of the MLP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from tandem.train.models.language.llm_config import LLMConfig
 
@@ -50,13 +52,30 @@ class Run:
     rows: int
 
 
+class Form(Protocol):
+    """Another arrangement of the numbers of a row.  shape: of theirs; ours is one-dimensional."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def ours(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of theirs, as ours."""
+
+    def theirs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of ours, as theirs."""
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of ours, without the module's name in front, and the runs of rows that fill it."""
+    """A tensor of ours, without the module's name in front, and the runs of rows that fill it.
+
+    form: how the numbers of a row lie in theirs; None for as in ours.
+    """
 
     name: str
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
+    form: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +152,10 @@ class Family:
         return "its models have no shared expert" if model.shared_expert_width and model.num_experts else None
 
     # ---- tensors
+
+    def left_out(self, names: Iterable[str], model: LLMConfig) -> dict[str, str]:
+        """Of surplus tensors of a folder those that are not used, and why."""
+        return {}
 
     def tensors(self, model: LLMConfig) -> Iterator[Tensor]:
         """Every tensor of the whole model, by our names."""

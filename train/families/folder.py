@@ -4,28 +4,46 @@ Safetensors only, in one file or several with an index; nothing is unpickled, no
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tandem.train.families.base import Family, Run, Tensor
-from tandem.train.models.language.llm_config import LLMConfig
+from tandem.train.families.base import Run, Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-class Folder:
-    """The weights of one model.  Raises ValueError, naming the folder, where names or shapes are not the family's."""
+class Table(Protocol):
+    """What of a family a folder is read by."""
 
-    def __init__(self, folder: str | Path, family: Family, model: LLMConfig):
+    def tensors(self, model: Any) -> Iterator[Tensor]:
+        """Every tensor of the whole model, by our names."""
+
+    def left_out(self, names: Iterable[str], model: Any) -> dict[str, str]:
+        """Of surplus tensors of a folder those that are not used, and why."""
+
+
+class Folder:
+    """The weights of one model.  Raises ValueError, naming the folder, where names or shapes are not the family's.
+
+    prefixes: that may stand before the family's names, the first that does being meant.  left_out: tensors that are
+    not read, and why.
+    """
+
+    def __init__(self, folder: str | Path, family: Table, model: Any, prefixes: Sequence[str] = ("",)):
         self.path = Path(folder)
         self._files = self._index()
         self._open: dict[str, Any] = {}
         self._tensors = {tensor.name: tensor for tensor in family.tensors(model)}
-        self._check()
+        wanted = shapes(self._tensors.values())
+        found = (prefix for prefix in prefixes if any(prefix + name in self._files for name in wanted))
+        self._prefix = next(found, prefixes[0])
+        wanted = {self._prefix + name: shape for name, shape in wanted.items()}
+        self.left_out = family.left_out(self._files.keys() - wanted, model)
+        self._check(wanted)
 
     def _index(self) -> dict[str, str]:
         """File of each tensor."""
@@ -39,10 +57,10 @@ class Folder:
             why = f"holds {pickles} and no {SINGLE}: pickles are not read, save it as safetensors" if pickles else error
             raise ValueError(f"{self.path}: {why}") from error
 
-    def _check(self) -> None:
+    def _check(self, wanted: dict[str, tuple[int, ...]]) -> None:
         """Every name of the family is there and no other; every shape is what the settings say."""
-        wanted = shapes(self._tensors.values())
-        for what, names in (("lacks", wanted.keys() - self._files), ("has no place for", self._files.keys() - wanted)):
+        surplus = self._files.keys() - wanted - self.left_out.keys()
+        for what, names in (("lacks", wanted.keys() - self._files), ("has no place for", surplus)):
             if names:
                 first = sorted(names)
                 raise ValueError(f"{self.path}: the model {what} {', '.join(first[:3])}{' ...' * (len(first) > 3)}")
@@ -51,17 +69,29 @@ class Folder:
             if found != shape:
                 raise ValueError(f"{self.path}: {name} has shape {list(found)}, config.json says {list(shape)}")
 
+    @property
+    def told(self) -> str:
+        """The folder, and what of it is left out, for a log."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in sorted(self.left_out.items()):
+            reasons.setdefault(why, []).append(name)
+        parts = (f"without {', '.join(names[:3])}{' ...' * (len(names) > 3)}: {why}" for why, names in reasons.items())
+        return "; ".join((str(self.path), *parts))
+
     def read(self, name: str, kind: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """The box of `size` at `start` of a tensor of ours, fp32 on the CPU; weights alone, so kind is "param"."""
         if kind != "param" or name not in self._tensors:
             raise ValueError(f"{self.path} has no {kind} of {name}")
         out, (first, rows) = torch.empty(size), (start[0], size[0])
+        tensor = self._tensors[name]
         rest = tuple(slice(at, at + count) for at, count in zip(start[1:], size[1:], strict=True))
-        for run in self._tensors[name].runs:
+        for run in tensor.runs:
             low, high = max(first, run.ours), min(first + rows, run.ours + run.rows)
             if low < high:
                 begin = run.begin + low - run.ours
-                theirs = self._slice_of(run.theirs)[(slice(begin, begin + high - low), *rest)]
+                whole = self._slice_of(self._prefix + run.theirs)
+                here = slice(begin, begin + high - low)
+                theirs = whole[(here, *rest)] if tensor.form is None else tensor.form.ours(whole[here])[:, *rest]
                 out[low - first : high - first] = theirs
         return out
 
@@ -82,14 +112,29 @@ def shapes(tensors: Iterable[Tensor]) -> dict[str, tuple[int, ...]]:
     for tensor in tensors:
         for run in tensor.runs:
             rows[run.theirs] = max(rows.get(run.theirs, 0), run.begin + run.rows)
-            rest[run.theirs] = tensor.shape[1:]
+            rest[run.theirs] = tensor.form.shape if tensor.form else tensor.shape[1:]
     return {name: (count, *rest[name]) for name, count in rows.items()}
 
 
-def by_their_names(tensors: Iterable[Tensor]) -> dict[str, list[tuple[str, Run]]]:
+def by_their_names(tensors: Iterable[Tensor]) -> dict[str, list[tuple[Tensor, Run]]]:
     """(our tensor, run) of everything that each tensor of theirs is made of."""
-    found: dict[str, list[tuple[str, Run]]] = {}
+    found: dict[str, list[tuple[Tensor, Run]]] = {}
     for tensor in tensors:
         for run in tensor.runs:
-            found.setdefault(run.theirs, []).append((tensor.name, run))
+            found.setdefault(run.theirs, []).append((tensor, run))
     return found
+
+
+def theirs(
+    parts: Iterable[tuple[Tensor, Run]], shape: tuple[int, ...], read: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """A tensor of theirs, row by row from ours.
+
+    parts: as `by_their_names` has them; read: of ours, as `Folder.read`.
+    """
+    out = torch.empty(shape)
+    for tensor, run in parts:
+        rest = tensor.shape[1:]
+        rows = read(tensor.name, "param", (run.ours, *(0 for _ in rest)), (run.rows, *rest))
+        out[run.begin : run.begin + run.rows] = tensor.form.theirs(rows) if tensor.form else rows
+    return out

@@ -25,6 +25,7 @@ from tandem.train.config.schema import Config
 from tandem.train.input.batch import RowText, branch_factors, micro_batch_of, rows_of_replica, visual_plan
 from tandem.train.input.dataset import Data
 from tandem.train.input.prefetcher import Prefetcher, PreparedStep, RankShard
+from tandem.train.models.encoders.arrangement import Arrangement
 from tandem.train.models.encoders.vit import PackedImages
 
 
@@ -125,7 +126,8 @@ def step_input(prepared: PreparedStep, grid: Grid, vision: VisionSpec) -> StepIn
         if count:
             here, keep_LI = slice(patch, patch + count), prepared.rank_shard.keep_LI
             keep_LI = None if keep_LI is None else keep_LI[:, image : image + ids.size]
-            packed = (images.patches_NP[here], position_N2[here], mine_I, host, keep_LI)
+            arrangement = Arrangement.of(vision, images.grid_hw_I2[image : image + ids.size], host)
+            packed = (images.patches_NP[here], position_N2[here], mine_I, host, keep_LI, arrangement)
             chunks.append(PackedImages.of(*packed))
         else:
             chunks.append(PackedImages.blank(vision, host))

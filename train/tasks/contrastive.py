@@ -60,8 +60,8 @@ class ContrastiveObjective:
         share = self._weights.siglip_weight * pairs + self._weights.superclass_weight * words
         return share, {"siglip": pairs.detach(), "superclass": words.detach()}
 
-    def flops(self, patches_I: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
-        return pair_flops(self._config, patches_I, tokens_S)
+    def flops(self, grid_hw_I2: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
+        return pair_flops(self._config, grid_hw_I2, tokens_S)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self._frequency.state() if self._frequency else {}

@@ -34,6 +34,7 @@ from tandem.train.input.dataset import Data
 from tandem.train.input.device_prefetcher import DevicePrefetcher
 from tandem.train.input.prefetcher import Prefetcher, PreparedStep
 from tandem.train.input.samples import Captions, SampleRankShard, Samples
+from tandem.train.models.encoders.arrangement import Arrangement
 from tandem.train.models.encoders.vit import PackedImages
 from tandem.train.models.layers.initial import initialize
 from tandem.train.models.pretrained.hf_text import text_folder
@@ -93,9 +94,9 @@ class Objective(Protocol):
     def loss(self, batch: SampleBatch, *leaves: Any, **_: Any) -> Losses:
         """The loss of the tower's outputs, one tensor each (may be collective)."""
 
-    def flops(self, patches_I: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
-        """Forward FLOPs of a step over the world, the encoder's and all others': from the patches of every image and
-        about how many caption tokens each sample has."""
+    def flops(self, grid_hw_I2: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
+        """Forward FLOPs of a step over the world, the encoder's and all others': from the patches of every image, down
+        and across, and about how many caption tokens each sample has."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As of `Trainer`."""
@@ -162,13 +163,12 @@ class EncoderTrainer:
 
     def facts(self, prepared: PreparedStep, output: StepOutput) -> StepFacts:
         plan = prepared.plan
-        patches_I = plan.patches_I
         samples = plan.length_S.size - len(prepared.skipped)
         tokens_S = np.full(samples, prepared.trained_tokens / max(samples, 1))
-        encoder, others = self._objective.flops(patches_I, tokens_S)
+        encoder, others = self._objective.flops(plan.grid_hw_I2, tokens_S)
         encoder, others = (3 if "encoder" in self._config.train.trainable else 1) * encoder, 3 * others
         return StepFacts(
-            tokens=int(patches_I.sum()),
+            tokens=int(plan.patches_I.sum()),
             flops=encoder + others,
             encoder_flops=encoder,
             load_max_over_mean=prepared.rank_shard.load_max_over_mean,
@@ -215,12 +215,14 @@ class EncoderTrainer:
         keys_I4 = np.stack(np.broadcast_arrays(config.train.seed, plan.step, samples[sample_I], within_I), axis=1)
         grid_hw_I2 = plan.grid_hw_I2[image_ids].reshape(-1, 2)
         patches_I = grid_hw_I2.prod(axis=1, dtype=np.int64)
+        vision, host = config.vision, torch.device("cpu")
         images = PackedImages.of(
             _patches_of(prepared, rank_shard, image_ids),
-            config.vision.positions(grid_hw_I2),
+            vision.positions(grid_hw_I2),
             patches_I,
-            torch.device("cpu"),
+            host,
             branch_factors(config, keys_I4),
+            Arrangement.of(vision, grid_hw_I2, host),
         )
         mine = np.concatenate(rank_shard.chunks)  # ascending, as the images are
         return View(
@@ -295,10 +297,10 @@ class EncoderTask(Task):
         return EncoderTrainer(self, config, layout, device, data)
 
 
-def pair_flops(config: Config, patches_I: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
+def pair_flops(config: Config, grid_hw_I2: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
     """Forward FLOPs of encoder, and of pool and text encoder; losses and their own modules are not counted."""
-    pool = pool_flops(config.model.encoder, patches_I, config.model.embedding)
-    return encoder_flops(config.model.encoder, patches_I), pool + int(text_flops(config.model.text, tokens_S).sum())
+    pool = pool_flops(config.model.encoder, grid_hw_I2.prod(-1), config.model.embedding)
+    return encoder_flops(config.model.encoder, grid_hw_I2), pool + int(text_flops(config.model.text, tokens_S).sum())
 
 
 def whole_world() -> dist.ProcessGroup | None:

@@ -8,7 +8,6 @@ import torch
 from tandem.parallel.hybrid_step import StepInput, StepOutput, hybrid_step
 from tandem.parallel.layout import Layout
 from tandem.parallel.runtime.phases import PhaseTimer
-from tandem.train import families
 from tandem.train.build import build_engines
 from tandem.train.config.schema import Config
 from tandem.train.cost.flops import step_flops
@@ -54,7 +53,7 @@ class LanguageTrainer:
             config.vision,
             config.model.llm,
             config.train.trainable,
-            plan.patches_I,
+            plan.grid_hw_I2,
             tokens,
             plan.length_S,
         )
@@ -98,10 +97,6 @@ class LanguageTask(Task):
                 "optim.name=lamb: the LLM is trained by AdamW alone; set optim=adamw, or leave llm out of "
                 "train.trainable"
             )
-
-    def check_folders(self, config: Config) -> None:
-        if config.model.llm.folder:
-            families.open_folder(config.model.llm)
 
     def trainer(self, config: Config, layout: Layout, device: torch.device, data: Data) -> LanguageTrainer:
         return LanguageTrainer(config, layout, device, data)

@@ -47,7 +47,8 @@ class MimObjective(Stateless):
         share = loss_M.sum() / max(int(masked_patches(batch.patches_I, self._mim.mask_ratio).sum()), 1)
         return share, {"cosine": share.detach()}
 
-    def flops(self, patches_I: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
+    def flops(self, grid_hw_I2: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
+        patches_I = grid_hw_I2.prod(-1)
         visible_I = patches_I - masked_patches(patches_I, self._mim.mask_ratio)
         return mim_flops(self._config.model.encoder, self._mim, patches_I, visible_I, self._teacher.width)
 
@@ -61,6 +62,12 @@ class MimTask(EncoderTask):
         if not config.objective.teacher:
             raise ValueError(
                 "objective.teacher is missing: name a folder with a Hugging Face vision model, or a run or checkpoint"
+            )
+        encoder = config.model.encoder
+        if not encoder.plain:
+            raise ValueError(
+                f"model.encoder.positions={encoder.positions}, model.encoder.window={encoder.window}: task=mim takes "
+                "patches out of an image, which rotary positions without windows alone allow"
             )
         vision = config.vision
         if vision.merge == 1 and vision.min_patches < 2:

@@ -41,8 +41,8 @@ class OmniObjective(Stateless):
         counts, tokens = batch.counts_W, batch.trained_tokens
         return omni_loss(leaves, self._omni, counts=counts, tokens=tokens, group=whole_world())
 
-    def flops(self, patches_I: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
-        return pair_flops(self._config, patches_I, tokens_S)
+    def flops(self, grid_hw_I2: np.ndarray, tokens_S: np.ndarray) -> tuple[int, int]:
+        return pair_flops(self._config, grid_hw_I2, tokens_S)
 
 
 class OmniTask(EncoderTask):

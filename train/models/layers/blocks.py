@@ -19,7 +19,6 @@ Legend: N packed tokens, D width, H heads, K head width, I segments, L = 2 * dep
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -32,12 +31,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tandem.parallel.kernels import compilation
 from tandem.parallel.kernels.attention import Segments, attention
-from tandem.parallel.kernels.fusion import as_dtype, in_buckets, product_of, sum_of_buckets
+from tandem.parallel.kernels.fusion import as_dtype, in_buckets, product_of, rms_norm, sum_of_buckets
 from tandem.parallel.kernels.recompute import HostStore, recomputed
+from tandem.train.models.layers.activations import ActivatedLinear
 from tandem.train.models.layers.rotary import turn, turn_back
 
-GELU_1 = (8 / math.pi) ** 0.5  # GELU(h) = h sigmoid(GELU_1 h + GELU_3 h^3), 1606.08415
-GELU_3 = 0.044715 * GELU_1
+NORMS = ("layernorm", "rmsnorm")
 RECOMPUTE = ("none", "selective", "offload", "full", "replay")
 
 
@@ -51,38 +50,41 @@ def kept_for_backward(recompute: str) -> str:
     return "none" if recompute == "replay" else recompute
 
 
+@dataclass(frozen=True)
+class Style:
+    """What blocks of one size differ in.  norm: of NORMS.  activation: of `activations.ACTIVATIONS`.  bias: whether
+    linear layers have one."""
+
+    norm: str = "layernorm"
+    activation: str = "gelu_tanh"
+    bias: bool = True
+
+
+class RMSNorm(nn.RMSNorm):
+    """By the kernel that the LLM's norms use."""
+
+    def forward(self, x_ND):
+        return rms_norm(x_ND, self.weight, self.eps)
+
+
+def new_norm(kind: str, width: int, eps: float) -> nn.Module:
+    """A norm of NORMS."""
+    return RMSNorm(width, eps=eps) if kind == "rmsnorm" else nn.LayerNorm(width, eps=eps)
+
+
 class RotatedLinear(nn.Linear):
     """A linear layer to queries, keys and values, of which the first two are turned by their positions."""
 
-    def __init__(self, width: int, heads: int):
-        super().__init__(width, 3 * width)
+    def __init__(self, width: int, heads: int, bias: bool = True):
+        super().__init__(width, 3 * width, bias=bias)
         self.heads = heads
 
     def forward(self, x_ND, cos_NK, sin_NK):  # type: ignore[override]  # a linear layer with more to it
-        """Queries, keys and values, each [N, H, K]."""
+        """Queries, keys and values, each [N, H, K]; without tables nothing is turned."""
         product_NY, bias_Y = product_of(self, x_ND)
         parts = (3, self.heads, -1)
         bias_3HK = None if bias_Y is None else bias_Y.view(parts)
         return _Rotated.apply(product_NY.unflatten(-1, parts), bias_3HK, cos_NK, sin_NK)
-
-
-class GeluLinear(nn.Linear):
-    """A linear layer and GELU, by its tanh formula."""
-
-    def forward(self, x_ND):
-        product_NF, bias_F = product_of(self, x_ND)
-        if bias_F is None:
-            return F.gelu(product_NF, approximate="tanh")
-        return _gelu(product_NF, bias_F)
-
-
-def _gelu(product_NF, bias_F):
-    """Of product + bias, for compiled code.  (1 + tanh(z / 2)) / 2 is sigmoid(z), whose exponential a GPU has in
-    hardware: with the tanh of its library this pass would take longer than memory needs."""
-    wide = torch.promote_types(product_NF.dtype, torch.float32)
-    product = in_buckets(product_NF).to(wide)
-    h = product + bias_F.to(wide).expand(len(product), 1, -1)  # autograd sums each bucket, then the buckets
-    return (h * torch.sigmoid(h * (GELU_1 + GELU_3 * h * h))).to(product_NF.dtype).view(product_NF.shape)
 
 
 class ResidualLinear(nn.Linear):
@@ -93,18 +95,23 @@ class ResidualLinear(nn.Linear):
         return x_ND + branch_ND if keep_N is None else _AddKept.apply(x_ND, branch_ND, keep_N)
 
 
+def hidden_width(width: int, mlp_ratio: float) -> int:
+    """Hidden width of an MLP, rounded down; the ratio of two widths gives the first of them, whatever its rounding."""
+    return int(width * mlp_ratio + 1e-6)
+
+
 class Block(nn.Module):
     """The weights of pre-norm attention and MLP with residuals; tokens attend to all of their segment."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, norm_eps: float, style: Style = Style()):
         super().__init__()
-        hidden = int(width * mlp_ratio)
-        self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.qkv = RotatedLinear(width, heads)
-        self.projection = ResidualLinear(width, width)
-        self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp_up = GeluLinear(width, hidden)
-        self.mlp_down = ResidualLinear(hidden, width)
+        hidden, bias = hidden_width(width, mlp_ratio), style.bias
+        self.attention_norm = new_norm(style.norm, width, norm_eps)
+        self.qkv = RotatedLinear(width, heads, bias)
+        self.projection = ResidualLinear(width, width, bias=bias)
+        self.mlp_norm = new_norm(style.norm, width, norm_eps)
+        self.mlp_up = ActivatedLinear(width, hidden, style.activation, bias)
+        self.mlp_down = ResidualLinear(hidden, width, bias=bias)
 
     def mlp(self, x_ND, keep_N=None):
         """x + keep * mlp(norm(x))."""
@@ -152,29 +159,35 @@ _cross, _cross_again = _crossing(_leave, _enter), _crossing(_leave_again, _enter
 class Passage:
     """How tokens go through blocks.
 
-    again: all but attention is computed again in the backward; with a store also queries, keys and values, and what is
-    kept goes there.  Compiled and in bf16 these are then of an input that has been rounded, as the forward's were not.
+    cos_NK, sin_NK: None where nothing is turned.  again: all but attention is computed again in the backward; with a
+    store also queries, keys and values, and what is kept goes there.  Compiled and in bf16 these are then of an input
+    that has been rounded, as the forward's were not.
     """
 
-    cos_NK: torch.Tensor
-    sin_NK: torch.Tensor
-    segments: Segments
+    cos_NK: torch.Tensor | None
+    sin_NK: torch.Tensor | None
     compiled: bool = False
     again: bool = False
     store: HostStore | None = None
 
-    def through(self, blocks: list[Block], x_ND: torch.Tensor, keeps: list[torch.Tensor | None]) -> torch.Tensor:
-        """keeps: fp32 factors [2, N] of each block's branches."""
+    def through(
+        self,
+        blocks: list[Block],
+        x_ND: torch.Tensor,
+        keeps: list[torch.Tensor | None],
+        segments: Sequence[Segments],
+    ) -> torch.Tensor:
+        """keeps: fp32 factors [2, N] of each block's branches.  segments: that each block's attention stays in."""
         tables = (self.cos_NK, self.sin_NK)
         regions = (_enter_again, _cross_again, _leave_again) if self.again else (_enter, _cross, _leave)
         enter, cross, leave = map(compilation.by_rows, regions) if self.compiled else regions
         qkv = enter(blocks[0], x_ND, *tables)
-        for place, (block, keep_2N) in enumerate(zip(blocks, keeps, strict=True)):
+        for place, (block, keep_2N, within) in enumerate(zip(blocks, keeps, segments, strict=True)):
             keeping = contextlib.nullcontext()
             if self.store is not None:
                 keeping = recomputed(qkv, enter, (block, x_ND, *tables), self.store)
             with keeping:
-                seen_NHK = _attend(qkv, self.segments)
+                seen_NHK = _attend(qkv, within)
             qkv = ()  # what follows needs memory for the next
             if place + 1 < len(blocks):
                 x_ND, *qkv = cross((block, blocks[place + 1]), x_ND, seen_NHK, *tables, keep_2N)
@@ -184,17 +197,20 @@ class Passage:
 def run_blocks(
     stack: nn.ModuleList,
     x_ND: torch.Tensor,
-    cos_NK: torch.Tensor,
-    sin_NK: torch.Tensor,
+    cos_NK: torch.Tensor | None,
+    sin_NK: torch.Tensor | None,
     segments: Segments,
     recompute: str,
     keep_LI: torch.Tensor | None = None,
+    by_block: Sequence[Segments] | None = None,
 ) -> torch.Tensor:
     """x_ND through all blocks of the stack.
 
+    cos_NK, sin_NK: of positions, None for none.
     recompute: "none" keeps all activations; "selective" a block's input, its queries, keys and values, and what
         attention makes of them; "offload" its input and what attention makes, in host memory; "full" its input.
     keep_LI: fp32 factors of segment I's branches, attention and MLP of each block in turn; None for all ones.
+    by_block: segments that each block's attention stays in; None for `segments` everywhere.
 
     Compiled blocks see whole buckets of tokens: what is added attends to itself alone and is cut away again.
     """
@@ -203,8 +219,12 @@ def run_blocks(
     compiled = compilation.enabled(x_ND.device) and compilation.compilable(blocks)
     if compiled:
         more = compilation.bucket_of(tokens) - tokens
-        x_ND, cos_NK, sin_NK = (F.pad(rows, (0, 0, 0, more)) for rows in (x_ND, cos_NK, sin_NK))
-        segments = _lengthened(segments, more)
+        x_ND = F.pad(x_ND, (0, 0, 0, more))
+        if cos_NK is not None:
+            cos_NK, sin_NK = (F.pad(rows, (0, 0, 0, more)) for rows in (cos_NK, sin_NK))
+        longer = {id(each): _lengthened(each, more) for each in (segments, *(by_block or ()))}
+        by_block = by_block and [longer[id(each)] for each in by_block]
+        segments = longer[id(segments)]
         if keep_LI is not None and more:
             keep_LI = F.pad(keep_LI, (0, 1))
     keep_LN = None
@@ -214,15 +234,17 @@ def run_blocks(
     store = None
     if recompute == "offload":
         parameters = [parameter for block in blocks for parameter in block.parameters()]
-        store = HostStore(x_ND.device, [cos_NK, sin_NK, *parameters, *([] if keep_LN is None else [keep_LN])])
-    passage = Passage(cos_NK, sin_NK, segments, compiled, recompute in ("selective", "offload"), store)
+        kept = [rows for rows in (cos_NK, sin_NK, keep_LN) if rows is not None]
+        store = HostStore(x_ND.device, [*kept, *parameters])
+    passage = Passage(cos_NK, sin_NK, compiled, recompute in ("selective", "offload"), store)
+    by_block = by_block or [segments] * len(blocks)
     if recompute == "full":
-        for block, keep_2N in zip(blocks, keeps, strict=True):
-            arguments = ([block], x_ND, [keep_2N])
+        for block, keep_2N, within in zip(blocks, keeps, by_block, strict=True):
+            arguments = ([block], x_ND, [keep_2N], [within])
             x_ND = checkpoint(passage.through, *arguments, use_reentrant=False, preserve_rng_state=False)
     else:
         with store or contextlib.nullcontext():
-            x_ND = passage.through(blocks, x_ND, keeps)
+            x_ND = passage.through(blocks, x_ND, keeps, by_block)
     return x_ND[:tokens] if compiled else x_ND
 
 
@@ -244,23 +266,30 @@ class _Rotated(torch.autograd.Function):
     def forward(ctx, qkv_N3HK, bias_3HK, cos_NK, sin_NK):
         ctx.tables, ctx.bias_dtype = (cos_NK, sin_NK), None if bias_3HK is None else bias_3HK.dtype
         q_NHK, k_NHK, v_NHK = qkv_N3HK.unbind(1)
+        turned = turn if cos_NK is not None else _unturned
         if bias_3HK is None:
-            return turn(q_NHK, cos_NK, sin_NK), turn(k_NHK, cos_NK, sin_NK), v_NHK.contiguous()
+            return turned(q_NHK, cos_NK, sin_NK), turned(k_NHK, cos_NK, sin_NK), v_NHK.contiguous()
         wide = torch.promote_types(qkv_N3HK.dtype, torch.float32)
         q_NHK, k_NHK, v_NHK = (part.to(wide) + bias for part, bias in zip((q_NHK, k_NHK, v_NHK), bias_3HK, strict=True))
-        turned = turn(q_NHK, cos_NK, sin_NK), turn(k_NHK, cos_NK, sin_NK), v_NHK
-        return tuple(as_dtype(part, qkv_N3HK.dtype) for part in turned)
+        parts = turned(q_NHK, cos_NK, sin_NK), turned(k_NHK, cos_NK, sin_NK), v_NHK
+        return tuple(as_dtype(part, qkv_N3HK.dtype) for part in parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, q_NHK, k_NHK, v_NHK):
+        turned_back = turn_back if ctx.tables[0] is not None else _unturned
         if ctx.bias_dtype is None:
-            turned = (turn_back(q_NHK, *ctx.tables), turn_back(k_NHK, *ctx.tables))
+            turned = (turned_back(q_NHK, *ctx.tables), turned_back(k_NHK, *ctx.tables))
             return torch.stack((*turned, v_NHK), 1), None, None, None
-        q, k, v, cos, sin = map(in_buckets, (q_NHK, k_NHK, v_NHK, *ctx.tables))
-        parts = (turn_back(q, cos, sin), turn_back(k, cos, sin), v)
+        q, k, v = map(in_buckets, (q_NHK, k_NHK, v_NHK))
+        cos, sin = (None if table is None else in_buckets(table) for table in ctx.tables)
+        parts = (turned_back(q, cos, sin), turned_back(k, cos, sin), v)
         bias_3HK = torch.stack([sum_of_buckets(part) for part in parts]).to(ctx.bias_dtype)
         return torch.stack(parts, 2).view(len(q_NHK), *bias_3HK.shape), bias_3HK, None, None
+
+
+def _unturned(x_NHK, cos_NK, sin_NK):
+    return x_NHK.contiguous()
 
 
 class _AddKept(torch.autograd.Function):

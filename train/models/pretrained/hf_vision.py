@@ -11,7 +11,6 @@ one size that are h x w of the student's patches.
 """
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from tandem.train.models.encoders.vit import PackedImages
 from tandem.train.models.pretrained.hugging_face import (
     first_line,
     load,
+    normalisation,
     read_config,
     single_number,
     transformers_for,
@@ -38,9 +38,6 @@ SERVED = (  # model types that are tried; what siglip2, registers and deit give 
     *("dinov2", "dinov2_with_registers", "vit", "vit_msn", "deit", "beit", "data2vec-vision", "ijepa", "timm_wrapper"),
 )
 IMAGES_AT_ONCE = 64  # all of them resized to the model's square
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
 MOST_DOWN = 32  # an antialiased downscale beyond about 90 wants more shared memory than a GPU's block has
 POOLERS = ("pooler", "head.")  # weights behind the features that are used
 
@@ -69,7 +66,7 @@ def check_folder(folder: Path, what: str) -> None:
     config = read_config(folder, what, SERVED)
     if config.model_type != "timm_wrapper":
         _sizes(config, what)
-        _normalisation(folder, config.model_type, what)
+        normalisation(folder, config.model_type, what)
 
 
 class HuggingFaceTeacher:
@@ -144,7 +141,7 @@ class HuggingFaceTeacher:
 def _parts(config, folder: Path, names: set[str], what: str, dtype: torch.dtype) -> Parts:
     """Of a model of transformers."""
     size, grid = _sizes(config, what)
-    mean, deviation = _normalisation(folder, config.model_type, what)
+    mean, deviation = normalisation(folder, config.model_type, what)
     model = _load_vision(config, folder, names, what, dtype)
     trunk = getattr(model, "vision_model", model)
     return Parts(
@@ -212,25 +209,6 @@ def _load_vision(config, folder: Path, names: set[str], what: str, dtype: torch.
     else:
         vision_class = transformers.AutoModel
     return load(vision_class, folder, what, unused=POOLERS, dtype=dtype)
-
-
-def _normalisation(folder: Path, model_type: str, what: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of pixels from 0 to 1: the folder's own, else those of the model's family."""
-    for file in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / file).is_file():
-            try:
-                said = json.loads((folder / file).read_text())
-                said = said.get("image_processor", said)
-                if "image_mean" in said and "image_std" in said:
-                    mean, std = (tuple(float(x) for x in said[key]) for key in ("image_mean", "image_std"))
-                    if len(mean) == len(std) == 3 and min(std) > 0:
-                        return mean, std
-                    raise ValueError("image_mean and image_std must be three numbers each, deviations above 0")
-            except (ValueError, TypeError, AttributeError, OSError) as error:
-                raise ValueError(f"{what}: {file} cannot be used: {error}") from error
-    if "clip" in model_type and "siglip" not in model_type:
-        return CLIP_MEAN, CLIP_STD
-    return (IMAGENET_MEAN, IMAGENET_STD) if model_type.startswith("dino") else (HALF, HALF)
 
 
 # ---- between packed patches and square images ------------------------------------------------------------------------

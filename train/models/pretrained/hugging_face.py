@@ -20,6 +20,10 @@ from torch import nn
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 OUTSIDE = ("backbone", "attn_implementation", "_attn_implementation", "checkpoint_path")  # may name what is elsewhere
 
 
@@ -130,6 +134,33 @@ def single_number(value, what: str, key: str) -> int:
             f"{what}: {key}={value} in config.json: must be one number, square images and patches are wanted"
         )
     return number
+
+
+def normalisation(folder: Path, model_type: str, what: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of pixels from 0 to 1: the folder's own, else those of the model's family.
+
+    Raises ValueError for a folder whose pixels are not from 0 to 1, or not normalised.
+    """
+    for file in PREPROCESSORS:
+        if (folder / file).is_file():
+            try:
+                said = json.loads((folder / file).read_text())
+                said = said.get("image_processor", said)
+                for key in ("do_rescale", "do_normalize"):
+                    if said.get(key) is False:
+                        raise ValueError(f"{key}=false is not supported")
+                if abs(said.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+                    raise ValueError(f"rescale_factor={said['rescale_factor']} is not supported, only 1/255")
+                if "image_mean" in said and "image_std" in said:
+                    mean, std = (tuple(float(x) for x in said[key]) for key in ("image_mean", "image_std"))
+                    if len(mean) == len(std) == 3 and min(std) > 0:
+                        return mean, std
+                    raise ValueError("image_mean and image_std must be three numbers each, deviations above 0")
+            except (ValueError, TypeError, AttributeError, OSError) as error:
+                raise ValueError(f"{what}: {file} cannot be used: {error}") from error
+    if ("clip" in model_type and "siglip" not in model_type) or model_type.startswith("qwen"):
+        return CLIP_MEAN, CLIP_STD
+    return (IMAGENET_MEAN, IMAGENET_STD) if model_type.startswith("dino") else (HALF, HALF)
 
 
 @contextlib.contextmanager

@@ -107,6 +107,8 @@ def _encoder_config(step: Path, what: str, vision: VisionSpec) -> ViTConfig:
         config = ViTConfig(**encoder)
     except (OmegaConfBaseException, YAMLError, OSError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{what}: {saved} has no usable model.encoder: {str(error).splitlines()[0]}") from error
+    if not config.plain:
+        raise ValueError(f"{what}: its encoder has learned positions or windows, which no teacher of ours may have")
     if config.patch_size != vision.patch_size:
         raise ValueError(
             f"{what}: its patches are of {config.patch_size} pixels a side, those of model.encoder.patch_size="

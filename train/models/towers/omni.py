@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from tandem.data.vision import VisionSpec
 from tandem.parallel.comm.transfer import host_to_device
 from tandem.parallel.kernels.attention import Segments
+from tandem.train.models.encoders.arrangement import Arrangement
 from tandem.train.models.encoders.decoder import Reading, TextDecoder
 from tandem.train.models.encoders.text_encoder import PackedTexts, TextConfig, last_of_each
 from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
@@ -186,7 +187,9 @@ class OmniChunk:
         image = PackedImages.blank(vision, torch.device("cpu"))
         patches_NP, positions_N2 = (np.tile(x.numpy(), (2, 1)) for x in (image.patches_NP, image.positions_N2))
         captions = [(np.zeros(1, np.int64), np.zeros(1, np.int64))]
-        images = PackedImages.of(patches_NP, positions_N2, 2 * list(image.segments.q_lengths_N), device)
+        arrangement = Arrangement.of(vision, np.array(2 * [vision.blank_grid]), device)
+        lengths_I = 2 * list(image.segments.q_lengths_N)
+        images = PackedImages.of(patches_NP, positions_N2, lengths_I, device, arrangement=arrangement)
         return OmniChunk.of(images, [1], captions, captions)
 
 

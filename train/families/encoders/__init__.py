@@ -1,0 +1,76 @@
+"""Families of image encoders in Hugging Face's format, one module each.  A module that is added here is a family
+without an edit elsewhere.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tandem.train.families.encoders.base import EncoderFamily
+from tandem.train.families.folder import Folder
+from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.pretrained.hugging_face import normalisation
+from tandem.train.registry import Registry
+
+FAMILIES: Registry[EncoderFamily] = Registry(__name__, __path__, "FAMILY", "model_type")
+FREE = ("final_norm",)  # keys whose value a folder proposes and does not impose
+
+
+def of_folder(folder: str | Path) -> tuple[EncoderFamily, dict]:
+    """The family of a folder, and its `config.json`.  Raises ValueError, naming the folder, where there is none."""
+    try:
+        said = json.loads((Path(folder) / "config.json").read_text())
+        kind = str(said.get("model_type"))
+        return FAMILIES.find(kind.removesuffix("_vision_model").removesuffix("_vision")), said
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"model.encoder.folder={folder}: {error}") from error
+
+
+def settings_of(folder: str | Path, feature_layer: int = -1) -> dict[str, Any]:
+    """The keys of `model.encoder` that a folder decides or proposes, with `feature_layer` for the last layer."""
+    family, said = of_folder(folder)
+    what = f"model.encoder.folder={folder}"
+    try:
+        out = family.settings(said, feature_layer)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    mean, std = normalisation(Path(folder), family.model_type, what)
+    return out | {"final_norm": family.final_norm, "image_mean": list(mean), "image_std": list(std)}
+
+
+def open_folder(config: ViTConfig) -> Folder:
+    """The weights in `config.folder`.  Raises ValueError where it is not an encoder of these settings."""
+    family, _ = of_folder(config.folder)
+    for key, value in settings_of(config.folder, config.feature_layer).items():
+        if key not in FREE and (ours := getattr(config, key)) != value:
+            raise ValueError(
+                f"model.encoder.{key}={ours}, but model.encoder.folder={config.folder} has {value}: leave "
+                f"model.encoder.{key} out"
+            )
+    if config.final_norm and not (family.final_norm or family.either):
+        raise ValueError(
+            f"model.encoder.final_norm=true, but model.encoder.folder={config.folder} has no norm after its layers: "
+            "leave model.encoder.final_norm out"
+        )
+    try:
+        return Folder(config.folder, family, config, family.prefixes)
+    except ValueError as error:
+        raise ValueError(f"model.encoder.folder={error}") from error
+
+
+def of_model(config: ViTConfig) -> EncoderFamily:
+    """The family that can hold this encoder: that of the folder it came from while there is one, else the first.
+
+    Raises ValueError where none can.
+    """
+    names = FAMILIES.names()
+    if config.folder and (Path(config.folder) / "config.json").is_file():
+        first, _ = of_folder(config.folder)
+        names.sort(key=lambda name: FAMILIES.find(name) is not first)
+    refusals = []
+    for name in names:
+        family = FAMILIES.find(name)
+        if (why := family.refusal(config)) is None:
+            return family
+        refusals.append(f"{name}: {why}")
+    raise ValueError(f"no family of Hugging Face holds this encoder: {'; '.join(refusals)}")
