@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, help="folder to write; empty, or of the same command before")
     parser.add_argument("--format", default=AUTO, help=f"of the records: {AUTO} or one of {', '.join(formats())}")
     parser.add_argument("--images", metavar="DIR", action="append", default=[], help="folder of images and videos")
-    parser.add_argument("--tokenizer", help="tokenizer.json that training will use; indexes the shards")
+    parser.add_argument("--tokenizer", help="tokenizer.json or folder that training will use; indexes the shards")
     parser.add_argument("--prompt", metavar="TEXT", help="what the user says to a captioned picture, with <image>")
     parser.add_argument("--domain", help="name of this kind of data, by which losses are reported")
     parser.add_argument("--shard-mb", type=int, default=512, help="most MiB of a shard")

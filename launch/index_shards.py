@@ -13,6 +13,7 @@ where their indexes go, and --catalog, the file that training names in their pla
 import argparse
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import signal
@@ -26,8 +27,12 @@ from pathlib import Path
 if not __package__:  # run as a file of a checkout, which need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from tandem.data.formats.in_place import AUTO, find_format, formats
 from tandem.data.media.text import Tokenizer
+from tandem.data.media.tokenizer_files import ChatConfig, SpecialTokens
 from tandem.data.shards.catalog import CATALOG_SUFFIX, expand_shards, gather_catalog, write_catalog
 from tandem.data.shards.index import SUFFIX, load_index
 from tandem.data.shards.indexing import IndexReport, build_index, is_current
@@ -44,14 +49,13 @@ class Outcome:
 
 
 def index_shards(
-    shards: list[str], paths: list[str], tokenizer_file: str, workers: int, force: bool, **reading: str | None
+    shards: list[str], paths: list[str], settings: str, workers: int, force: bool, **reading: str | None
 ) -> Generator[Outcome, None, None]:
     """Index every shard, `workers` at a time, into its path; outcomes in the order of the shards. Raises ValueError.
 
-    reading: format and prompt, as `build_index` takes them.
+    settings: of the tokenizer, as JSON.  reading: format and prompt, as `build_index` takes them.
     """
-    Tokenizer(tokenizer_file)  # a bad one is told once
-    act = functools.partial(_index_one, tokenizer_file=tokenizer_file, force=force, reading=reading)
+    act = functools.partial(_index_one, settings=settings, force=force, reading=reading)
     if workers == 1 or len(shards) == 1:
         yield from map(act, shards, paths)
         return
@@ -80,8 +84,8 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _index_one(shard: str, path: str, tokenizer_file: str, force: bool, reading: dict) -> Outcome:
-    tokenizer = _tokenizer(tokenizer_file)
+def _index_one(shard: str, path: str, settings: str, force: bool, reading: dict) -> Outcome:
+    tokenizer = _tokenizer(settings)
     try:
         made = force or not is_current(shard, tokenizer, path, **reading)
         if made:
@@ -94,8 +98,21 @@ def _index_one(shard: str, path: str, tokenizer_file: str, force: bool, reading:
 
 
 @functools.cache
-def _tokenizer(file: str) -> Tokenizer:
-    return Tokenizer(file)
+def _tokenizer(settings: str) -> Tokenizer:
+    return Tokenizer.of(json.loads(settings))
+
+
+def tokenizer_settings(path: str, chosen: list[str]) -> str:
+    """Settings of the tokenizer, as JSON.  chosen: KEY=VALUE as below `data` in a run.  Raises ValueError."""
+    parts = OmegaConf.structured({"special_tokens": SpecialTokens, "chat": ChatConfig})
+    try:
+        chosen_parts = OmegaConf.to_object(OmegaConf.merge(parts, OmegaConf.from_dotlist(chosen)))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"--set {' '.join(chosen)}: {str(error).splitlines()[0]}") from error
+    tokenizer = Tokenizer(path, chosen_parts["special_tokens"], chosen_parts["chat"])
+    if tokenizer.added:
+        print(f"{path} lacks {', '.join(tokenizer.added)}: they get the ids from {tokenizer.known} on", flush=True)
+    return json.dumps(tokenizer.settings)
 
 
 def index_paths(shards: list[str], folder: str | None) -> list[str]:
@@ -126,7 +143,14 @@ def _check(arguments: argparse.Namespace, shards: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help="tar files or URLs; {0000..0099} is understood, in paths * too")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer.json that training will use")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer.json or folder that training will use")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="special_tokens.* or chat.* as training will have it in data.*; may be given several times",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one shard each at a time)")
     parser.add_argument("--index-dir", help="folder for the indexes; without it each goes beside its shard")
     parser.add_argument("--catalog", help="file ending in .catalog for all shards; use it where there are thousands")
@@ -147,7 +171,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.index_dir:
             os.makedirs(arguments.index_dir, exist_ok=True)
         reading = {"format": arguments.format, "prompt": arguments.prompt}
-        made = index_shards(shards, paths, arguments.tokenizer, arguments.workers, arguments.force, **reading)
+        settings = tokenizer_settings(arguments.tokenizer, arguments.set)
+        made = index_shards(shards, paths, settings, arguments.workers, arguments.force, **reading)
         with contextlib.closing(made):
             for outcome in made:
                 outcomes.append(outcome)
@@ -159,8 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         if failed:
             raise ValueError(f"{len(failed)} of {len(shards)} shards could not be indexed, the first: {failed[0]}")
         if arguments.catalog:
-            tokenizer = _tokenizer(arguments.tokenizer)
-            write_catalog(arguments.catalog, gather_catalog(shards, tokenizer.sha256, paths))
+            write_catalog(arguments.catalog, gather_catalog(shards, _tokenizer(settings).sha256, paths))
             print(f"{arguments.catalog}: the catalog of {len(shards)} shards")
     except KeyboardInterrupt:
         parser.exit(130, f"interrupted after {len(outcomes)} shards; run it again to go on\n")

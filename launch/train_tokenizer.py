@@ -16,7 +16,8 @@ if not __package__:  # run as a file of a checkout, which need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tandem.data.formats.in_place import contents, take_texts
-from tandem.data.media.text import SampleError, texts_of, train_bpe_tokenizer
+from tandem.data.media.text import texts_of, train_bpe_tokenizer
+from tandem.data.media.turns import SampleError
 from tandem.data.shards.catalog import expand_shards
 from tandem.data.shards.storage import open_range
 from tandem.data.shards.tars import TarSamples

@@ -8,7 +8,7 @@ drops neither. Samples without media are never duplicates, and media of one samp
 from collections.abc import Sequence
 
 from tandem.data.curation.similar import NearestEarlier
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 
 DIGEST_BYTES = 16  # blake2b: among 10^12 media, two different ones meet with a chance below 10^-14
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from tandem.data.curation.similar import MAX_DISTANCE
 from tandem.data.media.image import MAX_PIXELS, ImageError, image_size
-from tandem.data.media.text import KIND_OF, SampleError, placeholders, split_marks
+from tandem.data.media.turns import KIND_OF, SampleError, placeholders, split_marks
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from tandem.data.curation.report import Report
 from tandem.data.curation.similar import perceptual_hash
 from tandem.data.formats.in_place import contents, take_texts
 from tandem.data.media.image import MAX_PIXELS, ImageError, decode_image
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 from tandem.data.shards.storage import open_range
 from tandem.data.shards.tars import Member, Sample, TarSamples
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from tandem.data.formats.records import Medium
 from tandem.data.media.image import MAX_PIXELS, ImageError, image_size
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 from tandem.data.shards.tars import MAX_BYTES
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)

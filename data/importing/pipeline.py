@@ -5,7 +5,6 @@ of workers nor an interruption changes a byte of the result.
 """
 
 import glob
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,8 @@ from tandem.data.formats.records import find_format, formats, likely_format
 from tandem.data.importing.journal import FOLDER, Journal
 from tandem.data.importing.media import DOWNLOAD, is_url
 from tandem.data.importing.unit import UnitTask, first_records
-from tandem.data.media.text import SampleError, placeholders
+from tandem.data.media.text import Tokenizer
+from tandem.data.media.turns import SampleError, placeholders
 
 LOOKED_AT = 32  # records that decide a file's format
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -94,7 +94,7 @@ def fingerprint(sources: Sequence[str], settings: ImportSettings) -> dict:
     for path in sources:
         stat = os.stat(path)
         seen.append([os.path.abspath(path), 0 if os.path.isdir(path) else stat.st_size, stat.st_mtime_ns])
-    tokenizer = settings.tokenizer and hashlib.sha256(Path(settings.tokenizer).read_bytes()).hexdigest()
+    tokenizer = settings.tokenizer and Tokenizer(settings.tokenizer).sha256
     return {
         "sources": seen,
         "format": settings.format,

@@ -18,7 +18,8 @@ from tandem.data.formats.records import find_format, format_of
 from tandem.data.importing.journal import Journal, Part, Tally
 from tandem.data.importing.media import MediaFiles
 from tandem.data.importing.tar_writer import TarWriter
-from tandem.data.media.text import SampleError, Tokenizer, placeholders
+from tandem.data.media.text import Tokenizer
+from tandem.data.media.turns import SampleError, placeholders
 from tandem.data.shards.tars import MAX_BYTES, printable
 
 _PROGRESS_S = 0.5

@@ -1,55 +1,48 @@
 """Turns of conversation to token ids.
 
-A turn becomes   role-token  text  <eos>.  In its text each <image> becomes   [SOI]  (visual tokens)  [EOI],   and each
-<video> becomes, frame by frame,   stamp  [SOI]  (visual tokens)  [EOI],   where the stamp is text like "[1.5 second]".
-A turn with a video may be streamed: texts with a time, its events, stand between the frames
-(data/reading/sample_layout.py).
+A turn becomes   role-token  text  <eos>,   or what a chat template makes of it (data/media/chat.py). In its text each
+<image> becomes   [SOI]  (visual tokens)  [EOI],   and each <video> becomes, frame by frame,
+stamp  [SOI]  (visual tokens)  [EOI],   where the stamp is text like "[1.5 second]". A turn with a video may be
+streamed: texts with a time, its events, stand between the frames (data/reading/sample_layout.py).
 
 How many visual tokens and frames there are depends on the run's resolution. So a sample is encoded without them: its
 base text, and the places where media go in. Whoever reads a row lays both out. Text can never spell a special token
-other than the box tags. A backslash before a placeholder or box tag makes it text (`split_marks`).
+other than the box tags (data/media/encoding.py).
 
 Shapes: T base text tokens of a sample, M media of a sample, I images and frames planned for a sample.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from tandem.data.media.encoding import Encoder
+from tandem.data.media.own_format import OwnFormat
+from tandem.data.media.tokenizer_files import OURS, ChatConfig, SpecialTokens, TokenizerFiles, read_files, resolve
+from tandem.data.media.turns import KIND_OF, VIDEO, SampleError, check_kinds, check_text, checked_turns, media_of
 from tandem.data.vision import VisionSpec
 
-PAD, EOS, IMAGE, VIDEO = "<pad>", "<eos>", "<image>", "<video>"
+if TYPE_CHECKING:  # loads Jinja, which our own format does without
+    from tandem.data.media.chat_format import ChatFormat
+
+PAD, EOS = OURS.pad, OURS.end_of_turn
 LAYOUT = VisionSpec.layout
-ROLES = {"system": "<system>", "user": "<user>", "assistant": "<assistant>"}
-BOX_TAGS = ("<bbox>", "</bbox>")
-SPECIALS = (PAD, EOS, *ROLES.values(), *LAYOUT.before, *LAYOUT.after, IMAGE, VIDEO, *BOX_TAGS)
-KIND_OF = {IMAGE: "image", VIDEO: "video"}
+SPECIALS = tuple(vars(OURS).values())
 UNLABELLED = "unlabelled"  # domain of a sample whose json names none
-MAX_SECONDS = 4_294_967  # of an event: milliseconds are kept in 32 bits
-
-_MARKS = re.compile(r"(?<!\\)(\\*)(" + "|".join(re.escape(mark) for mark in (IMAGE, VIDEO, *BOX_TAGS)) + ")")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class SampleError(ValueError):
-    """One sample is not usable; the message is one sentence. `reason` is the short name under which it is counted."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Event:
-    """A text said at a time of a streamed video: role-token text <eos>, then the role-token of the turn it is in."""
+    """A text said at a time of a streamed video, and what closes and opens turns around it."""
 
     time_ms: int
     tokens: np.ndarray  # int32
@@ -68,53 +61,112 @@ class EncodedSample:
 
 
 class Tokenizer:
-    """A `tokenizers` file plus the ids of the special tokens, looked up by name.
+    """A `tokenizers` file or a Hugging Face folder, what its special tokens mean, and its chat template if it has one.
 
-    Raises ValueError if the file cannot be read or lacks a special token.
+    Special tokens that the vocabulary lacks get new ids behind all others.  added: those, by name; known: ids before
+    them.  meaning: tokens by the names of `SpecialTokens`; ids: by those of our format.  sha256: of all that decides a
+    sample's ids; file_sha256: of tokenizer.json.
+    Raises ValueError, one sentence, for files that cannot be read, and for tokens or a template that cannot work.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, special: SpecialTokens | None = None, chat: ChatConfig | None = None):
+        self.path, self._special, self._chat = str(path), special or SpecialTokens(), chat or ChatConfig()
+        self._files = files = read_files(path, self._chat)
+        if files.template is None and (self._chat.date or self._chat.variables):
+            raise ValueError(f"data.chat has a date or variables, but data.tokenizer={path} has no chat template")
+        self.meaning = resolve(self._special, files)
         try:
-            raw = Path(path).read_bytes()
-            self._inner = tokenizers.Tokenizer.from_str(raw.decode())
+            inner = files.build()
         except Exception as error:
             raise ValueError(f"tokenizer file {path} cannot be read: {error}") from error
-        self.path = str(path)
-        self.sha256 = hashlib.sha256(raw).hexdigest()
-        self._inner.no_truncation()
-        self._inner.no_padding()
-        self._inner.encode_special_tokens = True
-        self.ids = {}
-        for name in SPECIALS:
-            token_id = self._inner.token_to_id(name)
-            if token_id is None:
-                raise ValueError(f"tokenizer file {path} has no special token {name}; it needs {', '.join(SPECIALS)}")
-            self.ids[name] = token_id
-            if token_id in self.encode_text(name):
-                raise ValueError(f"tokenizer file {path} holds {name} but not as a special token: text could spell it")
-        self.pad_id, self.eos_id, self.image_id = self.ids[PAD], self.ids[EOS], self.ids[IMAGE]
+        self.known = max(inner.get_vocab().values(), default=-1) + 1
+        self.added = _add_missing(inner, self.meaning.values(), f"tokenizer file {path}")
+        self._encoder = Encoder(inner)
+        self._format = self._open_format(files)
+        self.ids = {getattr(OURS, key): self._encoder.specials[name] for key, name in self.meaning.items()}
+        self.pad_id, self.eos_id, self.image_id = (self.ids[name] for name in (PAD, EOS, OURS.image))
         self.before_ids = [self.ids[name] for name in LAYOUT.before]  # of a view
         self.after_ids = [self.ids[name] for name in LAYOUT.after]
+        self.file_sha256 = hashlib.sha256(files.raw).hexdigest()
+        self.sha256 = self._digest(files)
         self._stamps: dict[int, list[int]] = {}  # by tenths of a second
         self._stamp_lengths = np.zeros(1024, np.uint8)  # 0 where not yet known
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Tokenizer":
+        """The tokenizer that has these `settings`."""
+        special, chat = SpecialTokens(**settings["special"]), ChatConfig(**settings["chat"])
+        return cls(settings["path"], special, chat)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes the same tokenizer in another process; fit for JSON."""
+        special, chat = dataclasses.asdict(self._special), dataclasses.asdict(self._chat)
+        return {"path": os.path.abspath(self.path), "special": special, "chat": chat}
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The folder's named tokens, as bos_token."""
+        return self._files.named
+
+    @property
+    def template(self) -> str | None:
+        """Source of the chat template; None for our format."""
+        return self._files.template
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether turns are written in our format with our tokens."""
+        return self.template is None and self.meaning == vars(OURS)
+
+    def to_json(self) -> str:
+        """Content of a tokenizer.json with all tokens."""
+        if not self.added and not self._files.added:
+            return self._files.raw.decode()
+        inner = self._files.build()
+        _add_missing(inner, self.meaning.values(), self.path)
+        return inner.to_str(pretty=True)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id, so that it can size an embedding even where ids have gaps."""
-        return max(self._inner.get_vocab().values()) + 1
+        return self._encoder.vocab_size
+
+    def _digest(self, files: TokenizerFiles) -> str:
+        """That of the file alone where nothing else decides."""
+        if self.is_ours and not files.added and not self.added:
+            return self.file_sha256
+        chat = vars(self._chat) | {"template": files.template} if files.template is not None else None
+        added = [repr(token) for token in files.added]
+        parts = [self.file_sha256, added, list(self.added), files.named, self.meaning, chat]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _open_format(self, files: TokenizerFiles) -> "OwnFormat | ChatFormat":
+        """What writes turns.  Where no setting says what ends a turn, the chat template does."""
+        if files.template is None:
+            return OwnFormat(self._encoder, self.meaning)
+        from tandem.data.media.chat_format import ChatFormat
+
+        try:
+            found = ChatFormat(files.template, self._encoder, self.meaning, files.named, self._chat)
+        except ValueError as error:
+            raise ValueError(f"the chat template of data.tokenizer={self.path} {error}") from error
+        self.meaning["end_of_turn"] = found.end_of_turn
+        return found
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; special-token spellings in it are ordinary characters."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode(text)[0].tolist()
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return self._encoder.decode(ids, skip_special)
 
     def stamp(self, time_ms: int) -> list[int]:
         """Ids of the time of a frame, "[1.5 second]": tenths of a second, rounded half up."""
         tenths = (int(time_ms) + 50) // 100
         if tenths not in self._stamps:
-            self._stamps[tenths] = self.encode_text(LAYOUT.stamp(tenths))
+            behind, before = (self._encoder.mark(self.meaning[key]) for key in ("end_of_image", "start_of_image"))
+            self._stamps[tenths] = self._encoder.encode(f"{behind}{LAYOUT.stamp(tenths)}{before}")[0][1:-1].tolist()
         return list(self._stamps[tenths])
 
     def stamp_lengths(self, times_ms: np.ndarray) -> np.ndarray:
@@ -134,87 +186,35 @@ class Tokenizer:
     ) -> EncodedSample:
         """Encode [{"role": "user", "text": "<image>What number?"}, {"role": "assistant", "text": "42"}].
 
-        A turn or event whose role is in train_roles trains its text and its <eos>; role tokens, [SOI], [EOI] and stamps
-        are never targets. The encoding itself does not depend on train_roles. `kinds` are the kinds ("image", "video")
-        of the sample's media in order, and `name` is how an error calls the sample. Raises SampleError.
+        A turn or event whose role is in train_roles trains its text and the token that ends it; all else that stands
+        around texts, [SOI], [EOI] and stamps are never targets. The encoding itself does not depend on train_roles.
+        `kinds` are the kinds ("image", "video") of the sample's media in order, and `name` is how an error calls the
+        sample. Raises SampleError.
         """
-        tokens: list[int] = []
-        trained: list[bool] = []
-        media_at: list[int] = []
-        found: list[str] = []
-        events: list[tuple[Event, ...]] = []
-        for role, text, stream in _checked_turns(turns, name):
-            train = role in train_roles
-            tokens.append(self.ids[ROLES[role]])
-            trained.append(False)
-            for is_mark, piece in split_marks(text):
-                if is_mark and piece in KIND_OF:
-                    before, after = (self.before_ids, self.after_ids) if piece == IMAGE else ([], [])
-                    media_at.append(len(tokens) + len(before))
-                    tokens += before + after
-                    trained += [False] * len(before + after)
-                    found.append(KIND_OF[piece])
-                    said = stream if piece == VIDEO else ()
-                    events.append(tuple(self._event(entry, role, train_roles) for entry in said))
-                    continue
-                ids = self._ids_of(is_mark, piece)
-                tokens += ids
-                trained += [train] * len(ids)
-            tokens.append(self.eos_id)
-            trained.append(train)
-        _check_kinds(found, kinds, name)
-        return EncodedSample(
-            np.array(tokens, np.int32),
-            np.array(trained, bool),
-            np.array(media_at, np.int32),
-            tuple(found),
-            tuple(events),
+        checked = checked_turns(turns, name)
+        media = [(mark, turn) for turn in checked for mark in media_of(turn.pieces)]
+        found = tuple(KIND_OF[mark] for mark, _ in media)
+        check_kinds(found, kinds, name)
+        tokens_T, trained_T, media_at_M = self._format.encode(checked, train_roles, name)
+        events = tuple(
+            tuple(
+                Event(time_ms, *self._format.event(role, pieces, turn, train_roles, name))
+                for time_ms, role, pieces in (turn.stream if mark == VIDEO else ())
+            )
+            for mark, turn in media
         )
-
-    def _ids_of(self, is_mark: bool, piece: str) -> list[int]:
-        """Ids of one piece of a text that was split at its marks, a box tag or text."""
-        return [self.ids[piece]] if is_mark else self.encode_text(piece)
-
-    def _event(self, entry: tuple[int, str, str], turn_role: str, train_roles: Collection[str]) -> Event:
-        time_ms, role, text = entry
-        said = [token for piece in split_marks(text) for token in self._ids_of(*piece)] + [self.eos_id]
-        tokens = [self.ids[ROLES[role]], *said, self.ids[ROLES[turn_role]]]
-        trained = [False, *[role in train_roles] * len(said), False]
-        return Event(time_ms, np.array(tokens, np.int32), np.array(trained, bool))
+        return EncodedSample(tokens_T, trained_T, media_at_M.astype(np.int32), found, events)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Marks in texts: placeholders and box tags
-
-
-def split_marks(text: str) -> list[tuple[bool, str]]:
-    r"""(whether it is a mark, piece) of a text, in order; pieces of text are not empty.
-
-    A mark behind an odd number of backslashes is text, and of these backslashes half remain: `\<image>` is the text
-    "<image>", and `\\<image>` is a backslash and a placeholder. Elsewhere a backslash is a backslash.
-    """
-    pieces, plain, at = [], "", 0
-    for match in _MARKS.finditer(text):
-        backslashes, mark = len(match[1]), match[2]
-        plain += text[at : match.start()] + "\\" * (backslashes // 2)
-        at = match.end()
-        if backslashes % 2:
-            plain += mark
-            continue
-        pieces += [(False, plain)] * bool(plain) + [(True, mark)]
-        plain = ""
-    plain += text[at:]
-    return pieces + [(False, plain)] * bool(plain)
-
-
-def escaped(text: str) -> str:
-    """The text that `split_marks` takes as this text, whatever marks it holds."""
-    return _MARKS.sub(lambda match: "\\" * (2 * len(match[1]) + 1) + match[2], text)
-
-
-def placeholders(text: str) -> list[str]:
-    """Kinds of media ("image", "video") that a text has placeholders for, in order."""
-    return [KIND_OF[piece] for is_mark, piece in split_marks(text) if is_mark and piece in KIND_OF]
+def _add_missing(inner: tokenizers.Tokenizer, names: Iterable[str], what: str) -> dict[str, int]:
+    """New special tokens for names that the vocabulary lacks, with their ids.  Raises ValueError for a plain token."""
+    special = {token.content for token in inner.get_added_tokens_decoder().values() if token.special}
+    missing = [name for name in dict.fromkeys(names) if inner.token_to_id(name) is None]
+    inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in missing])
+    for name in names:
+        if name not in special and name not in missing:
+            raise ValueError(f"{what} holds {name} but not as a special token: text could spell it")
+    return {name: inner.token_to_id(name) for name in missing}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,74 +243,19 @@ def parse_sample(data: bytes, name: str) -> dict:
 def sample_content(content: dict, name: str) -> dict:
     """The content of a sample with its domain and entity checked. Raises SampleError."""
     domain, entity = content.get("domain", UNLABELLED), content.get("entity")
-    _check_text(domain, f"{name} has a domain", "bad json")
+    check_text(domain, f"{name} has a domain", "bad json")
     if entity is not None:
-        _check_text(entity, f"{name} has an entity", "bad json")
+        check_text(entity, f"{name} has an entity", "bad json")
     return content | {"domain": domain, "entity": entity}
 
 
 def texts_of(turns: Sequence[dict], name: str) -> list[str]:
     """The pieces of text in a sample's turns and streams, without placeholders and box tags. Raises SampleError."""
     texts: list[str] = []
-    for _, text, stream in _checked_turns(turns, name):
-        texts += (text, *(said for _, _, said in stream))
-    return [piece for text in texts for is_mark, piece in split_marks(text) if not is_mark]
-
-
-def _check_text(value: object, what: str, reason: str) -> None:
-    if not isinstance(value, str):
-        raise SampleError(reason, f"{what} that is not a string")
-    if _LONE_SURROGATE.search(value):
-        raise SampleError(reason, f"{what} with a lone surrogate, which is no character")
-
-
-def _checked_turns(turns: Sequence[dict], name: str) -> list[tuple[str, str, list[tuple[int, str, str]]]]:
-    """(role, text, stream as (time in ms, role, text) by time) of each turn. Raises SampleError."""
-    if not isinstance(turns, list) or not turns:
-        raise SampleError("bad turns", f"{name} has no list of turns")
-    checked = []
-    for turn in turns:
-        role, text = _checked_role_and_text(turn, f"{name} has a turn", "bad turns")
-        stream = turn.get("stream", [])
-        if not isinstance(stream, list):
-            raise SampleError("bad stream", f'{name} has a "stream" that is not a list')
-        if stream and (videos := placeholders(text).count("video")) != 1:
-            seen = f"a turn with a stream and {videos} {VIDEO} placeholders"
-            raise SampleError("bad stream", f"{name} has {seen}; a stream belongs to exactly one video")
-        entries = [_checked_entry(entry, name) for entry in stream]
-        checked.append((role, text, sorted(entries, key=lambda entry: entry[0])))
-    return checked
-
-
-def _checked_role_and_text(item: object, what: str, reason: str) -> tuple[str, str]:
-    if not isinstance(item, dict) or item.get("role") not in tuple(ROLES):
-        raise SampleError(reason, f"{what} without a role out of {', '.join(ROLES)}")
-    _check_text(item.get("text"), f"{what} with a text", reason)
-    return item["role"], item["text"]
-
-
-def _checked_entry(entry: object, name: str) -> tuple[int, str, str]:
-    role, text = _checked_role_and_text(entry, f"{name} has a stream entry", "bad stream")
-    time = entry["time"] if isinstance(entry, dict) and "time" in entry else None
-    if isinstance(time, bool) or not isinstance(time, (int, float)) or not 0 <= time <= MAX_SECONDS:
-        raise SampleError("bad stream", f"{name} has a stream entry whose time is not a number of seconds from 0")
-    if placeholders(text):
-        raise SampleError("bad stream", f"{name} has a placeholder in a stream entry; media belong into a turn's text")
-    return int(time * 1000 + 0.5), role, text
-
-
-def _check_kinds(found: Sequence[str], kinds: Sequence[str], name: str) -> None:
-    """Placeholders and media agree one by one, or SampleError."""
-    if list(found) == list(kinds):
-        return
-    for mark, kind in KIND_OF.items():
-        named, held = found.count(kind), list(kinds).count(kind)
-        if named != held:
-            message = f"{name} has {named} {mark} placeholders in its text but {held} {kind}s"
-            raise SampleError("placeholder mismatch", message)
-    first = next(i for i, (mark, kind) in enumerate(zip(found, kinds, strict=True)) if mark != kind)
-    message = f"{name} has {kinds[first]} number {first} where its text has <{found[first]}>"
-    raise SampleError("placeholder mismatch", message)
+    for turn in checked_turns(turns, name):
+        for pieces in (turn.pieces, *(said for _, _, said in turn.stream)):
+            texts += [piece for is_mark, piece in pieces if not is_mark]
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

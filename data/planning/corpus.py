@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tandem.data.formats.in_place import AUTO, find_format
-from tandem.data.media.text import ROLES
+from tandem.data.media.turns import ROLES
 from tandem.data.shards.catalog import Catalog, open_catalog
 from tandem.data.shards.index import ShardIndex
 

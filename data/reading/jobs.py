@@ -20,7 +20,8 @@ import numpy as np
 from tandem.data.formats.in_place import find_format
 from tandem.data.media.audio import spectrogram
 from tandem.data.media.image import ImageError, decode_image, to_patches
-from tandem.data.media.text import SampleError, Tokenizer
+from tandem.data.media.text import Tokenizer
+from tandem.data.media.turns import SampleError
 from tandem.data.media.video import SoundError, VideoError, decode_frames
 from tandem.data.planning.plan import AUDIO
 from tandem.data.reading.sample_layout import lay_out

@@ -24,7 +24,8 @@ import numpy as np
 from tandem.data.formats.in_place import contents, format_of
 from tandem.data.media.audio import sound_grid, spectrogram
 from tandem.data.media.image import ImageError, decode_image, image_size, to_patches
-from tandem.data.media.text import SampleError, load_json, texts_of
+from tandem.data.media.text import load_json, texts_of
+from tandem.data.media.turns import SampleError
 from tandem.data.media.video import Probe, SoundError, decode_frames, probe, sample_frames
 from tandem.data.shards.catalog import expand_shards
 from tandem.data.shards.storage import open_range, shown

@@ -111,7 +111,7 @@ class ShardReader:
         self._pool: WorkerPool | _CallingThread
         if workers:
             settings = {
-                "tokenizer": os.path.abspath(tokenizer.path),
+                "tokenizer": tokenizer.settings,
                 "tokenizer_sha256": tokenizer.sha256,
                 "train_roles": train_roles,
                 "max_pixels": max_pixels,

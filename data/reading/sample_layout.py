@@ -12,7 +12,8 @@ Shapes: T base text tokens, M media of the sample, I its planned images and fram
 
 import numpy as np
 
-from tandem.data.media.text import EncodedSample, SampleError, Tokenizer
+from tandem.data.media.text import EncodedSample, Tokenizer
+from tandem.data.media.turns import SampleError
 
 
 class _Sequence:

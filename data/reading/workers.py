@@ -230,9 +230,9 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_listen, args=(link, messages), daemon=True).start()
     threading.Thread(target=_watch, args=(settings["parent"],), daemon=True).start()
 
-    tokenizer = Tokenizer(settings["tokenizer"])
+    tokenizer = Tokenizer.of(settings["tokenizer"])
     if tokenizer.sha256 != settings["tokenizer_sha256"]:
-        raise ValueError(f"tokenizer file {settings['tokenizer']} has changed since the run began")
+        raise ValueError(f"data.tokenizer={tokenizer.path} has changed since the run began")
     runner = JobRunner(tokenizer, settings["train_roles"], settings["max_pixels"], VisionSpec(**settings["vision"]))
     memories: dict[int, tuple[int, np.ndarray]] = {}
     while True:

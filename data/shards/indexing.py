@@ -16,7 +16,8 @@ import numpy as np
 
 from tandem.data.formats.in_place import AUTO, TEXTS, Entry, Format, find_format, format_of, likely_format
 from tandem.data.media.image import MAX_PIXELS, ImageError, image_size
-from tandem.data.media.text import SampleError, Tokenizer
+from tandem.data.media.text import Tokenizer
+from tandem.data.media.turns import SampleError
 from tandem.data.shards.index import EVENT, IMAGE, MEDIA, SAMPLE, SUFFIX, VIDEO, ShardIndex, load_index, write_index
 from tandem.data.shards.storage import base_name, is_url, open_range, shown
 from tandem.data.shards.tars import Member, Sample, TarSamples, printable

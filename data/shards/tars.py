@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 from tandem.data.shards.storage import RangeFile, Section, is_url, shown
 
 MAX_BYTES = {  # of a member, by kind

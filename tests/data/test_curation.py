@@ -23,7 +23,7 @@ from tandem.data.curation.filters import (
 from tandem.data.curation.pipeline import Examiner, curate
 from tandem.data.curation.runners import RayWorker, in_processes
 from tandem.data.curation.similar import NearestEarlier, perceptual_hash
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 from tandem.data.shards.storage import open_range
 from tandem.data.shards.tars import TarSamples
 from tests.curation_shards import content, defective_shards, encoded, pair, picture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tandem.data.formats.in_place import formats
-from tandem.data.media.text import escaped, placeholders, split_marks
+from tandem.data.media.turns import escaped, placeholders, split_marks
 from tandem.data.planning.corpus import Corpus, SourceSettings
 from tandem.data.shards.catalog import open_catalog
 from tandem.data.shards.index import load_index

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tandem.data.media.audio import decode_audio
 from tandem.data.media.image import ImageError, decode_image, image_size
-from tandem.data.media.text import SampleError, parse_sample
+from tandem.data.media.text import parse_sample
+from tandem.data.media.turns import SampleError
 from tandem.data.media.video import VideoError, decode_frames, probe
 from tandem.data.reading.jobs import WHOLE_VIDEO_BYTES
 from tandem.data.shards.catalog import gather_catalog, open_catalog, write_catalog

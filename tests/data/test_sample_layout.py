@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 from tandem.data.reading.sample_layout import lay_out
 
 CONVERSATION = [

@@ -24,7 +24,7 @@ from tandem.data.vision import VisionSpec
 @pytest.fixture
 def settings(tokenizer):
     return {
-        "tokenizer": tokenizer.path,
+        "tokenizer": tokenizer.settings,
         "tokenizer_sha256": tokenizer.sha256,
         "train_roles": [["assistant"]],
         "max_pixels": 1 << 20,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tandem.data.media.tokenizer_files import ChatConfig, SpecialTokens
 from tandem.data.vision import VisionSpec
 from tandem.parallel.layout import Layout, choose_cp_comm_type
 from tandem.train.models.connectors.base import ConnectorConfig
@@ -152,7 +153,8 @@ class VideoConfig:
 
 @dataclass
 class DataConfig:
-    """sources: by name, mixed by weight.  block_samples: samples packed together; window_shards: shards of a source
+    """sources: by name, mixed by weight.  tokenizer: a tokenizer.json or a Hugging Face folder.  special_tokens,
+    chat: see data/media/tokenizer_files.py.  block_samples: samples packed together; window_shards: shards of a source
     shuffled together.  too_long: cut or refuse a sample longer than a row.  audio_seconds: most sound read of a video,
     0 for none.  workers: processes of a rank that read and decode, 0 for none beside its own thread.  prefetch: steps
     read ahead.  max_skip_rate: share of unreadable samples above which the run stops."""
@@ -170,6 +172,8 @@ class DataConfig:
     workers: int
     prefetch: int
     max_skip_rate: float
+    special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
+    chat: ChatConfig = field(default_factory=ChatConfig)
 
 
 @dataclass

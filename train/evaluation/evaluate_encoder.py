@@ -95,7 +95,8 @@ def build(config: Config, reader: Reader, weights: str) -> Embedder:
         tower: nn.Module = BareEncoder(config.model.encoder)
     else:
         tower = task.tower(config)
-        tokenizer, most_tokens = Tokenizer(config.data.tokenizer), config.model.text.max_tokens
+        data, most_tokens = config.data, config.model.text.max_tokens
+        tokenizer = Tokenizer(data.tokenizer, data.special_tokens, data.chat)
     load_weights(tower, reader, weights)
     chunk_patches = config.parallel.encoder.chunk_patches
     return Embedder(tower.to(config.train.dtype), config.vision, local_device(), chunk_patches, tokenizer, most_tokens)

@@ -61,6 +61,11 @@ def _encoder(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, 
 def _whole(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
     model = config.model
     family, tokenizer = families.of_model(model.llm), _tokenizer(config)
+    if not tokenizer.is_ours:
+        raise ValueError(
+            f"--part all: data.tokenizer={config.data.tokenizer} has a chat template or special tokens of its own, "
+            "and the exported processor does not write them; --part llm exports the language model with them"
+        )
     held = weights.of_modules(reader, {"encoder", "adapter"})
     held |= weights.of_family(reader, family, model.llm, prefix="language_model.")
     texts = {"config.json": inputs.as_json(settings.whole(model, family, dtype, tokenizer.image_id))}
@@ -74,6 +79,6 @@ def _sources() -> dict[str, str]:
 
 def _tokenizer(config: Config) -> Tokenizer:
     try:
-        return Tokenizer(config.data.tokenizer)
+        return Tokenizer(config.data.tokenizer, config.data.special_tokens, config.data.chat)
     except ValueError as error:
         raise ValueError(f"data.tokenizer: {error}; name it with --tokenizer") from error

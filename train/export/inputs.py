@@ -1,10 +1,10 @@
 """What turns files and conversations into inputs: tokenizer, chat template and processors of an exported folder."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-from tandem.data.media.text import BOX_TAGS, EOS, IMAGE, LAYOUT, PAD, ROLES, VIDEO, Tokenizer
+from tandem.data.media.text import LAYOUT, Tokenizer
+from tandem.data.media.turns import BOX_TAGS, IMAGE, ROLES, VIDEO
 from tandem.data.vision import VisionSpec
 from tandem.train.config.schema import Config
 from tandem.train.export.settings import CODE
@@ -12,10 +12,10 @@ from tandem.train.export.settings import CODE
 # A turn is its role's token, its text and the end token; placeholders are replaced by the processor.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['role'] not in {roles} -%}"
+    "{%- if message['role'] not in {begin} -%}"
     "{{- raise_exception('a role must be one of {roles_in_words}, not ' ~ message['role']) -}}"
     "{%- endif -%}"
-    "{{- '<' ~ message['role'] ~ '>' -}}"
+    "{{- {begin}[message['role']] -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
     "{%- else -%}"
     "{%- for part in message['content'] -%}"
@@ -30,15 +30,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def chat_template() -> str:
-    """The layout of `data.media.text` in Jinja, as transformers renders it."""
+def chat_template(tokenizer: Tokenizer) -> str:
+    """The tokenizer's own, or our format (`data.media.own_format`) in Jinja, as transformers renders it."""
+    if tokenizer.template is not None:
+        return tokenizer.template
+    token = tokenizer.meaning
     words = {
-        "{roles}": repr(list(ROLES)),
+        "{begin}": repr({role: token[role] for role in ROLES}),
         "{roles_in_words}": ", ".join(ROLES),
-        "{image}": IMAGE,
-        "{video}": VIDEO,
-        "{eos}": EOS,
-        "{assistant}": ROLES["assistant"],
+        "{image}": token["image"],
+        "{video}": token["video"],
+        "{eos}": token["end_of_turn"],
+        "{assistant}": token["assistant"],
     }
     text = CHAT_TEMPLATE
     for name, word in words.items():
@@ -49,18 +52,19 @@ def chat_template() -> str:
 def text_files(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
     """Files of the tokenizer, and what generation needs of it."""
     tokens = {
+        **tokenizer.named,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "eos_token": EOS,
+        "pad_token": tokenizer.meaning["pad"],
+        "eos_token": tokenizer.meaning["end_of_turn"],
         "padding_side": "left",
         "model_max_length": config.train.seq_length,
         "clean_up_tokenization_spaces": False,
     }
     generation = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "do_sample": False}
     return {
-        "tokenizer.json": Path(tokenizer.path).read_text(),
+        "tokenizer.json": tokenizer.to_json(),
         "tokenizer_config.json": as_json(tokens),
-        "chat_template.jinja": chat_template(),
+        "chat_template.jinja": chat_template(tokenizer),
         "generation_config.json": as_json(generation),
     }
 

@@ -27,7 +27,7 @@ class Data:
 def open_data(config: Config) -> Data:
     """Loads tokenizer and indexes.  Raises ValueError, in one sentence, for anything missing or that cannot fit."""
     data = config.data
-    tokenizer = Tokenizer(data.tokenizer)
+    tokenizer = Tokenizer(data.tokenizer, data.special_tokens, data.chat)
     task = find(config.task)
     known = getattr(config.model, task.vocabulary).vocab_size
     if tokenizer.vocab_size > known:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tandem.data.formats.containers.base import Container, Found
 from tandem.data.formats.containers.lines import opened
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 from tandem.data.shards.tars import MAX_BYTES, printable
 
 _LIMIT = MAX_BYTES["other"]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 from tandem.data.formats.containers.base import Container, Found, not_utf8
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 
 _BLOCK = 1 << 20
 _LONGEST = 1 << 28  # bytes of a line

@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tandem.data.media.text import SampleError, escaped, load_json, placeholders, sample_content
+from tandem.data.media.text import load_json, sample_content
+from tandem.data.media.turns import SampleError, escaped, placeholders
 from tandem.data.shards.tars import Member, Sample
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from tandem.data.formats.in_place.base import Entry, Format, named, parsed
-from tandem.data.media.text import IMAGE, SampleError, sample_content
+from tandem.data.media.text import sample_content
+from tandem.data.media.turns import IMAGE, SampleError
 from tandem.data.shards.tars import Sample
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from tandem.data.formats.in_place.base import Entry, Format, Text, parsed
-from tandem.data.media.text import SampleError, parse_sample
+from tandem.data.media.text import parse_sample
+from tandem.data.media.turns import SampleError
 from tandem.data.shards.tars import Sample
 
 

@@ -9,7 +9,7 @@ The formats exclude each other: a record fits at most one of them.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 
 VIDEO_KEYS = ("video", "videos")
 IMAGE_KEYS = ("image", "images", "img", "image_path", "file_name", "filename", "file", "jpg", "png")

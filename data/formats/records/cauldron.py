@@ -4,7 +4,7 @@ The pictures stand before the first question.
 """
 
 from tandem.data.formats.records.base import Conversation, RecordFormat, media_of, named
-from tandem.data.media.text import SampleError, escaped
+from tandem.data.media.turns import SampleError, escaped
 
 
 class CauldronFormat(RecordFormat):

@@ -1,7 +1,7 @@
 """LLaVA and ShareGPT:  {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>..."}, ...]}"""
 
 from tandem.data.formats.records.base import TOOLS, Conversation, RecordFormat, media_of, named, role_of, tool_answer
-from tandem.data.media.text import SampleError
+from tandem.data.media.turns import SampleError
 
 
 class LlavaFormat(RecordFormat):

@@ -4,7 +4,7 @@ A document is one turn of the assistant, in which each picture stands before the
 """
 
 from tandem.data.formats.records.base import Conversation, Medium, RecordFormat, named
-from tandem.data.media.text import IMAGE, SampleError, escaped
+from tandem.data.media.turns import IMAGE, SampleError, escaped
 
 
 class Mmc4Format(RecordFormat):

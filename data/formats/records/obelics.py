@@ -4,7 +4,7 @@ A document is one turn of the assistant: texts and pictures in their order, a li
 """
 
 from tandem.data.formats.records.base import Conversation, Medium, RecordFormat, named
-from tandem.data.media.text import IMAGE, SampleError, escaped
+from tandem.data.media.turns import IMAGE, SampleError, escaped
 
 
 class ObelicsFormat(RecordFormat):

@@ -17,7 +17,7 @@ from tandem.data.formats.records.base import (
     role_of,
     tool_answer,
 )
-from tandem.data.media.text import SampleError, escaped
+from tandem.data.media.turns import SampleError, escaped
 
 _MEDIA = {
     "image_url": "image",

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from tandem.data.formats.records.base import Conversation, RecordFormat, first_text, media_of, named
-from tandem.data.media.text import SampleError, escaped
+from tandem.data.media.turns import SampleError, escaped
 
 _CAPTIONS = ("caption", "text", "txt", "captions", "description", "alt_text", "TEXT", "title")
 _LABELS = ("label", "class", "class_name", "category", "cls")

@@ -1,7 +1,7 @@
 """Text alone:  {"text": "..."}"""
 
 from tandem.data.formats.records.base import Conversation, RecordFormat, first_text, media_of, named
-from tandem.data.media.text import SampleError, escaped
+from tandem.data.media.turns import SampleError, escaped
 
 _KEYS = ("text", "content", "raw_content", "document")
 
