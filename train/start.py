@@ -9,6 +9,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from tandem.data.vision import OLDEST
+from tandem.parallel.engines.encoder_engine import EncoderEngine
 from tandem.parallel.engines.llm_engine import LLMEngine
 from tandem.train import families
 from tandem.train.checkpoints import checkpoint
@@ -105,7 +106,7 @@ def _model_folders(config: Config) -> dict[str, Folder]:
     """The folders that parts of the model start from, by part."""
     model, found = config.model, {}
     if model.encoder.folder:
-        found["encoder"] = encoders.open_folder(model.encoder)
+        found["encoder"] = encoders.open_folder(model.encoder.folder, model.encoder)
     if model.llm.folder and find(config.task).has_llm:
         found["llm"] = families.open_folder(model.llm)
     return found
@@ -133,7 +134,7 @@ def restore(
             cast(LLMEngine, trainer.engines.by_name["llm"]).load(folder.read, optimizer=False)
         else:
             read = lambda name, *box, of=folder: of.read(name.removeprefix("encoder."), *box)  # noqa: E731
-            trainer.engines.encoder.load(read, optimizer=False, parts={"encoder"})
+            cast(EncoderEngine, trainer.engines.by_name["encoder"]).load(read, optimizer=False, parts={"encoder"})
         told.append(f"{part} from {folder.told}")
     if start is not None:
         if wrong := verify_together(start.path, trainer.engines):

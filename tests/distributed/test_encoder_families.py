@@ -84,7 +84,7 @@ def test_where_weights_come_from(folders, corpus, tmp_path):
         ],
         timeout=180,
     )[0]
-    found = encoders.open_folder(settings("stage1", f"model.encoder.folder='{folder}'").model.encoder)
+    found = encoders.open_folder(folder, settings("stage1", f"model.encoder.folder='{folder}'").model.encoder)
     for name, tensor in weights(tmp_path / "first").items():
         bare = name.removeprefix("encoder.")
         assert torch.equal(tensor, found.read(bare, "param", (0,) * tensor.dim(), tuple(tensor.shape))), name

@@ -1,5 +1,7 @@
 """Encoders of Hugging Face: in, against transformers' own classes in fp32, and out again to the bit."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tandem.train.checkpoints.checkpoint import Reader
+from tandem.train.export.hugging_face import content
 from tandem.train.families import encoders
-from tandem.train.families.encoders.writing import vision_model
 from tandem.train.families.folder import shapes
 from tandem.train.models.encoders.vit import SeedViT
 from tests.support import settings
+from tests.train.folders import write
 from tests.train.vision_models import MODELS, SIDE, features, images, model_of, saved
 
 GRIDS = [(SIDE, SIDE), (4, 10), (2, 2), (SIDE, SIDE), (14, 6)]
@@ -32,7 +37,7 @@ def folders(tmp_path_factory) -> Path:
 def opened(folder: Path, *overrides: str):
     """(settings, our encoder with the folder's weights, the folder)."""
     config = settings("stage1", f"model.encoder.folder='{folder}'", *overrides)
-    encoder, found = SeedViT(config.model.encoder), encoders.open_folder(config.model.encoder)
+    encoder, found = SeedViT(config.model.encoder), encoders.open_folder(folder, config.model.encoder)
     for name, parameter in encoder.named_parameters():
         parameter.data.copy_(found.read(name, "param", (0,) * parameter.dim(), tuple(parameter.shape)))
     return config, encoder, found
@@ -100,21 +105,22 @@ def test_every_number_of_theirs_is_used_once(folders, kind):
 @pytest.mark.parametrize("kind", ALONE)
 def test_what_is_written_is_what_came_in_and_opens(folders, kind, tmp_path):
     config, encoder, _ = opened(folders / kind)
-    weights = {f"encoder.{name}": parameter.detach() for name, parameter in encoder.named_parameters()}
-
-    def read(name, _, start, size):
-        return weights[name][tuple(slice(at, at + count) for at, count in zip(start, size, strict=True))]
-
-    out = vision_model(config.model.encoder, "float32", read)
-    for name, said in out.files.items():
-        (tmp_path / name).write_text(json.dumps(said))
-    save_file(
-        {name: out.read(name).contiguous() for name in out.shapes}, tmp_path / "model.safetensors", {"format": "pt"}
-    )
+    pieces = [
+        (f"encoder.{name}", "param", weight.detach(), tuple(slice(0, size) for size in weight.shape))
+        for name, weight in encoder.named_parameters()
+    ]
+    run = tmp_path / "run" / "checkpoints"
+    reader = Reader(write(run, [pieces]))
+    out = content(reader, config, "encoder", "fp32")
+    for name, text in out.texts.items():
+        (tmp_path / name).write_text(text)
+    tensors = {name: out.weights.read(name).contiguous() for name in out.weights.shapes}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    filled = encoders.of_model(config.model.encoder).fills(config.model.encoder)
     first = load_file(folders / kind / "model.safetensors")
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
-        assert tuple(tensor.shape) == out.shapes[name]
-        assert name in out.filled or torch.equal(tensor, first[name]), name
+        assert tuple(tensor.shape) == out.weights.shapes[name]
+        assert name in filled or torch.equal(tensor, first[name]), name
     again, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(again) is type(model_of(kind))
@@ -122,8 +128,20 @@ def test_what_is_written_is_what_came_in_and_opens(folders, kind, tmp_path):
     with torch.no_grad():
         assert_close(features(again, config, pixels[0]), encoder(packed))
     assert encoders.settings_of(tmp_path) == encoders.settings_of(folders / kind)
+    assert run_usage(tmp_path) > 0
     processor, ours = transformers.AutoImageProcessor.from_pretrained(tmp_path), config.model.encoder
     assert list(processor.image_mean) == ours.image_mean and list(processor.image_std) == ours.image_std
+
+
+def run_usage(folder: Path) -> int:
+    """Numbers in the features that the example of the model card prints the shape of."""
+    Image.new("RGB", (200, 90), (200, 30, 60)).save(folder / "image.png")
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    found: dict = {}
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+        exec(code, found)
+    assert found["features"].isfinite().all()
+    return found["features"].numel()
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
@@ -132,7 +150,7 @@ def test_what_is_written_is_what_came_in_and_opens(folders, kind, tmp_path):
 def refusal(folder: Path, *overrides: str) -> str:
     with pytest.raises(ValueError) as refused:
         config = settings("stage1", f"model.encoder.folder='{folder}'", *overrides)
-        encoders.open_folder(config.model.encoder)
+        encoders.open_folder(folder, config.model.encoder)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 

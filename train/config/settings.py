@@ -80,7 +80,7 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
 def _of_folder(settings: DictConfig, part: str, folder: str) -> dict[str, Any]:
     """What a folder says of a part of the model; of a run that goes on, what it said when the run began."""
     if (saved := resumed(settings)) is not None and OmegaConf.select(saved, f"model.{part}.folder") == folder:
-        return OmegaConf.to_container(saved.model[part])
+        return cast("dict[str, Any]", OmegaConf.to_container(saved.model[part]))
     if part == "llm":
         return families.settings_of(folder)
     return encoders.settings_of(folder, OmegaConf.select(settings, "model.encoder.feature_layer") or -1)
@@ -93,7 +93,7 @@ def resumed(settings: DictConfig | Config) -> DictConfig | None:
     run_dir = Path(settings.run.dir)
     saved = run_dir / "config.yaml"
     folder = Path(settings.checkpoint.dir or run_dir / "checkpoints")
-    return OmegaConf.load(saved) if saved.is_file() and checkpoints(folder) else None
+    return cast(DictConfig, OmegaConf.load(saved)) if saved.is_file() and checkpoints(folder) else None
 
 
 def _said_by(loader, group: str, option: str) -> DictConfig:

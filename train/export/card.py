@@ -46,8 +46,21 @@ print(features.shape)""",
 }
 
 
-def model_card(config: Config, path: Path, state: TrainState, part: str) -> str:
-    """Markdown of README.md; part: all, llm or encoder."""
+VISION_MODEL = """\
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+folder = "."
+processor, model = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
+
+inputs = processor(images=Image.open("image.png"), return_tensors="pt")
+features = {call}.last_hidden_state
+print(features.shape)"""
+
+
+def model_card(config: Config, path: Path, state: TrainState, part: str, call: str | None = None) -> str:
+    """Markdown of README.md; part: all, llm or encoder; call: how an encoder of a class of transformers is called."""
+    usage = USAGE[part] if call is None else VISION_MODEL.format(call=call)
     lines = ["---", "library_name: transformers", f"pipeline_tag: {PIPELINE[part]}", "tags: [tandem]", "---", ""]
     lines += [f"# {config.label}", ""]
     lines += [f"Trained with tandem, exported from checkpoint `{path.name}` of run `{_name(path)}`.", ""]
@@ -65,11 +78,12 @@ def model_card(config: Config, path: Path, state: TrainState, part: str) -> str:
     ]
     if metrics := _metrics(path, state.step):
         lines += ["", "## Last metrics", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in metrics)]
-    lines += ["", "## Usage", "", "```python", USAGE[part], "```", ""]
+    lines += ["", "## Usage", "", "```python", usage, "```", ""]
     return "\n".join(lines)
 
 
 def _facts(config: Config, state: TrainState) -> list[tuple[str, str]]:
+    folders = [part.folder for part in (config.model.encoder, config.model.llm) if part.folder]
     tokens = state.step * config.train.global_batch_size * config.train.seq_length
     return [
         ("task", config.task),
@@ -79,7 +93,7 @@ def _facts(config: Config, state: TrainState) -> list[tuple[str, str]]:
         ("trained parts", ", ".join(config.train.trainable)),
         ("optimizer", f"{config.optim.name}, learning rate {config.optim.lr} to {config.optim.min_lr}"),
         ("precision", config.train.precision),
-        ("started from", config.checkpoint.load_from or config.model.llm.folder or "random weights"),
+        ("started from", config.checkpoint.load_from or ", ".join(folders) or "random weights"),
     ]
 
 

@@ -2,7 +2,7 @@
 
 all       our modeling, configuration and processing files beside the weights; the language model is its family's
 llm       the family's own class; no code of ours
-encoder   the encoder with its image processor; our code
+encoder   the encoder with its image processor: its family's own class where it has one, else our code
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from tandem.train.config.schema import Config
 from tandem.train.export import inputs, settings, weights
 from tandem.train.export.card import model_card
 from tandem.train.export.weights import Weights
+from tandem.train.families import encoders
 
 MODULES = {"all": ("encoder", "adapter", "llm"), "llm": ("llm",), "encoder": ("encoder",)}
 REMOTE = Path(__file__).with_name("remote")
@@ -40,7 +41,7 @@ def content(reader: Reader, config: Config, part: str, dtype: str) -> Content:
         what, held, texts = _encoder(reader, config, dtype)
     else:
         what, held, texts = (_language if part == "llm" else _whole)(reader, config, dtype)
-    return Content(held, texts | {"README.md": model_card(config, reader.path, reader.state, part)}, what)
+    return Content(held, {"README.md": model_card(config, reader.path, reader.state, part)} | texts, what)
 
 
 def _language(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
@@ -53,9 +54,27 @@ def _language(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights,
 
 def _encoder(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
     model = config.model
+    if settings.lacks(model.encoder):
+        return _encoder_of_family(reader, config, dtype)
     texts = {"config.json": inputs.as_json(settings.encoder_alone(model.encoder, model.connector, dtype))}
     texts |= inputs.image_files(config.vision) | _sources()
     return "an encoder", weights.of_modules(reader, {"encoder"}), texts
+
+
+def _encoder_of_family(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
+    encoder = config.model.encoder
+    family = encoders.of_model(encoder)
+    held = weights.of_family(reader, family, encoder, part="encoder")
+    what, fills = f"a {family.architecture}", family.fills(encoder)
+    if fills:
+        held |= weights.constant(fills)
+        what += f", with {', '.join(fills)} of ones and zeros, which the encoder has not"
+    texts = {
+        "config.json": inputs.as_json(family.config(encoder, settings.DTYPES[dtype])),
+        "preprocessor_config.json": inputs.as_json(family.preprocessor(encoder)),
+        "README.md": model_card(config, reader.path, reader.state, "encoder", family.call),
+    }
+    return what, held, texts
 
 
 def _whole(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:

@@ -28,15 +28,22 @@ OF_TRAINING = ("drop_path",)
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-def vision(encoder: ViTConfig, connector: ConnectorConfig) -> dict[str, Any]:
-    """The encoder's configuration.  Raises ValueError for a setting that the modeling file does not have."""
-    written = {*ENCODER.values(), *OF_TRAINING, "mlp_ratio"}
+def lacks(encoder: ViTConfig) -> str | None:
+    """The first setting of an encoder that the modeling file does not have; None for none."""
+    written, plain = {*ENCODER.values(), *OF_TRAINING, "mlp_ratio"}, ViTConfig()
     for field in dataclasses.fields(encoder):
         value = getattr(encoder, field.name)
-        if field.name not in written and value != field.default:
-            raise ValueError(f"model.encoder.{field.name}={value}: the exported encoder cannot have this yet")
+        if field.name not in written and value != getattr(plain, field.name):
+            return f"model.encoder.{field.name}={value}"
+    return None
+
+
+def vision(encoder: ViTConfig, connector: ConnectorConfig) -> dict[str, Any]:
+    """The encoder's configuration.  Raises ValueError for a setting that the modeling file does not have."""
+    if lacking := lacks(encoder):
+        raise ValueError(f"{lacking}: the exported encoder cannot have this yet")
     out = {name: getattr(encoder, key) for name, key in ENCODER.items()}
-    out["intermediate_size"] = int(encoder.width * encoder.mlp_ratio)
+    out["intermediate_size"] = encoder.mlp_width
     return {"model_type": "tandem_vision", "kind": "vit", "merge": connector.merge, **out}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,8 +18,7 @@ from tandem.train import families
 from tandem.train.checkpoints.checkpoint import Reader
 from tandem.train.checkpoints.saving import flush
 from tandem.train.checkpoints.tensors import write_stream
-from tandem.train.families.base import Family, Run
-from tandem.train.models.language.llm_config import LLMConfig
+from tandem.train.families.folder import Table
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,27 @@ def of_modules(reader: Reader, modules: Collection[str]) -> Weights:
     return Weights({name: tuple(reader.tensors[name]["shape"]) for name in names}, reader.whole)
 
 
-def of_family(reader: Reader, family: Family, model: LLMConfig, prefix: str = "") -> Weights:
-    """The language model under the names of its family, with a prefix; rows are put together from ours.
+def of_family(reader: Reader, family: Table, model: Any, *, part: str = "llm", prefix: str = "") -> Weights:
+    """A part of the model under the names of its family, with a prefix; rows are put together from ours.
 
     Raises ValueError where the checkpoint holds tensors for which the family has no place.
     """
     tensors = list(family.tensors(model))
-    held = {name.removeprefix("llm.") for name in reader.tensors if name.startswith("llm.")}
+    held = {name.removeprefix(f"{part}.") for name in reader.tensors if name.startswith(f"{part}.")}
     if more := sorted(held - {tensor.name for tensor in tensors}):
-        raise ValueError(f"checkpoint {reader.path}: a {family.architecture} has no place for llm.{more[0]}")
-    shapes, runs_of = families.shapes(tensors), families.by_their_names(tensors)
+        raise ValueError(f"checkpoint {reader.path}: a {family.architecture} has no place for {part}.{more[0]}")
+    shapes, parts_of = families.shapes(tensors), families.by_their_names(tensors)
 
     def read(name: str) -> torch.Tensor:
         theirs = name.removeprefix(prefix)
-        return _rows(reader, shapes[theirs], runs_of[theirs])
+        return families.theirs(parts_of[theirs], shapes[theirs], lambda ours, *box: reader.read(f"{part}.{ours}", *box))
 
     return Weights({prefix + name: shape for name, shape in shapes.items()}, read)
 
 
-def _rows(reader: Reader, shape: tuple[int, ...], runs: list[tuple[str, Run]]) -> torch.Tensor:
-    out = torch.empty(shape)
-    for ours, run in runs:
-        start, size = (run.ours, *(0 for _ in shape[1:])), (run.rows, *shape[1:])
-        out[run.begin : run.begin + run.rows] = reader.read(f"llm.{ours}", "param", start, size)
-    return out
+def constant(fills: dict[str, tuple[tuple[int, ...], float]]) -> Weights:
+    """Tensors of one value each, from (shape, value) by name."""
+    return Weights({name: shape for name, (shape, _) in fills.items()}, lambda name: torch.full(*fills[name]))
 
 
 @contextmanager

@@ -17,7 +17,11 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Table(Protocol):
-    """What of a family a folder is read by."""
+    """What of a family a folder is read and written by."""
+
+    @property
+    def architecture(self) -> str:
+        """The class in transformers."""
 
     def tensors(self, model: Any) -> Iterator[Tensor]:
         """Every tensor of the whole model, by our names."""

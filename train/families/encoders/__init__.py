@@ -38,22 +38,22 @@ def settings_of(folder: str | Path, feature_layer: int = -1) -> dict[str, Any]:
     return out | {"final_norm": family.final_norm, "image_mean": list(mean), "image_std": list(std)}
 
 
-def open_folder(config: ViTConfig) -> Folder:
-    """The weights in `config.folder`.  Raises ValueError where it is not an encoder of these settings."""
-    family, _ = of_folder(config.folder)
-    for key, value in settings_of(config.folder, config.feature_layer).items():
+def open_folder(folder: str | Path, config: ViTConfig) -> Folder:
+    """The weights in a folder.  Raises ValueError where it is not an encoder of these settings."""
+    family, _ = of_folder(folder)
+    for key, value in settings_of(folder, config.feature_layer).items():
         if key not in FREE and (ours := getattr(config, key)) != value:
             raise ValueError(
-                f"model.encoder.{key}={ours}, but model.encoder.folder={config.folder} has {value}: leave "
+                f"model.encoder.{key}={ours}, but model.encoder.folder={folder} has {value}: leave "
                 f"model.encoder.{key} out"
             )
     if config.final_norm and not (family.final_norm or family.either):
         raise ValueError(
-            f"model.encoder.final_norm=true, but model.encoder.folder={config.folder} has no norm after its layers: "
+            f"model.encoder.final_norm=true, but model.encoder.folder={folder} has no norm after its layers: "
             "leave model.encoder.final_norm out"
         )
     try:
-        return Folder(config.folder, family, config, family.prefixes)
+        return Folder(folder, family, config, family.prefixes)
     except ValueError as error:
         raise ValueError(f"model.encoder.folder={error}") from error
 

@@ -16,7 +16,8 @@ from tandem.train.models.encoders.vit import ViTConfig
 
 # Keys that are no architecture: choices of a run, and what the folder is chosen by.
 CHOICES = ("drop_path", "final_norm", "feature_layer", "folder", "image_mean", "image_std")
-PLAIN = {each.name: each.default for each in fields(ViTConfig) if each.name not in CHOICES} | {"whole_layers": []}
+PLAIN: dict[str, Any] = {each.name: each.default for each in fields(ViTConfig) if each.name not in CHOICES}
+PLAIN |= {"whole_layers": []}
 IDLE = {"learned": {"rope_base"}, "rotary": {"position_grid", "interpolation"}}  # keys without an effect
 # Of old vision_configs: settings of text generation, and what training without us would use.
 OF_OTHERS = WITHOUT_MEANING | {
@@ -37,14 +38,16 @@ ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "
 class EncoderFamily(ABC):
     """One family.
 
-    model_type, architecture: of the vision model alone.  sizes: field of config.json to key of ours, of equal value.
-    defaults: of fields that a folder may leave out.  fixed: fields that must have this value, where they are there.
-    unused: pattern of tensors that are no part of the encoder, to what they are.  final_norm: whether the model's own
-    features are normed, and `either`: whether ours may do otherwise.
+    model_type, architecture, processor: of the vision model alone.  sizes: field of config.json to key of ours, of
+    equal value.  defaults: of fields that a folder may leave out.  fixed: fields that must have this value, where they
+    are there.  unused: pattern of tensors that are no part of the encoder, to what they are.  prefixes: before names in
+    folders of larger models.  final_norm: whether the model's own features are normed, and `either`: whether ours may
+    do otherwise.  call: of the model, with what its processor gives, in Python.
     """
 
     model_type: str
     architecture: str
+    processor: str
     sizes: dict[str, str]
     defaults: dict[str, Any]
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +56,7 @@ class EncoderFamily(ABC):
     prefixes: tuple[str, ...] = ("vision_model.", "")
     final_norm: bool = True
     either: bool = False
+    call: str = "model(**inputs)"
 
     def settings(self, said: dict, feature_layer: int = -1) -> dict[str, Any]:
         """The architecture in keys of `model.encoder`.
@@ -86,9 +90,15 @@ class EncoderFamily(ABC):
         out |= {**self.defaults, **self.fixed, **{name: getattr(model, key) for name, key in self.sizes.items()}}
         return out | {"intermediate_size": model.mlp_width, **self.write(model)}
 
-    @abstractmethod
     def preprocessor(self, model: ViTConfig) -> dict[str, Any]:
         """The preprocessor_config.json: how transformers makes pixels for this model."""
+        scale = {"do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+        pixels = {"image_mean": list(model.image_mean), "image_std": list(model.image_std)}
+        return {"image_processor_type": self.processor, **self.processor_sizes(model), **scale, **pixels}
+
+    @abstractmethod
+    def processor_sizes(self, model: ViTConfig) -> dict[str, Any]:
+        """Fields of the preprocessor_config.json on sizes of images."""
 
     def refusal(self, model: ViTConfig) -> str | None:
         """Why this family cannot hold a model; None where it can."""
@@ -97,12 +107,10 @@ class EncoderFamily(ABC):
         except (ValueError, KeyError) as error:
             return str(error)
         for key in sorted(found.keys() - IDLE[model.positions], key=lambda key: (key != "positions", key)):
-            value = found[key]
+            value, ours = found[key], getattr(model, key)
             if key == "mlp_ratio":
                 value, ours = int(value * model.width + 0.5), model.mlp_width
-            else:
-                ours = getattr(model, key)
-            if value != (list(ours) if key == "whole_layers" else ours):
+            if value != ours:
                 return f"its models have {key}={value}, this one {ours}"
         if model.final_norm is not self.final_norm and not self.either:
             return f"its models have final_norm={self.final_norm}, this one {model.final_norm}"

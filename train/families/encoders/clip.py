@@ -20,15 +20,15 @@ class Clip(Siglip):
         side = model.position_grid * model.patch_size
         return {"patch_size": model.patch_size, "image_size": side, "hidden_act": hidden_act(model)}
 
-    def preprocessor(self, model: ViTConfig) -> dict[str, Any]:
+    def processor_sizes(self, model: ViTConfig) -> dict[str, Any]:
         side = model.position_grid * model.patch_size
-        sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        return {"image_processor_type": "CLIPImageProcessor", **sizes}
+        return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
 
 
 FAMILY = Clip(
     "clip_vision_model",
     "CLIPVisionModel",
+    "CLIPImageProcessor",
     sizes=SIZES,
     defaults={**DEFAULTS, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     fixed={**FIXED, "dropout": 0.0},

@@ -71,9 +71,9 @@ class Tower(EncoderFamily):
             "out_hidden_size": model.width,
         }
 
-    def preprocessor(self, model: ViTConfig) -> dict[str, Any]:
+    def processor_sizes(self, model: ViTConfig) -> dict[str, Any]:
         sizes = {"patch_size": model.patch_size, "temporal_patch_size": model.frames, "merge_size": MERGE}
-        return {"image_processor_type": "Qwen2VLImageProcessor", **sizes}
+        return sizes
 
     def patch(self, model: ViTConfig) -> Convolution:
         return Convolution(model.frames, model.patch_size)
@@ -92,6 +92,7 @@ class Tower(EncoderFamily):
 FAMILY = Tower(
     "qwen2_5_vl_vision",
     "Qwen2_5_VisionTransformerPretrainedModel",
+    "Qwen2VLImageProcessor",
     sizes=SIZES,
     defaults=DEFAULTS,
     fixed={"in_channels": 3, "in_chans": 3, "hidden_act": "silu"},
@@ -99,4 +100,5 @@ FAMILY = Tower(
     names=NAMES,
     prefixes=("visual.", "model.visual.", ""),
     final_norm=False,
+    call='model(inputs["pixel_values"], inputs["image_grid_thw"])',
 )

@@ -50,9 +50,9 @@ class Siglip(EncoderFamily):
             "vision_use_head": False,
         }
 
-    def preprocessor(self, model: ViTConfig) -> dict[str, Any]:
+    def processor_sizes(self, model: ViTConfig) -> dict[str, Any]:
         side = model.position_grid * model.patch_size
-        return {"image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}}
+        return {"size": {"height": side, "width": side}}
 
     def patch(self, model: ViTConfig) -> Convolution:
         return Convolution(0, model.patch_size)
@@ -61,6 +61,7 @@ class Siglip(EncoderFamily):
 FAMILY = Siglip(
     "siglip_vision_model",
     "SiglipVisionModel",
+    "SiglipImageProcessor",
     sizes=SIZES,
     defaults={**DEFAULTS, "image_size": 224},
     fixed=FIXED,

@@ -31,9 +31,9 @@ class Siglip2(EncoderFamily):
             "vision_use_head": False,
         }
 
-    def preprocessor(self, model: ViTConfig) -> dict[str, Any]:
+    def processor_sizes(self, model: ViTConfig) -> dict[str, Any]:
         sizes = {"patch_size": model.patch_size, "max_num_patches": model.position_grid**2}
-        return {"image_processor_type": "Siglip2ImageProcessor", **sizes}
+        return sizes
 
     def patch(self, model: ViTConfig) -> None:
         return None
@@ -42,6 +42,7 @@ class Siglip2(EncoderFamily):
 FAMILY = Siglip2(
     "siglip2_vision_model",
     "Siglip2VisionModel",
+    "Siglip2ImageProcessor",
     sizes=SIZES,
     defaults={**DEFAULTS, "num_patches": 256},
     fixed=FIXED,

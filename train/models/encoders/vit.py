@@ -223,10 +223,10 @@ class SeedViT(nn.Module):
                 rows = [self.class_token(position_D, len(arranged.images.q_lengths_N))]
         if arranged.token_T is not None:
             x_ND = torch.cat((*rows, x_ND)).index_select(0, arranged.token_T)
-        if arranged.windows is not None:
+        if arranged.windows is not None and arranged.token_T is not None:
             positions_N2 = positions_N2.index_select(0, arranged.token_T)
-        rotary = self.rotary(positions_N2) if self.positions is None else (None, None)
-        x_TD = self.trunk(x_ND, *rotary, arranged.images, recompute, images.keep_LI, arranged.windows)
+        cos_TK, sin_TK = self.rotary(positions_N2) if self.positions is None else (None, None)
+        x_TD = self.trunk(x_ND, cos_TK, sin_TK, arranged.images, recompute, images.keep_LI, arranged.windows)
         return x_TD if arranged.place_N is None else x_TD.index_select(0, arranged.place_N)
 
     def embed(self, patches_NP: torch.Tensor) -> torch.Tensor:

@@ -63,13 +63,17 @@ class Style:
 class RMSNorm(nn.RMSNorm):
     """By the kernel that the LLM's norms use."""
 
+    def __init__(self, width: int, eps: float):
+        super().__init__(width, eps=eps)
+        self.epsilon = eps
+
     def forward(self, x_ND):
-        return rms_norm(x_ND, self.weight, self.eps)
+        return rms_norm(x_ND, self.weight, self.epsilon)
 
 
 def new_norm(kind: str, width: int, eps: float) -> nn.Module:
     """A norm of NORMS."""
-    return RMSNorm(width, eps=eps) if kind == "rmsnorm" else nn.LayerNorm(width, eps=eps)
+    return RMSNorm(width, eps) if kind == "rmsnorm" else nn.LayerNorm(width, eps=eps)
 
 
 class RotatedLinear(nn.Linear):
@@ -220,7 +224,7 @@ def run_blocks(
     if compiled:
         more = compilation.bucket_of(tokens) - tokens
         x_ND = F.pad(x_ND, (0, 0, 0, more))
-        if cos_NK is not None:
+        if cos_NK is not None and sin_NK is not None:
             cos_NK, sin_NK = (F.pad(rows, (0, 0, 0, more)) for rows in (cos_NK, sin_NK))
         longer = {id(each): _lengthened(each, more) for each in (segments, *(by_block or ()))}
         by_block = by_block and [longer[id(each)] for each in by_block]
