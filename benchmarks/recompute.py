@@ -123,7 +123,7 @@ def encoder_bytes(name: str) -> int:
 
 
 def language_bytes(name: str) -> int:
-    return SLICE.layers * layer_bytes(SLICE, Layout(world=1), name, row_tokens=32768, element=2)
+    return SLICE.layers * layer_bytes(SLICE, Layout(world=1), name, row_tokens=32768, element=2, sparse=SLICE.sparse[0])
 
 
 def measure(runs: dict[str, tuple[nn.Module, Run]], rounds: int, full_size: Callable[[str], int]) -> list[dict]:

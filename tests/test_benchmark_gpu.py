@@ -64,7 +64,7 @@ def test_flops_of_the_layers_are_those_of_training_without_vocabulary_and_diagon
     ours = slice_flops(SLICE, tokens, sequence)
     vocabulary = 2 * tokens * SLICE.width * SLICE.vocab_size
     diagonal = SLICE.layers * 4 * SLICE.heads * SLICE.head_width * tokens // 2
-    assert ours == 3 * (llm_flops(SLICE, tokens, pairs) - vocabulary - diagonal)
+    assert ours == 3 * (llm_flops(SLICE, tokens, SLICE.layers * pairs) - vocabulary - diagonal)
 
 
 def test_the_full_size_stage_is_the_recipes_with_an_eighth_of_the_experts():

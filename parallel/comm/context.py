@@ -99,16 +99,21 @@ def attend(
     row: PackedRow,
     group: dist.ProcessGroup,
     scale: float | None,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention inside each segment of the whole row for this rank's queries, [S, H, K] (collective)."""
+    """Causal attention inside each segment of the whole row for this rank's queries, [S, H, K] (collective).
+
+    window: keys that a query sees, its own with them; None for all.
+    """
     if group.size() == 1:
-        return attention(q_SHK, k_SGK, v_SGK, row.segments, causal=True, scale=scale)
+        return attention(q_SHK, k_SGK, v_SGK, row.segments, causal=True, scale=scale, window=window)
     if row.keys_X is None:
         q, k, v = _tokens_for_heads((q_SHK, k_SGK, v_SGK), group)
-        return _heads_for_tokens(attention(q, k, v, row.segments, causal=True, scale=scale), group)
+        seen = attention(q, k, v, row.segments, causal=True, scale=scale, window=window)
+        return _heads_for_tokens(seen, group)
     seen_X2GK = _GatherKeys.apply(torch.cat((k_SGK, v_SGK), 1), row.keys_X, group)
     k_XGK, v_XGK = seen_X2GK.chunk(2, 1)
-    return attention(q_SHK, k_XGK, v_XGK, row.segments, causal=True, scale=scale)
+    return attention(q_SHK, k_XGK, v_XGK, row.segments, causal=True, scale=scale, window=window)
 
 
 def _tokens_for_heads(parts, group):

@@ -20,6 +20,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tandem.parallel.engines import optimizers
@@ -61,6 +62,8 @@ class LLMEngine:
         for chunk in self.chunks:
             chunk.requires_grad_(trainable)
         self._models = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in self.chunks]
+        for router in (module for chunk in self.chunks for module in chunk.modules() if isinstance(module, TopKRouter)):
+            router._maintain_float32_expert_bias()  # Float16Module has rounded it
         self._shards = [shard for chunk in self.chunks for shard in shards_of(chunk)]
         self._optimizer: Any = None  # Megatron-core's, where something is trained
         if trainable:
@@ -213,7 +216,7 @@ class LLMEngine:
         """
         for shard in self._shards:
             group, once = self._holder(shard)
-            if self.trainable:
+            if self.trainable and shard.trained:
                 begin, owned = self._owned(shard)
             else:
                 begin, owned = 0, {"param": shard.local} if dist.get_rank(group) == 0 else {}
@@ -236,7 +239,7 @@ class LLMEngine:
     def load(self, read: Callable, optimizer: bool) -> None:
         """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor."""
         for shard in self._shards:
-            for kind in KINDS if optimizer and self.trainable else KINDS[:1]:
+            for kind in KINDS if optimizer and self.trainable and shard.trained else KINDS[:1]:
                 whole = torch.empty(shard.local.shape, dtype=torch.float32)
                 for piece in shard.pieces:
                     part = piece.of_local(whole)
@@ -245,6 +248,7 @@ class LLMEngine:
 
     def _holder(self, shard: Shard):
         """Data-parallel group that shares this parameter, and whether it, not another copy's group, saves it."""
+        shared = getattr(shard.parameter, "shared", False)  # a tied embedding, which the first stage saves
         cut = any(piece.length != shard.shape[piece.dim] for piece in shard.pieces)
         if getattr(shard.parameter, "allreduce", True) and "local_experts" not in shard.name:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -252,7 +256,7 @@ class LLMEngine:
         else:
             group = parallel_state.get_expert_data_parallel_group()
             tensor_rank = parallel_state.get_expert_tensor_parallel_rank()
-        return group, cut or tensor_rank == 0
+        return group, (cut or tensor_rank == 0) and not shared
 
     def _owned(self, shard: Shard) -> tuple[int, dict[str, torch.Tensor]]:
         """What this rank's optimizer owns of a shard, {kind: [N]}, and at which of the shard's entries that begins."""

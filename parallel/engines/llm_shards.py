@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 
 from tandem.parallel.engines.state import Piece
 
+ROUTER_BIAS = ".router.expert_bias"
 EXPERT = re.compile(
     r"(?P<layer>.+\.experts\.)"
     r"(?:local_experts\.(?P<own>\d+)\.(?P<own_part>\w+)\.weight|(?P<te_part>\w+)\.weight(?P<te>\d+)|(?P<stacked_part>\w+))"
@@ -32,14 +33,19 @@ EXPERT = re.compile(
 class Shard:
     """What a parameter, or one `entry` of its first dimension, holds of a tensor of the whole model.
 
-    name, shape: of that tensor; pieces: the parts of it that are here.
+    name, shape: of that tensor; pieces: the parts of it that are here.  A router's stored bias is no parameter of the
+    optimizer: `trained` is false.
     """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     entry: int | None = None
+
+    @property
+    def trained(self) -> bool:
+        return isinstance(self.parameter, torch.nn.Parameter)
 
     @property
     def local(self) -> torch.Tensor:
@@ -54,7 +60,7 @@ class Shard:
 
 
 def shards_of(chunk: torch.nn.Module) -> Iterator[Shard]:
-    """Shards of every parameter of one unwrapped model chunk."""
+    """Shards of every parameter, and of the routers' biases, of one unwrapped model chunk."""
     for name, parameter in chunk.named_parameters():
         name = _in_whole_pipeline(chunk, name)
         match = EXPERT.fullmatch(name)
@@ -64,6 +70,9 @@ def shards_of(chunk: torch.nn.Module) -> Iterator[Shard]:
             dim = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
             size = parallel_state.get_tensor_model_parallel_world_size()
             yield _shard(name, parameter, dim, size, parallel_state.get_tensor_model_parallel_rank())
+    for name, buffer in chunk.named_buffers():
+        if name.endswith(ROUTER_BIAS):
+            yield _shard(_in_whole_pipeline(chunk, name), buffer, -1, 1, 0)
 
 
 def _expert_shards(chunk, match: re.Match, parameter) -> Iterator[Shard]:
@@ -94,13 +103,13 @@ def _shard(name: str, parameter, dim: int, size: int, rank: int, entry: int | No
 
 @torch.no_grad()
 def initialize(chunk: torch.nn.Module, seed: int, std: float, layers: int) -> None:
-    """Weights normal(0, std), those that write to the residual stream std / sqrt(2 layers), norms one.
+    """Weights normal(0, std), those that write to the residual stream std / sqrt(2 layers), norms one, biases zero.
 
     Every global tensor is drawn from (seed, its name) alone, hence equal in every layout.
     """
     for shard in shards_of(chunk):
         if shard.local.dim() == 1:
-            shard.local.fill_(1.0)
+            shard.local.fill_(0.0 if shard.name.endswith("bias") else 1.0)
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{shard.name}".encode()))
         to_residual = shard.name.endswith(("linear_proj.weight", "linear_fc2.weight"))
@@ -111,6 +120,8 @@ def initialize(chunk: torch.nn.Module, seed: int, std: float, layers: int) -> No
 
 
 def _in_whole_pipeline(chunk: Any, name: str) -> str:
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"  # the last stage's copy
     words = name.split(".")
     if words[:2] == ["decoder", "layers"]:
         words[2] = str(chunk.decoder.layers[int(words[2])].layer_number - 1)

@@ -1,64 +1,107 @@
-"""Language models of Hugging Face: in, on several layouts, and out again, against transformers' own classes in fp32."""
+"""Language models of Hugging Face: in, on several layouts, and out again, against transformers' own classes in fp32.
 
+One world per layout runs all models after each other: starting a world costs more than a step of a tiny model.
+"""
+
+import functools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
+from tandem.launch import checkpoint as checkpoint_command
 from tandem.parallel.comm.context import pack_row
+from tandem.parallel.engines.llm_engine import LLMEngine
+from tandem.parallel.grid import build_grid, destroy_grid
 from tandem.train import families
+from tandem.train.build import settle_kernels
 from tandem.train.models.language.llm_config import LLMConfig
-from tests.distributed.runs import build_run, train_run
+from tandem.train.models.language.llm_spec import build_chunk, transformer_config
+from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
-from tests.support import ROOT, corpus_overrides, read_metrics, settings
+from tests.support import corpus_overrides, read_metrics, settings
 
 COMMON = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384,
     "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "initializer_range": 0.1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }  # fmt: skip
-OWN = {
-    "llama": {"intermediate_size": 96},
-    "mistral": {"intermediate_size": 96, "sliding_window": None, "head_dim": 24},
-    "mixtral": {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "qwen3": {"intermediate_size": 96, "head_dim": 32},
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0}
+ORIGINAL = {"original_max_position_embeddings": 32}
+MODELS = {
+    "llama": {"intermediate_size": 96, "attention_bias": True, "rope_parameters": LLAMA3 | ORIGINAL},
+    "mistral": {"intermediate_size": 96, "head_dim": 24, "sliding_window": 20},
+    "mixtral": {
+        "intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
+    },
+    "qwen2": {
+        "intermediate_size": 96, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 20,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"intermediate_size": 96, "head_dim": 32, "rope_parameters": YARN | ORIGINAL, "tie_word_embeddings": True},
     "qwen3_moe": {
         "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "norm_topk_prob": True,
+        "decoder_sparse_step": 2, "intermediate_size": 96,
+    },
+    "qwen2_moe": {
+        "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96,
+        "shared_expert_intermediate_size": 80, "mlp_only_layers": [0],
+    },
+    "olmoe": {"intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "eos_token_id": 0},
+    "glm4_moe": {
+        "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 4, "intermediate_size": 96,
+        "head_dim": 32, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "use_qk_norm": True,
+        "attention_bias": True, "rope_parameters": COMMON["rope_parameters"] | {"partial_rotary_factor": 0.5},
+    },
+    "phi3": {
+        "intermediate_size": 96, "sliding_window": 20, "pad_token_id": 0, "eos_token_id": 0,
+        "rope_parameters": COMMON["rope_parameters"] | {"partial_rotary_factor": 0.5},
     },
 }  # fmt: skip
 LAYOUTS = {
     "one rank": (1, []),
     "tp2.pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
     "tp2.ep2": (2, ["parallel.tp=2", "parallel.ep=2"]),
+    "pp2.dp2": (4, ["parallel.pp=2"]),
     "cp2": (2, ["parallel.cp=2"]),
 }
+OF_LOGITS = ("one rank", "tp2.pp2", "tp2.ep2")
 LENGTHS = [40, 9, 79]  # of the samples of one row
+NORMS = ("grad_norm", "grad_norm_encoder", "grad_norm_adapter", "grad_norm_llm")
+
+
+def models_of(layout: str) -> list[str]:
+    """Those for which the layout is of interest: experts for ep; for dp what stages share, or no optimizer holds."""
+    if "dp2" in layout:
+        return ["qwen3", "glm4_moe"]
+    return [name for name in MODELS if "ep2" not in layout or "num_experts_per_tok" in MODELS[name]]
 
 
 def transformers_model(name: str):
-    """A tiny model of random weights, norms too."""
+    """A tiny model of random weights, norms and biases too."""
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **COMMON, **OWN[name], attn_implementation="eager")
+    config = transformers.AutoConfig.for_model(name, **COMMON | MODELS[name], attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
+        for key, tensor in model.state_dict().items():
+            if tensor.dim() == 1:
+                tensor.uniform_(*((-0.3, 0.3) if key.endswith("bias") else (0.5, 1.5)))
     return model
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("families")
-    for name in OWN:
+    for name in MODELS:
         transformers_model(name).save_pretrained(root / name)
     return root
 
@@ -67,18 +110,34 @@ def tokens_of_a_row() -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 384, sum(LENGTHS)))
 
 
-def logits_here(folder: str, overrides: list[str]) -> torch.Tensor | None:
-    """Logits of the row on the last stage of one rank of a world, after loading from the folder."""
-    config, engines, *_ = build_run("stage1", [f"model.llm.folder={folder}", *overrides], steps=0)
-    engines.llm.load(families.open_folder(config.model.llm).read, optimizer=False)
-    (chunk,) = engines.llm.chunks
-    grid, tokens_T = engines.grid, tokens_of_a_row()
+def logits_here(root: str, names: list[str], overrides: list[str]) -> dict[str, torch.Tensor | None]:
+    """Logits of the row by each model, after loading from its folder; None on a first stage of two."""
+    config, cpu, found = settings("stage1", *overrides), torch.device("cpu"), {}
+    settle_kernels(config, cpu)
+    grid = build_grid(config.layout(dist.get_world_size()), cpu, seed=0)
+    for name in names:
+        llm = settings("stage1", f"model.llm.folder={root}/{name}").model.llm
+        llm.check(grid.layout)
+        megatron = transformer_config(llm, grid.layout, dtype=torch.float32, recompute="none", deterministic=False)
+        build = functools.partial(_chunk, llm, megatron)
+        engine = LLMEngine(megatron, grid, build=build, forward=None, loss=None, trainable=False, adam=None)
+        engine.load(families.open_folder(llm).read, optimizer=False)
+        found[name] = _logits(*engine.chunks, grid)
+    return found
+
+
+def _chunk(llm: LLMConfig, megatron, vp_stage, first: bool, last: bool):
+    return build_chunk(llm, megatron, vp_stage=vp_stage, first=first, last=last)
+
+
+def _logits(chunk, grid) -> torch.Tensor | None:
+    tokens_T = tokens_of_a_row()
     positions_T = np.concatenate([np.arange(length) for length in LENGTHS]).astype(np.int32)
     row = pack_row(LENGTHS, positions_T, grid.layout, grid.place.cp, torch.device("cpu"))
     if grid.layout.pp > 1:  # hidden states by hand from one stage to the next
         return _through_two_stages(chunk, grid, tokens_T, row)
     with torch.no_grad():
-        visual = (torch.zeros(0, config.model.llm.width), torch.zeros(0, dtype=torch.long))
+        visual = (torch.zeros(0, chunk.config.hidden_size), torch.zeros(0, dtype=torch.long))
         return chunk(tokens_T[None], None, row, *visual)[0]
 
 
@@ -96,44 +155,79 @@ def _through_two_stages(chunk, grid, tokens_T, row):
         return chunk(None, None, row)[0]
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "cp2"])
-@pytest.mark.parametrize("name", OWN)
-def test_logits_are_those_of_transformers(folders, corpus, name, layout):
-    world, sizes = LAYOUTS[layout]
-    if "ep2" in layout and "num_experts_per_tok" not in OWN[name]:
-        sizes = ["parallel.tp=2"]
-    found = [one for one in run_world(logits_here, world, f"{folders}/{name}", [*sizes, *corpus_overrides(corpus)])]
-    model, wanted = transformers_model(name), []
-    with torch.no_grad():
-        for tokens_T in tokens_of_a_row().split(LENGTHS):
-            wanted.append(model(tokens_T[None]).logits[0])
-    wanted_TV = torch.cat(wanted)
-    for logits_TV in (one for one in found if one is not None):
-        assert (logits_TV - wanted_TV).abs().max() <= 1e-5 * wanted_TV.abs().max()
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_layouts_train_alike_and_what_is_exported_is_what_came_in(folders, corpus, name, tmp_path):
-    """Three steps on each layout; at a rate of 0 the exported folder holds the numbers of the first one."""
-    small = ["train.seq_length=128", "train.global_batch_size=4", "data.max_patches=64", "train.steps=3"]
-    small += [f"model.llm.folder={folders}/{name}", *corpus_overrides(corpus)]
-    losses = {}
+@pytest.fixture(scope="module")
+def logits(folders):
+    """By layout, of every rank: logits of each model."""
+    found = {}
     for layout, (world, sizes) in LAYOUTS.items():
-        if "ep2" in layout and "num_experts_per_tok" not in OWN[name]:
-            continue
-        run_world(train_run, world, "stage1", [*small, *sizes, "optim.lr=1e-3"], str(tmp_path / layout), timeout=180)
-        losses[layout] = [(line["loss"], line["grad_norm"]) for line in read_metrics(tmp_path / layout)]
-    for layout, found in losses.items():
-        for mine, one in zip(found, losses["one rank"], strict=True):
-            assert mine[0] == pytest.approx(one[0], rel=1e-5), layout
-            assert mine[1] == pytest.approx(one[1], rel=1e-4), layout
-    still = [*small, "train.steps=1", "optim.lr=0", "optim.min_lr=0"]
-    run_world(train_run, 2, "stage1", [*still, "parallel.pp=2"], str(tmp_path / "still"), timeout=180)
-    command = [sys.executable, "launch/checkpoint.py", "export", str(tmp_path / "still"), str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, "--format", "hf", "--part", "llm", "--file-gb", "1e-4"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+        if layout in OF_LOGITS:
+            found[layout] = run_world(logits_here, world, str(folders), models_of(layout), sizes, timeout=180)
+    return found
+
+
+@pytest.fixture(scope="module")
+def wanted():
+    """Logits of transformers, sample by sample."""
+    found = {}
+    for name in MODELS:
+        model = transformers_model(name)
+        with torch.no_grad():
+            found[name] = torch.cat([model(tokens_T[None]).logits[0] for tokens_T in tokens_of_a_row().split(LENGTHS)])
+    return found
+
+
+@pytest.mark.parametrize("layout", OF_LOGITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name, layout, logits, wanted):
+    if name not in models_of(layout):
+        pytest.skip("nothing to divide")
+    for logits_TV in (one[name] for one in logits[layout] if one[name] is not None):
+        assert (logits_TV - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max()
+
+
+SMALL = ["train.seq_length=128", "train.global_batch_size=4", "data.max_patches=64"]
+STEPS = [*SMALL, "train.steps=3", "optim.lr=1e-3"]
+STILL = [*SMALL, "train.steps=1", "optim.lr=0", "optim.min_lr=0"]
+
+
+def train_all(folders: str, names: list[str], overrides: list[str], out: str) -> None:
+    """A run from each folder, one after the other in this world."""
+    for name in names:
+        train_run("stage1", [f"model.llm.folder={folders}/{name}", *overrides], f"{out}/{name}")
+        destroy_grid()
+
+
+@pytest.fixture(scope="module")
+def trained(folders, corpus, tmp_path_factory) -> dict[str, Path]:
+    """By layout, runs of three steps; "still", on two stages, at a rate of 0."""
+    found = {}
+    for layout, (world, sizes) in {**LAYOUTS, "still": (2, ["parallel.pp=2"])}.items():
+        found[layout] = tmp_path_factory.mktemp("runs")
+        overrides = [*(STILL if layout == "still" else STEPS), *sizes, *corpus_overrides(corpus)]
+        run_world(train_all, world, str(folders), models_of(layout), overrides, str(found[layout]), timeout=300)
+    return found
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one rank"])
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts_train_alike(name, layout, trained):
+    if name not in models_of(layout):
+        pytest.skip("nothing to divide")
+    mine, one = (read_metrics(trained[place] / name) for place in (layout, "one rank"))
+    assert len(mine) == len(one) == 3
+    for found, expected in zip(mine, one, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        for norm in NORMS:
+            assert found[norm] == pytest.approx(expected[norm], rel=1e-4), norm
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_exported_is_what_came_in(name, trained, tmp_path):
+    """To the bit, and transformers opens it as the same class."""
+    command = ["export", str(trained["still"] / name), str(tmp_path / "out"), "--format", "hf", "--part", "llm"]
+    with pytest.raises(SystemExit) as done:
+        checkpoint_command.main([*command, "--file-gb", "1e-4"])
+    assert done.value.code == 0
     import transformers
 
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -149,11 +243,7 @@ def test_layouts_train_alike_and_what_is_exported_is_what_came_in(folders, corpu
 
 @pytest.mark.parametrize("name", families.FAMILIES.names())
 def test_every_number_of_theirs_is_used_once(name):
-    family = families.FAMILIES.find(name)
-    sizes = {"layers": 2, "width": 8, "heads": 6, "kv_heads": 3, "head_width": 4, "vocab_size": 10, "norm_eps": 1e-6}
-    sizes |= {"ffn_width": 0 if family.experts else 5, "num_experts": 3 * family.experts, "top_k": 2, "expert_width": 7}
-    rest = {"shared_expert_width": 0, "aux_loss": 0.0, "z_loss": 0.0, "rope_base": 1e4, "init_std": 0.02}
-    model = LLMConfig(**sizes, **rest, qk_norm=family.qk_norm)
+    family, model = families.FAMILIES.find(name), model_of(name)
     tensors = list(family.tensors(model))
     assert len({tensor.name for tensor in tensors}) == len(tensors)
     used = {theirs: np.zeros(shape[0], int) for theirs, shape in families.shapes(tensors).items()}
@@ -164,10 +254,22 @@ def test_every_number_of_theirs_is_used_once(name):
             used[run.theirs][run.begin : run.begin + run.rows] += 1
         assert (rows == 1).all(), tensor.name
     assert all((rows == 1).all() for rows in used.values())
+    assert family.refusal(model) is None
     assert families.of_model(model) in (family, families.FAMILIES.find("llama"))  # whose layers mistral's are
-    said = {**family.config(model, "float32"), "rms_norm_eps": 1e-6}
-    found, none = family.settings(said), {} if family.experts else {"top_k": 1, "expert_width": 1}
-    assert found == {key: getattr(model, key) for key in found} | none
+
+
+def model_of(name: str) -> LLMConfig:
+    """The settings of a model of MODELS."""
+    family = families.FAMILIES.find(name)
+    said = COMMON | MODELS[name]
+    return LLMConfig(**family.settings(said), aux_loss=0.0, z_loss=0.0, init_std=0.02)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES.names())
+def test_settings_written_and_read_are_the_same(name):
+    family, model = families.FAMILIES.find(name), model_of(name)
+    said = family.config(model, "float32")
+    assert family.settings(said) == model.architecture == family.settings(json.loads(json.dumps(said)))
 
 
 def refusal(folder, *overrides: str) -> str:
@@ -189,21 +291,21 @@ def change(folder: Path, **fields) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported, only False"),
-        ({"attention_bias": True}, "attention_bias=True is not supported, only False"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
-            "rope_type=yarn is not supported, only default",
-        ),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor of the rotary"),
+        ({"tie_word_embeddings": False}, "the model lacks lm_head.weight"),
+        ({"attention_bias": True}, "the model lacks model.layers.0.self_attn.k_proj.bias"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type=dynamic is not supported, only"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "linear needs factor"),
+        ({"rope_parameters": LLAMA3 | ORIGINAL | {"mscale": 1.0}}, "llama3 does not use mscale"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not"),
         ({"logit_scale": 2}, "logit_scale of qwen3 is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'] is not supported, only ["),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
         (
             {"model_type": "qwen4"},
-            "model_type=qwen4: must be one of llama, mistral, mixtral, qwen3, qwen3_moe",
+            "model_type=qwen4: must be one of glm4_moe, llama, mistral, mixtral, olmoe, phi3, qwen2,",
         ),
-        ({"num_hidden_layers": 3}, "the model lacks model.layers.2."),
-        ({"num_hidden_layers": 1}, "the model has no place for model.layers.1."),
+        ({"num_hidden_layers": 3, "layer_types": None}, "the model lacks model.layers.2."),
+        ({"num_hidden_layers": 1, "layer_types": None}, "the model has no place for model.layers.1."),
         ({"intermediate_size": 97}, "has shape [96, 64], config.json says [97, 64]"),
     ],
 )
@@ -235,3 +337,24 @@ def test_settings_come_from_the_folder(folders):
     model = settings("stage1", f"model.llm.folder={folders}/qwen3_moe").model.llm
     assert (model.num_experts, model.expert_width, model.head_width, model.qk_norm) == (4, 48, 32, True)
     assert model.aux_loss == settings("stage1").model.llm.aux_loss  # which a folder does not decide
+
+
+@pytest.mark.parametrize(
+    ("name", "surplus", "words"),
+    [
+        ("qwen3", "lm_head.weight", "without lm_head.weight: tied to the embedding"),
+        ("glm4_moe", "model.layers.2.eh_proj.weight", "without model.layers.2.eh_proj.weight: of layers that predict"),
+        ("glm4_moe", "model.layers.1.eh_proj.weight", "the model has no place for model.layers.1.eh_proj.weight"),
+        ("llama", "model.layers.2.eh_proj.weight", "the model has no place for model.layers.2.eh_proj.weight"),
+    ],
+)
+def test_what_the_familys_own_class_does_not_use_is_left_out_by_name(folders, tmp_path, name, surplus, words):
+    copy = Path(shutil.copytree(folders / name, tmp_path / "copy"))
+    tensors = load_file(copy / "model.safetensors") | {surplus: torch.zeros(2, 2)}
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    said = refusal(copy) if "no place" in words else families.open_folder(settings_of(copy)).told
+    assert words in said
+
+
+def settings_of(folder: Path) -> LLMConfig:
+    return settings("stage1", f"model.llm.folder={folder}").model.llm

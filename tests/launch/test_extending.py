@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -41,11 +43,34 @@ def test_a_command_of_the_page_trains(command, tree):
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
 
 
+FAMILY = """
+import json, sys
+from transformers import SeedOssConfig, SeedOssForCausalLM
+from tandem.train import families
+from tandem.train.models.language.llm_config import LLMConfig
+sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+config = SeedOssConfig(**sizes, head_dim=8, vocab_size=64, pad_token_id=0)
+SeedOssForCausalLM(config).save_pretrained(sys.argv[1])
+model = LLMConfig(**families.settings_of(sys.argv[1]), aux_loss=0.0, z_loss=0.0, init_std=0.02, folder=sys.argv[1])
+families.open_folder(model)
+print(families.of_model(model).model_type, model.qkv_bias, model.output_bias)
+"""
+
+
+def test_the_pages_family_reads_a_folder_of_its_class(tree, tmp_path):
+    """Every tensor has a place, and the settings come back as they were."""
+    command = [sys.executable, "-c", FAMILY, str(tmp_path / "seed_oss")]
+    done = subprocess.run(command, cwd=tree.folder, env=tree.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["seed_oss", "True", "False"]
+
+
 def test_nothing_but_the_files_of_the_page_is_added():
     assert [name for name, _ in BLOCK.findall(PAGE)] == [
         "train/tasks/colour.py",
         "recipes/recipe/colour.yaml",
         "train/models/connectors/shuffle.py",
         "recipes/model/shuffled.yaml",
+        "train/families/language/seed_oss.py",
         "recipes/model/wide.yaml",
     ]

@@ -94,7 +94,7 @@ SURVIVORS = (
     Mutation(
         "z_loss_ignored",
         "train/models/language/llm_spec.py",
-        "transformer_config",
+        "_experts",
         "moe_z_loss_coeff=config.z_loss or None",
         "moe_z_loss_coeff=None",
         (EFFECT.format("model.llm.z_loss"),),
@@ -102,7 +102,7 @@ SURVIVORS = (
     Mutation(
         "aux_loss_times_10",
         "train/models/language/llm_spec.py",
-        "transformer_config",
+        "_experts",
         "moe_aux_loss_coeff=config.aux_loss",
         "moe_aux_loss_coeff=10 * config.aux_loss",
         (EFFECT.format("model.llm.aux_loss"),),
@@ -117,10 +117,10 @@ SURVIVORS = (
     ),
     Mutation(
         "rope_base_of_llm_hard_wired",
-        "train/models/language/llm_spec.py",
-        "build_chunk",
-        "rotary_base=config.rope_base",
-        "rotary_base=10000.0",
+        "train/models/language/llm_config.py",
+        "LLMConfig.rope",
+        "self.rope_base",
+        "10000.0",
         (EFFECT.format("model.llm.rope_base"),),
     ),
     Mutation(
@@ -792,7 +792,7 @@ TRAIN = (
     Mutation(
         "rotary_frequencies_too_close",
         "train/models/layers/rotary.py",
-        "axis_angles",
+        "axis_frequencies",
         "/ width)",
         "/ (2 * width))",
         (LANGUAGE,),

@@ -5,6 +5,7 @@ the formulas of `tests/reference`, shapes of all weights, or the batch that a st
 """
 
 import json
+import math
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from torch import nn
 from tandem.data.vision import VisionSpec
 from tandem.parallel.comm.context import pack_row
 from tandem.parallel.engines.llm_engine import Leaf
-from tandem.parallel.grid import destroy_grid
+from tandem.parallel.engines.llm_shards import shards_of
+from tandem.parallel.grid import build_grid, destroy_grid
 from tandem.parallel.kernels import attention, compilation
 from tandem.parallel.layout import Layout
 from tandem.train.build import build_engines
@@ -42,7 +44,7 @@ from tests.reference import language as plain_llm
 from tests.reference.vision import text_embedding
 from tests.support import new_tower, settings
 from tests.train.followed import CPU, open_stage
-from tests.train.toys import ToyLLM, packed, random_images
+from tests.train.toys import ToyLLM, llm_of, packed, random_images
 from tests.train.vision_models import images as noise
 from tests.train.vision_models import saved
 
@@ -374,6 +376,59 @@ def qk_norm(lab):
         assert set(weights) == set(llm_shapes(llm)) | (norms if on else set())
         assert all(weights[name].shape == (llm.head_width,) for name in norms & set(weights))
         assert sum(tensor.numel() for tensor in weights.values()) == llm_parameters(llm)[0]
+
+
+def llm_switch(key: str, value: str, *more: str):
+    """Another loss than without it, from the same weights; the weights that the formula counts.
+
+    `tests/distributed/test_families.py` holds the values to those of transformers.
+    """
+
+    def run(lab):
+        losses = {}
+        for name, overrides in (("off", more), ("on", (*more, f"model.llm.{key}={value}"))):
+            config = settings("stage1", "model.llm.init_std=0.3", *overrides)
+            layout = check_config(config, 1)
+            destroy_grid()
+            build_grid(layout, CPU, seed=0)
+            llm = llm_of(config.model.llm, layout)
+            shards = list(shards_of(llm.chunk))
+            for shard in shards:
+                if shard.name.endswith("bias"):  # which are zero in the beginning
+                    generator = torch.Generator().manual_seed(len(shard.name))
+                    shard.local.copy_(torch.randn(shard.local.shape, generator=generator))
+            weights = {shard.name: shard.shape for shard in shards if shard.trained}
+            assert sum(map(math.prod, weights.values())) == llm_parameters(config.model.llm)[0]
+            tokens_T = torch.randint(384, (TOKENS,), generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                losses[name] = llm.losses(tokens_T, [TOKENS])
+        differs(losses["on"], losses["off"])
+
+    EFFECTS[f"model.llm.{key}"] = run
+
+
+EXPERTS = ("model.llm.num_experts=8", "model.llm.top_k=4")
+DENSE = "model.llm.ffn_width=48"
+for case in (
+    ("tied_embeddings", "true"),
+    ("rope_scaling", "{rope_type:linear,factor:8.0}"),
+    ("rotary_fraction", "0.5"),
+    ("qkv_bias", "true"),
+    ("output_bias", "true", "model.llm.qkv_bias=true"),
+    ("qk_norm_whole", "true", "model.llm.qk_norm=true"),
+    ("window", "3"),
+    ("window_from", "3", "model.llm.window=3"),
+    ("norm_topk_prob", "false"),
+    ("router_score", "sigmoid"),
+    ("expert_bias", "true", "model.llm.router_score=sigmoid"),
+    ("routed_scaling", "2.5"),
+    ("router_groups", "2", *EXPERTS),
+    ("router_top_groups", "2", *EXPERTS, "model.llm.router_groups=2"),
+    ("shared_expert_gate", "true"),
+    ("first_dense_layers", "1", DENSE),
+    ("moe_every", "2", DENSE),
+):
+    llm_switch(*case)
 
 
 @effect("model.llm.folder")

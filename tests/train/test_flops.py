@@ -18,6 +18,7 @@ from tandem.train.cost.flops import (
     causal_pairs,
     encoder_flops,
     llm_flops,
+    llm_pairs,
     mim_flops,
     peak_of,
     pool_flops,
@@ -151,20 +152,20 @@ FULL_PAIRS = sum(length * length for length in LENGTHS)
 def test_llm_forward(kind, llm_run):
     """Every token goes to top_k experts, to the shared one and through the router, and no further."""
     config, run = llm_run(kind)
-    assert counted(run) == llm_flops(config, TOKENS, FULL_PAIRS)
+    assert counted(run) == llm_flops(config, TOKENS, config.layers * FULL_PAIRS)
 
 
 @pytest.mark.parametrize("kind", LLM_KINDS)
 def test_llm_training_is_three_forwards(kind, llm_run):
     config, run = llm_run(kind)
-    assert counted(lambda: run().backward()) == 3 * llm_flops(config, TOKENS, FULL_PAIRS)
+    assert counted(lambda: run().backward()) == 3 * llm_flops(config, TOKENS, config.layers * FULL_PAIRS)
 
 
 @pytest.mark.parametrize("kind", LLM_KINDS)
 def test_frozen_llm_is_two_forwards_and_attention_a_third_time(kind, llm_run):
     config, run = llm_run(kind, trained=False)
-    attention = llm_flops(config, 0, FULL_PAIRS)
-    assert counted(lambda: run().backward()) == 2 * llm_flops(config, TOKENS, FULL_PAIRS) + attention
+    attention = llm_flops(config, 0, config.layers * FULL_PAIRS)
+    assert counted(lambda: run().backward()) == 2 * llm_flops(config, TOKENS, config.layers * FULL_PAIRS) + attention
 
 
 @pytest.mark.parametrize(("patch_size", "merge"), [(16, 2), (14, 3)])
@@ -184,7 +185,7 @@ def test_step_adds_up_what_each_stage_trains():
     config = settings("stage1")
     vit, llm = config.model.encoder, config.model.llm
     grids_I2, lengths_N = np.array([[4, 4], [8, 8]]), np.array([30, 50])
-    forward, attention = llm_flops(llm, 128, causal_pairs(lengths_N)), llm_flops(llm, 0, causal_pairs(lengths_N))
+    forward, attention = (llm_flops(llm, tokens, llm.layers * causal_pairs(lengths_N)) for tokens in (128, 0))
 
     vision = vision_spec(vit, llm_width=llm.width)
 
@@ -202,6 +203,14 @@ def test_causal_pairs_are_those_a_causal_mask_leaves():
     lengths_N = [1, 2, 5, 9]
     assert causal_pairs(np.array(lengths_N)) == sum(int(torch.ones(n, n).tril().sum()) for n in lengths_N)
     assert causal_pairs(np.array([131072] * 544)) == 544 * 131072 * 131073 // 2
+
+
+def test_a_window_leaves_its_own_pairs_in_its_layers():
+    lengths_N, window = np.array([1, 4, 9]), 4
+    seen = [torch.ones(n, n).tril().triu(1 - window).sum() for n in lengths_N]
+    assert causal_pairs(lengths_N, window) == sum(map(int, seen))
+    llm = settings("stage1", f"model.llm.window={window}", "model.llm.window_from=1").model.llm
+    assert llm_pairs(llm, lengths_N) == causal_pairs(lengths_N) + 3 * causal_pairs(lengths_N, window)
 
 
 def test_a_full_scale_step_does_not_overflow():

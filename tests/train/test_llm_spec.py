@@ -100,7 +100,7 @@ def test_a_missing_transformer_engine_is_named_with_its_install_command():
 def test_transformer_engine_takes_its_places_in_the_spec(build_llm):
     """Norms stay modules of their own: a norm inside a linear layer would have another name."""
     config = dataclasses.replace(build_llm("dense").chunk.config, transformer_impl="transformer_engine")
-    parts = layer_spec(config).submodules
+    parts = layer_spec(config, sparse=False).submodules
     attention, mlp = parts.self_attention.submodules, parts.mlp.submodules
     modules = [parts.input_layernorm, parts.pre_mlp_layernorm, attention.linear_qkv, attention.linear_proj]
     modules += [mlp.linear_fc1, mlp.linear_fc2]

@@ -225,7 +225,7 @@ def test_what_the_layers_keep(world, recompute):
     built = language.build_language(MOE, world, torch.float32, tokens, 64, recompute)
     with Live() as live:
         output = built.forward()
-    wanted = MOE.layers * layer_bytes(MOE, world.layout, recompute, tokens, FP32)
+    wanted = MOE.layers * layer_bytes(MOE, world.layout, recompute, tokens, FP32, sparse=True)
     wanted += output.nbytes + 2 * tokens * MOE.head_width * FP32  # rotary tables, once for all layers
     # the first layer's input was there before; what leaves the last is counted
     wanted -= built.row.hidden_T1D.nbytes

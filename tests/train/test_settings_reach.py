@@ -195,7 +195,11 @@ REFUSED = {
         model.encoder.width=66 model.encoder.width=0 model.encoder.depth=0 model.encoder.heads=3
         model.encoder.drop_path=1.0 model.llm.layers=0 model.llm.width=0 model.llm.heads=3 model.llm.kv_heads=0
         model.llm.head_width=15 model.llm.vocab_size=0 model.llm.num_experts=-1 model.llm.top_k=1 model.llm.top_k=9
-        model.llm.expert_width=0 model.llm.shared_expert_width=-1
+        model.llm.expert_width=0 model.llm.shared_expert_width=-1 model.llm.rope_scaling.rope_type=ntk
+        model.llm.rotary_fraction=0 model.llm.rotary_fraction=1.5 model.llm.output_bias=true
+        model.llm.qk_norm_whole=true model.llm.window=-1 model.llm.window_from=1 model.llm.router_score=tanh
+        model.llm.expert_bias=true model.llm.routed_scaling=0 model.llm.router_groups=3 model.llm.router_top_groups=2
+        model.llm.first_dense_layers=4 model.llm.first_dense_layers=-1 model.llm.moe_every=0 model.llm.moe_every=5
         train.steps=0 train.global_batch_size=0 train.micro_batch_size=3 train.seq_length=0 train.precision=fp16
         train.recompute=some train.trainable=[] train.trainable=[adapter,mim]
         parallel.tp=2 parallel.pp=2 parallel.vpp=2 parallel.ep=2 parallel.etp=2 parallel.cp=2 parallel.cp_comm_type=ring

@@ -51,7 +51,11 @@ class ToyLLM:
 
 def toy_llm(kind: str, layout: Layout, recompute: str = "none") -> ToyLLM:
     """A model of LLM_KINDS in a grid that stands; equal weights whatever `recompute`."""
-    config = dataclasses.replace(settings("stage1").model.llm, **LLM_KINDS[kind])
+    return llm_of(dataclasses.replace(settings("stage1").model.llm, **LLM_KINDS[kind]), layout, recompute)
+
+
+def llm_of(config: LLMConfig, layout: Layout, recompute: str = "none") -> ToyLLM:
+    """The whole model of these settings in a grid that stands."""
     megatron = transformer_config(config, layout, dtype=torch.float32, recompute=recompute, deterministic=False)
     chunk = build_chunk(config, megatron, vp_stage=None, first=True, last=True)
     llm_shards.initialize(chunk, 0, config.init_std, config.layers)

@@ -2,6 +2,7 @@
 
     defaults  <  recipe  <  scale  <  groups and files that the user names  <  single keys on the command line
 
+A part that is named outranks the whole, as model/llm outranks model, and a scale that is named shrinks its sizes.
 Hydra composes, but it cannot express that a preset yields to the user: a recipe and a scale set single keys of all
 groups, and would overrule a file that the user names, as in data=mixed.  `ranked` restores the order.
 """
@@ -17,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml.error import MarkedYAMLError
 
@@ -30,8 +31,18 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PRESETS = ("recipe", "scale")
 WHOLE = ("sources",)  # keys of a group of which a user's file replaces all: the sources that it names are all there are
 
+
+def skeleton(kind: type) -> dict[str, Any]:
+    """Names of all settings of a dataclass, with the values that they have by default, ??? for none."""
+    node = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.structured(kind)))
+    for each in fields(kind):
+        if is_dataclass(each.type) and node[each.name] == MISSING:
+            node[each.name] = skeleton(cast(type, each.type))
+    return node
+
+
 # Names alone: `read_config` checks types. A typed dictionary would not take +data.sources.NAME.shards=[...].
-ConfigStore.instance().store(name="schema", node=OmegaConf.to_container(OmegaConf.structured(Config)))
+ConfigStore.instance().store(name="schema", node=skeleton(Config))
 
 
 def composed(overrides: Sequence[str], folder: Path = RECIPES) -> DictConfig:
@@ -43,7 +54,8 @@ def composed(overrides: Sequence[str], folder: Path = RECIPES) -> DictConfig:
 def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """What Hydra has composed, in the order of precedence above; for use while Hydra is initialized.
 
-    settings.scale: name, values (of every recipe at this scale) and, by the recipe, sizes.<name> (of this recipe).
+    settings.scale: name, values (of every recipe at this scale), most (the largest sizes of a named group) and, by the
+    recipe, sizes.<name> (of this recipe).
     """
     loader = GlobalHydra.instance().config_loader()
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
@@ -53,13 +65,14 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
     out: Any = OmegaConf.create(OmegaConf.to_container(settings))
     scale = out.scale
     out = OmegaConf.merge(out, scale.get("values", {}), scale.get("sizes", {}).get(scale.name, {}))
-    for group, option in named.items():
-        if group in PRESETS:
-            continue
-        said = _said_by(loader, group, option)
+    for group in sorted(named.keys() - set(PRESETS)):  # model before model/llm
+        place, said = group.replace("/", "."), _said_by(loader, group, named[group])
         for key in set(WHOLE) & set(said):
-            out[group][key] = {}
-        out = OmegaConf.merge(out, {group: said})
+            OmegaConf.update(out, f"{place}.{key}", {}, merge=False)
+        OmegaConf.update(out, place, said)
+        for key, most in scale.get("most", {}).get(group, {}).items():
+            size = f"{place}.{key}"
+            OmegaConf.update(out, size, min(OmegaConf.select(out, size), most))
     for override in parsed:
         key = override.key_or_group
         if key in named or key in PRESETS:
@@ -97,9 +110,12 @@ def resumed(settings: DictConfig | Config) -> DictConfig | None:
 
 
 def _said_by(loader, group: str, option: str) -> DictConfig:
-    """The keys that a file of a group names itself, without those of the files that it starts from."""
-    said = loader.repository.load_config(f"{group}/{option}").config
-    return OmegaConf.masked_copy(said, [key for key in said if key != "defaults"])
+    """The keys that a file of a group names itself; one of a part (model/llm) has those that it starts from too: with
+    keys of the whole among them it would be neither."""
+    file = loader.repository.load_config(f"{group}/{option}")
+    own = OmegaConf.masked_copy(file.config, [key for key in file.config if key != "defaults"])
+    starts = [start.get_name() for start in file.defaults_list] if "/" in group else []
+    return cast(DictConfig, OmegaConf.merge(*(_said_by(loader, group, it) for it in starts if it != "_self_"), own))
 
 
 def _delete(settings: DictConfig, key: str) -> None:

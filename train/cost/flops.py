@@ -80,41 +80,54 @@ def text_flops(config: TextConfig, lengths_N: np.ndarray) -> np.ndarray:
 
 
 def llm_flops(config: "LLMConfig", tokens: int, pairs: int) -> int:
-    """Forward FLOPs of the LLM over `tokens` tokens whose attention looks at `pairs` query-key pairs in all."""
+    """Forward FLOPs of the LLM over `tokens` tokens whose attention looks at `pairs` query-key pairs, all layers
+    together."""
     heads, width = config.heads * config.head_width, config.width
     attention = 2 * width * (heads + 2 * config.kv_heads * config.head_width) + 2 * heads * width
-    if config.num_experts:
-        experts = config.top_k * config.expert_width + config.shared_expert_width
-        ffn = 6 * width * experts + 2 * width * config.num_experts
-    else:
-        ffn = 6 * width * config.ffn_width
-    layers = config.layers * (tokens * (attention + ffn) + 4 * heads * pairs)
+    experts = config.top_k * config.expert_width + config.shared_expert_width
+    sparse = 6 * width * experts + 2 * width * (config.num_experts + config.shared_expert_gate)
+    mlps = sum(sparse if has_experts else 6 * width * config.ffn_width for has_experts in config.sparse)
+    layers = tokens * (config.layers * attention + mlps) + 4 * heads * pairs
     return layers + 2 * tokens * width * config.vocab_size
 
 
-def causal_pairs(lengths_N: np.ndarray) -> int:
-    """Query-key pairs of causal attention inside segments of these lengths."""
+def llm_pairs(config: "LLMConfig", lengths_N: np.ndarray) -> int:
+    """Query-key pairs of all layers together, over samples of these lengths."""
+    full = config.layers - config.windowed_layers
+    return full * causal_pairs(lengths_N) + config.windowed_layers * causal_pairs(lengths_N, config.window)
+
+
+def causal_pairs(lengths_N: np.ndarray, window: int = 0) -> int:
+    """Query-key pairs of causal attention inside segments of these lengths; window: keys that a query sees, 0 for
+    all."""
     lengths_N = np.asarray(lengths_N, dtype=np.int64)
-    return int((lengths_N * (lengths_N + 1) // 2).sum())
+    unseen_N = np.maximum(lengths_N - window, 0) if window else np.zeros_like(lengths_N)
+    return int((lengths_N * (lengths_N + 1) // 2 - unseen_N * (unseen_N + 1) // 2).sum())
 
 
 def llm_parameters(config: "LLMConfig") -> tuple[int, int]:
-    """(all, active) parameters; active counts top_k of the experts and everything else once."""
+    """(all, active) parameters; active counts top_k of the experts and everything else once.  A router's stored bias is
+    none."""
     heads = config.heads * config.head_width
-    attention = config.width * (heads + 2 * config.kv_heads * config.head_width) + heads * config.width
-    norms = 2 * config.width + 2 * config.head_width * config.qk_norm
-    if config.num_experts:
-        expert = 3 * config.width * config.expert_width
-        fixed = 3 * config.width * config.shared_expert_width + config.width * config.num_experts
-        ffn_all, ffn_active = config.num_experts * expert + fixed, config.top_k * expert + fixed
-    else:
-        ffn_all = ffn_active = 3 * config.width * config.ffn_width
-    outside = 2 * config.vocab_size * config.width + config.width
-    per_layer = attention + norms
-    return (
-        config.layers * (per_layer + ffn_all) + outside,
-        config.layers * (per_layer + ffn_active) + outside,
-    )
+    mixed = heads + 2 * config.kv_heads * config.head_width
+    attention = config.width * mixed + heads * config.width
+    attention += mixed * config.qkv_bias + config.width * config.output_bias
+    norms = 2 * config.width + sum(qk_norm_widths(config))
+    expert = 3 * config.width * config.expert_width
+    fixed = 3 * config.width * config.shared_expert_width
+    fixed += config.width * (config.num_experts + config.shared_expert_gate)
+    dense, sparse = 3 * config.width * config.ffn_width, sum(config.sparse)
+    outside = (2 - config.tied_embeddings) * config.vocab_size * config.width + config.width
+    same = config.layers * (attention + norms) + (config.layers - sparse) * dense + sparse * fixed + outside
+    return same + sparse * config.num_experts * expert, same + sparse * config.top_k * expert
+
+
+def qk_norm_widths(config: "LLMConfig") -> tuple[int, int]:
+    """Weights of the norms of queries and of keys in one layer."""
+    if not config.qk_norm:
+        return 0, 0
+    heads = (config.heads, config.kv_heads) if config.qk_norm_whole else (1, 1)
+    return heads[0] * config.head_width, heads[1] * config.head_width
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,7 @@ def step_flops(
     vision: VisionSpec, llm: "LLMConfig", trainable, grid_hw_I2: np.ndarray, tokens: int, lengths_N: np.ndarray
 ) -> StepFlops:
     """FLOPs of forward and backward; the adapter always learns, so gradients always pass through the LLM."""
-    visual_tokens, pairs = int(vision.tokens(grid_hw_I2).sum()), causal_pairs(lengths_N)
+    visual_tokens, pairs = int(vision.tokens(grid_hw_I2).sum()), llm_pairs(llm, lengths_N)
     forward, attention = llm_flops(llm, tokens, pairs), llm_flops(llm, 0, pairs)
     return StepFlops(
         encoder=int(vision.encoder_flops(grid_hw_I2).sum()) * (3 if "encoder" in trainable else 1),

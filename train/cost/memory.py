@@ -21,6 +21,7 @@ import torch
 from tandem.parallel.kernels.cross_entropy import peak_bytes
 from tandem.parallel.kernels.recompute import IN_FLIGHT
 from tandem.parallel.layout import Layout
+from tandem.train.cost.flops import qk_norm_widths
 from tandem.train.models import connectors
 from tandem.train.models.connectors.base import ConnectorConfig
 from tandem.train.models.encoders.vit import SeedViT, ViTConfig
@@ -143,16 +144,26 @@ class StageParameters:
 def stage_parameters(config: "LLMConfig", layout: Layout, stage: int) -> StageParameters:
     """Of pipeline rank `stage`, all its virtual stages together."""
     d, h, g = config.width, config.heads * config.head_width, config.kv_heads * config.head_width
-    layers = config.layers // layout.pp
-    layer, experts = (2 * d * h + 2 * d * g) // layout.tp + 2 * d + 2 * config.head_width * config.qk_norm, 0
-    if config.num_experts:
-        layer += d * config.num_experts + 3 * d * config.shared_expert_width // layout.tp
-        experts = layers * config.num_experts // layout.ep * 3 * d * config.expert_width // layout.etp
-    else:
-        layer += 3 * d * config.ffn_width // layout.tp
+    whole = 1 if config.qk_norm_whole else layout.tp  # norms over all heads are cut, those of one head are copied
+    layer = (2 * d * h + 2 * d * g) // layout.tp + 2 * d + sum(qk_norm_widths(config)) * whole // layout.tp
+    layer += (h + 2 * g) // layout.tp * config.qkv_bias + d * config.output_bias
+    sparse, dense = layers_of(config, layout, stage)
+    fixed = d * (config.num_experts + config.shared_expert_gate) + 3 * d * config.shared_expert_width // layout.tp
+    expert = 3 * d * config.expert_width // layout.etp
+    experts = sparse * config.num_experts // layout.ep * expert
+    others = (sparse + dense) * layer + sparse * fixed + dense * 3 * d * config.ffn_width // layout.tp
     ends = (stage == 0) + (stage == layout.pp - 1)
-    others = layers * layer + ends * config.vocab_size * d // layout.tp + d * (stage == layout.pp - 1)
+    ends -= config.tied_embeddings and layout.pp == 1  # more stages have a copy each
+    others += ends * config.vocab_size * d // layout.tp + d * (stage == layout.pp - 1)
     return StageParameters(experts, others)
+
+
+def layers_of(config: "LLMConfig", layout: Layout, stage: int) -> tuple[int, int]:
+    """(layers with experts, layers without) of pipeline rank `stage`, all its virtual stages together."""
+    part = config.layers // (layout.pp * layout.vpp)
+    begins = [(virtual * layout.pp + stage) * part for virtual in range(layout.vpp)]
+    sparse = sum(sum(config.sparse[begin : begin + part]) for begin in begins)
+    return sparse, part * layout.vpp - sparse
 
 
 def micro_batches_held(layout: Layout, stage: int, micro_batches: int) -> float:
@@ -167,8 +178,12 @@ def micro_batches_held(layout: Layout, stage: int, micro_batches: int) -> float:
     return min(micro_batches, parts / layout.vpp)
 
 
-def layer_bytes(config: "LLMConfig", layout: Layout, recompute: str, row_tokens: int, element: int) -> int:
+def layer_bytes(
+    config: "LLMConfig", layout: Layout, recompute: str, row_tokens: int, element: int, *, sparse: bool
+) -> int:
     """What the backward of one layer needs of a row of `row_tokens`, on a rank that holds 1 / (cp * tp) of them.
+
+    sparse: whether it has experts.
 
     none       layer input, both norms' outputs, sum; q k v, attention's output and log-sum-exp; routing; rows of the
                experts and their gates
@@ -178,7 +193,7 @@ def layer_bytes(config: "LLMConfig", layout: Layout, recompute: str, row_tokens:
     """
     tokens, tp = row_tokens // layout.cp, layout.tp
     d, h, g = config.width, config.heads * config.head_width, config.kv_heads * config.head_width
-    if config.num_experts:
+    if sparse:
         rows, gates = config.top_k * layout.etp, 2 * config.expert_width // layout.etp
         routing = 40 * config.top_k + (8 * config.num_experts if config.aux_loss or config.z_loss else 0)
         shared = config.shared_expert_width
@@ -211,8 +226,11 @@ def stage_memory(
     sharded = layout.dp * layout.cp
     expert_sharded = layout.tp * layout.cp * layout.dp // (layout.ep * layout.etp)
     tokens = row_tokens // (layout.cp * layout.tp)
-    layers, held = config.layers // layout.pp, micro_batches_held(layout, stage, micro_batches)
-    kept = layer_bytes(config, layout, recompute, row_tokens, element)
+    held, kinds = micro_batches_held(layout, stage, micro_batches), layers_of(config, layout, stage)
+    kept = sum(
+        count * layer_bytes(config, layout, recompute, row_tokens, element, sparse=sparse)
+        for count, sparse in zip(kinds, (True, False), strict=True)
+    )
     flying = IN_FLIGHT * tokens * config.width * element if recompute == "offload" else 0
     last = stage == layout.pp - 1
     rows = tokens * config.width * element  # a micro-batch's hidden states, and their gradient
@@ -220,20 +238,26 @@ def stage_memory(
         weights=whole * element,
         gradients=whole * FP32,
         optimizer=OPTIMIZER * (parameters.others // sharded + parameters.experts // expert_sharded),
-        activations=int(held * layers * kept) + flying + last * 2 * rows,
+        activations=int(held * kept) + flying + last * 2 * rows,
         at_hand=max(
-            _layer_at_hand(config, layout, recompute, row_tokens, element),
+            *(
+                _layer_at_hand(config, layout, recompute, row_tokens, element, sparse)
+                for count, sparse in zip(kinds, (True, False), strict=True)
+                if count
+            ),
             last * peak_bytes(tokens * layout.tp, config.width, config.vocab_size // layout.tp, element),
         ),
         buffers=2 * rows,
     )
 
 
-def _layer_at_hand(config: "LLMConfig", layout: Layout, recompute: str, row_tokens: int, element: int) -> int:
+def _layer_at_hand(
+    config: "LLMConfig", layout: Layout, recompute: str, row_tokens: int, element: int, sparse: bool
+) -> int:
     """A layer made again, gradients of its experts' rows and gates, and the gradient of its largest weight."""
-    again = 0 if recompute == "none" else layer_bytes(config, layout, "none", row_tokens, element)
+    again = 0 if recompute == "none" else layer_bytes(config, layout, "none", row_tokens, element, sparse=sparse)
     tokens = row_tokens // (layout.cp * layout.tp)
-    if config.num_experts:
+    if sparse:
         rows = config.top_k * layout.etp
         width, inner = config.width, config.expert_width // layout.etp
         weight = config.num_experts // layout.ep * 2 * width * inner

@@ -1,17 +1,18 @@
-"""Families of language models in Hugging Face's format, one module each: what `config.json` says in our settings, and
-which of their tensors are which rows of ours.  A module that is added here is a family without an edit elsewhere.
+"""Families of language models in Hugging Face's format: what `config.json` says in our settings, and which of their
+tensors are which rows of ours.  `language/` has one module each.
 """
 
 import json
 from pathlib import Path
 
+from tandem.train.families import language
 from tandem.train.families.base import Family
 from tandem.train.families.folder import Folder, by_their_names, shapes, theirs
 from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.registry import Registry
 
 __all__ = ["by_their_names", "of_folder", "of_model", "open_folder", "settings_of", "shapes", "theirs"]
-FAMILIES: Registry[Family] = Registry(__name__, __path__, "FAMILY", "model_type")
+FAMILIES: Registry[Family] = Registry(language.__name__, language.__path__, "FAMILY", "model_type")
 
 
 def of_folder(folder: str | Path) -> tuple[Family, dict]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tandem.train.families.base import Run, Tensor
+from tandem.train.families.tensors import Run, Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

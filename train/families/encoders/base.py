@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from tandem.train.families.base import WITHOUT_MEANING, Form, Tensor
+from tandem.train.families.base import WITHOUT_MEANING
 from tandem.train.families.encoders.tensors import Names, tensors
+from tandem.train.families.tensors import Form, Tensor
 from tandem.train.models.encoders.vit import ViTConfig
 
 # Keys that are no architecture: choices of a run, and what the folder is chosen by.

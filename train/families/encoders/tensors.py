@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tandem.data.vision import CHANNELS, patch_values
-from tandem.train.families.base import Form, Run, Tensor
+from tandem.train.families.tensors import Form, Run, Tensor
 from tandem.train.models.encoders.vit import ViTConfig
 
 

@@ -13,19 +13,35 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from tandem.parallel.comm.context import PackedRow
 from tandem.parallel.kernels.cross_entropy import linear_cross_entropy
-from tandem.train.models.layers.rotary import axis_angles, tables
+from tandem.train.models.language.rope import Rope
 
 
 class VisualGPT(GPTModel):
     """GPTModel whose embedding output takes visual rows at given places, and whose loss never has a row's logits."""
+
+    def __init__(self, *args, rope: Rope, **kwargs):
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        self.rope = rope
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Marks the first and the last stage's copy of a tied embedding.
+
+        Megatron-core would fill one copy from the other: here every weight is filled by its name
+        (`parallel.engines.llm_shards`), which both share.
+        """
+        if not self.share_embeddings_and_output_weights:
+            super().setup_embeddings_and_output_layer()
+        elif self.pre_process is not self.post_process:
+            copy = self.shared_embedding_or_output_weight()
+            copy.shared_embedding = True  # its gradient is summed over both stages, in a bucket of its own
+            copy.shared = self.post_process  # not in the norm once more, nor in a checkpoint
 
     def forward(self, tokens_1S, labels_1S, row: PackedRow, visual_UD=None, at_U=None):
         """Per-token loss [1, S] on the last stage (without labels, logits of all words); hidden states on the others.
 
         visual_UD: rows for this rank's slice of the sequence, at_U their local places; both None past the first stage.
         """
-        angles = axis_angles(row.positions_S, self.config.kv_channels, self.rotary_base)
-        row = replace(row, tables_2SK=tables(angles))
+        row = replace(row, tables_2SK=self.rope.tables(row.positions_S))
         embedded = None
         if self.pre_process:
             embedded = self.embedding(input_ids=tokens_1S, position_ids=None)  # [S / tp, 1, D]
@@ -44,9 +60,10 @@ class VisualGPT(GPTModel):
         """The loss in place of Megatron-core's, which makes all logits first."""
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+        tied = self.share_embeddings_and_output_weights
         losses_S = linear_cross_entropy(
             hidden_states[:, 0],
-            self.output_layer.weight,
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
             labels[0],
             self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,

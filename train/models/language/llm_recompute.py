@@ -26,9 +26,13 @@ RECOMPUTE = ("none", "selective", "offload", "full")
 
 @dataclass
 class LLMTransformerConfig(TransformerConfig):
-    """Megatron-core's settings, and what a layer keeps."""
+    """Megatron-core's settings, what a layer keeps, and switches of `LLMConfig` that Megatron-core does not know."""
 
     recompute: str = "none"
+    qk_norm_whole: bool = False
+    output_bias: bool = False
+    window: int = 0
+    window_from: int = 0
 
 
 class RecomputedLayer(TransformerLayer):

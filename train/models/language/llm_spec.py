@@ -3,12 +3,9 @@
     torch   our RMSNorm, rotary positions and grouped experts, Megatron-core's linear layers
     te      Transformer Engine's norms, linear layers and grouped experts
 
-Attention over packed rows is ours in both, and so are the names of all parameters in the whole model
+Attention (`llm_attention.py`) is ours in both, and so are the names of all parameters in the whole model
 (`parallel/engines/llm_shards.py`).  Norms stay modules of their own in both, not halves of a linear layer, for that
 reason.
-
-Legend: S tokens of a micro-batch on this cp rank, D width, H heads, G kv heads, X = H / G + 2, K head width,
-Y = G * X * K.
 """
 
 import importlib.util
@@ -16,23 +13,20 @@ import importlib.util
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn.functional import silu
 
-from tandem.parallel.comm.context import PackedRow, attend
 from tandem.parallel.kernels import compilation
 from tandem.parallel.kernels.attention_kernels import INSTALL_TE
 from tandem.parallel.kernels.experts import moe_spec
-from tandem.parallel.kernels.fusion import rms_norm
 from tandem.parallel.layout import Layout
 from tandem.train.models.language.llm import VisualGPT
+from tandem.train.models.language.llm_attention import MarkedRMSNorm, PackedAttention, RotarySelfAttention
 from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_recompute import LLMTransformerConfig, RecomputedLayer, offload
-from tandem.train.models.layers.rotary import rotate_qkv
 
 KERNELS = ("auto", "torch", "te")
 GROUPED_SINCE = (9, 0)  # compute capability from which torch has a kernel, not a loop, for products of groups
@@ -58,46 +52,6 @@ def choose_kernels(name: str, device: torch.device) -> str:
     return name
 
 
-class MarkedRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that tells Megatron-core to sum its gradient over the sequence-parallel ranks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron-core's
-
-    def forward(self, x_S1D):
-        assert self.eps is not None
-        return rms_norm(x_S1D, self.weight, self.eps)
-
-
-class RotarySelfAttention(SelfAttention):
-    """Megatron-core's self-attention whose projection is taken apart and rotated in one pass."""
-
-    def forward(self, hidden_states, attention_mask, packed_seq_params: PackedRow, **_):
-        """([S, 1, D], no bias) of hidden states [S, 1, D]; both are cut over tp ranks under sequence parallelism."""
-        mixed_S1Y, _ = self.linear_qkv(hidden_states)
-        groups = self.num_query_groups_per_partition
-        mixed_SGXK = mixed_S1Y.view(len(mixed_S1Y), groups, -1, self.hidden_size_per_attention_head)
-        if self.config.qk_layernorm:
-            q_SGxK, k_SG1K, v_SG1K = mixed_SGXK.split((mixed_SGXK.shape[2] - 2, 1, 1), dim=2)
-            mixed_SGXK = torch.cat((self.q_layernorm(q_SGxK), self.k_layernorm(k_SG1K), v_SG1K), dim=2)
-        assert packed_seq_params.tables_2SK is not None, "made for every row"
-        q_SHK, k_SGK, v_SGK = rotate_qkv(mixed_SGXK, *packed_seq_params.tables_2SK)
-        return self.linear_proj(self.core_attention(q_SHK, k_SGK, v_SGK, packed_seq_params)[:, None])
-
-
-class PackedAttention(MegatronModule):
-    """Core attention over packed rows: causal, inside each sample."""
-
-    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale=None, pg_collection=None, **_):
-        super().__init__(config)
-        self.cp_group = pg_collection.cp
-        self.scale = softmax_scale
-
-    def forward(self, q_SHK, k_SGK, v_SGK, row: PackedRow):
-        return attend(q_SHK, k_SGK, v_SGK, row, self.cp_group, self.scale).flatten(1)
-
-
 def transformer_config(
     config: LLMConfig,
     layout: Layout,
@@ -108,22 +62,7 @@ def transformer_config(
     kernels: str = "torch",
 ):
     """Megatron-core's configuration of this model under this layout; kernels: of `choose_kernels`."""
-    moe = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.num_experts:
-        moe = dict(
-            num_moe_experts=config.num_experts,
-            moe_router_topk=config.top_k,
-            moe_ffn_hidden_size=config.expert_width,
-            moe_shared_expert_intermediate_size=config.shared_expert_width or None,
-            moe_aux_loss_coeff=config.aux_loss,
-            moe_z_loss_coeff=config.z_loss or None,
-            moe_router_load_balancing_type="aux_loss",
-            moe_router_dtype="fp32",
-            moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=kernels == "te",
-            moe_permute_fusion=kernels == "te",
-        )
     return LLMTransformerConfig(
         recompute=recompute,
         transformer_impl="transformer_engine" if kernels == "te" else "local",
@@ -135,7 +74,12 @@ def transformer_config(
         ffn_hidden_size=config.ffn_width or config.expert_width,
         normalization="RMSNorm",
         layernorm_epsilon=config.norm_eps,
-        qk_layernorm=config.qk_norm,
+        qk_layernorm=config.qk_norm and not config.qk_norm_whole,
+        qk_norm_whole=config.qk_norm_whole,
+        add_qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        window=config.window,
+        window_from=config.window_from,
         gated_linear_unit=True,
         activation_func=silu,
         add_bias_linear=False,
@@ -166,26 +110,56 @@ def transformer_config(
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
-        **moe,
+        **(_experts(config, kernels) if config.num_experts else {}),
+    )
+
+
+def _experts(config: LLMConfig, kernels: str) -> dict:
+    """Megatron-core's settings of layers with experts."""
+    groups = {}
+    if config.router_groups > 1:
+        groups = {"moe_router_num_groups": config.router_groups, "moe_router_group_topk": config.router_top_groups}
+    return dict(
+        num_moe_experts=config.num_experts,
+        moe_layer_freq=[int(sparse) for sparse in config.sparse],
+        moe_ffn_hidden_size=config.expert_width,
+        moe_shared_expert_intermediate_size=config.shared_expert_width or None,
+        moe_shared_expert_gate=config.shared_expert_gate,
+        moe_shared_expert_overlap=False,  # `parallel.kernels.dispatch` does not run it
+        moe_router_topk=config.top_k,
+        moe_router_pre_softmax=config.router_score == "softmax" and not config.norm_topk_prob,
+        moe_router_score_function=config.router_score,
+        moe_router_enable_expert_bias=config.expert_bias,
+        moe_router_bias_update_rate=0.0,
+        moe_router_topk_scaling_factor=config.routed_scaling if config.routed_scaling != 1 else None,
+        moe_aux_loss_coeff=config.aux_loss,
+        moe_z_loss_coeff=config.z_loss or None,
+        moe_router_load_balancing_type="aux_loss",
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=kernels == "te",
+        moe_permute_fusion=kernels == "te",
+        **groups,
     )
 
 
 def build_chunk(config: LLMConfig, megatron: LLMTransformerConfig, *, vp_stage: int | None, first: bool, last: bool):
     """One model chunk (the layers of one virtual stage), uninitialised; `first` embeds, `last` has the loss."""
-    layer = layer_spec(megatron)
-    count = get_num_layers_to_build(megatron, vp_stage=vp_stage)
+    first_layer = get_transformer_layer_offset(megatron, vp_stage)
+    sparse = config.sparse[first_layer : first_layer + get_num_layers_to_build(megatron, vp_stage=vp_stage)]
+    kinds = {kind: layer_spec(megatron, kind) for kind in set(sparse)}
+    layers = [kinds[kind] for kind in sparse]
     chunk = VisualGPT(
         config=megatron,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[layer] * count, layer_norm=layer.submodules.input_layernorm
+            layer_specs=layers, layer_norm=layers[0].submodules.input_layernorm
         ),
         vocab_size=config.vocab_size,
         max_sequence_length=0,
         pre_process=first,
         post_process=last,
-        position_embedding_type="none",
-        rotary_base=config.rope_base,
-        share_embeddings_and_output_weights=False,
+        rope=config.rope,
+        share_embeddings_and_output_weights=config.tied_embeddings,
         vp_stage=vp_stage,
     )
     if megatron.recompute == "offload":
@@ -193,9 +167,9 @@ def build_chunk(config: LLMConfig, megatron: LLMTransformerConfig, *, vp_stage: 
     return chunk
 
 
-def layer_spec(megatron: TransformerConfig):
-    """Megatron-core's layer, of the kernels for which `megatron` was made."""
-    experts = megatron.num_moe_experts
+def layer_spec(megatron: TransformerConfig, sparse: bool):
+    """Megatron-core's layer, with experts or without, of the kernels for which `megatron` was made."""
+    experts = megatron.num_moe_experts if sparse else None
     layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
     layer.module = RecomputedLayer
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules

@@ -14,13 +14,18 @@ from tandem.parallel.kernels.fusion import as_dtype, fused
 
 def axis_angles(positions_T: torch.Tensor, width: int, base: float) -> torch.Tensor:
     """Angles position * base^(-2i/width), fp32 [T, width/2], for one position axis given `width` of the head."""
-    frequencies = base ** (-torch.arange(0, width, 2, device=positions_T.device, dtype=torch.float32) / width)
-    return positions_T.float()[:, None] * frequencies
+    return positions_T.float()[:, None] * axis_frequencies(width, base, positions_T.device)
+
+
+def axis_frequencies(width: int, base: float, device: torch.device) -> torch.Tensor:
+    """base^(-2i/width), fp32 [width/2]."""
+    return base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
 
 
 def rotate_qkv(mixed_TGXK: torch.Tensor, cos_TK: torch.Tensor, sin_TK: torch.Tensor):
     """(q [T, H, K], k and v [T, G, K]), q and k rotated, from what a linear layer made of each group: its queries, its
-    key, its value.  One pass over memory each way where regions are fused."""
+    key, its value.  Tables narrower than K turn the first channels of a head.  One pass over memory each way where
+    regions are fused."""
     return _RotationOfMixed.apply(mixed_TGXK, cos_TK, sin_TK)
 
 
@@ -43,10 +48,12 @@ class _RotationOfMixed(torch.autograd.Function):
 
 
 def _turned(x_THK, cos_TK, sin_TK):
-    x = x_THK.float()
-    half = x.shape[-1] // 2
+    width = cos_TK.shape[-1]
+    x = x_THK[..., :width].float()
+    half = width // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return as_dtype(x * cos_TK[..., None, :] + turned * sin_TK[..., None, :], x_THK.dtype)
+    out = as_dtype(x * cos_TK[..., None, :] + turned * sin_TK[..., None, :], x_THK.dtype)
+    return out if width == x_THK.shape[-1] else torch.cat((out, x_THK[..., width:]), dim=-1)
 
 
 @fused
