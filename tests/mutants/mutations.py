@@ -15,6 +15,8 @@ UPDATES = f"{REACH}::test_updates_are_those_of_the_formula"
 CLIPPED = f"{REACH}::test_gradients_are_clipped_to_the_joint_norm"
 EFFECT = f"{REACH}::test_setting_does_what_it_says[{{}}]"
 CHOICES = "tests/train/test_random_choices.py"
+ENCODERS = "tests/train/test_encoder_families.py"
+FEATURES = f"{ENCODERS}::test_features_of_packed_images_are_those_of_transformers"
 INITIAL = "tests/train/test_initial_values.py"
 
 # Mutations that 252 tests did not notice, because they compare layouts and not values.
@@ -796,6 +798,62 @@ TRAIN = (
         "/ width)",
         "/ (2 * width))",
         (LANGUAGE,),
+    ),
+    Mutation(
+        "every_layer_has_windows",
+        "train/models/encoders/vit.py",
+        "SeedViT.trunk",
+        "segments if layer in whole else windows",
+        "windows",
+        (FEATURES,),
+    ),
+    Mutation(
+        "positions_are_not_resized_down_and_across",
+        "train/models/layers/positions.py",
+        "PositionTable.forward",
+        "grid_N2[:, axis]",
+        "grid_N2[:, 0]",
+        (FEATURES,),
+    ),
+    Mutation(
+        "class_token_has_no_position",
+        "train/models/layers/positions.py",
+        "ClassToken.forward",
+        "self.token + position_D",
+        "self.token + 0 * position_D",
+        (FEATURES,),
+    ),
+    Mutation(
+        "patch_kernel_keeps_channels_first",
+        "train/families/encoders/tensors.py",
+        "Convolution.ours",
+        ".permute(0, 2, 3, 4, 1)",
+        "",
+        (FEATURES,),
+    ),
+    Mutation(
+        "gate_costs_nothing",
+        "train/vision.py",
+        "vision_spec",
+        "3 if encoder.gated else 2",
+        "2",
+        ("tests/train/test_flops.py::test_windows_and_gates_are_counted",),
+    ),
+    Mutation(
+        "normalisation_of_a_folder_is_lost",
+        "train/families/encoders/__init__.py",
+        "settings_of",
+        '"image_mean": list(mean), ',
+        "",
+        (f"{ENCODERS}::test_pixels_are_normalised_as_the_folder_says",),
+    ),
+    Mutation(
+        "second_last_layer_is_the_last",
+        "train/families/encoders/base.py",
+        "EncoderFamily.settings",
+        'out["depth"] += feature_layer + 1',
+        'out["depth"] += 0',
+        (f"{ENCODERS}::test_the_second_last_layer_with_or_without_a_norm",),
     ),
     Mutation(
         "columns_turn_like_rows",

@@ -17,8 +17,9 @@ from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
 from tandem.train.models.layers.blocks import _lengthened, run_blocks
 from tandem.train.models.layers.initial import initialize
 from tandem.train.models.layers.masking import drop_path_factors
+from tandem.train.vision import vision_spec
 from tests.graphs import CountedGraphs
-from tests.train.toys import packed, random_images
+from tests.train.toys import packed, packed_for, random_images
 
 CONFIG = ViTConfig(width=32, depth=3, heads=2)
 KEPT = ("selective", "offload", "full")
@@ -90,6 +91,36 @@ def test_compiled_blocks_are_the_blocks(vit, configured, kept):
         configured("never")
         wanted = trained(vit, images, "none")
         for mine, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
+
+
+SWITCHES = {
+    "gates and windows": {"norm": "rmsnorm", "activation": "swiglu", "window": 4, "whole_layers": [1], "frames": 2},
+    "class token": {"positions": "learned", "class_token": True, "pre_norm": True, "activation": "quick_gelu"},
+    "no biases": {"positions": "learned", "interpolation": "antialias", "activation": "gelu", "bias": False},
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_other_blocks_compile_and_are_computed_again(switches, configured):
+    """Compiled within 1e-5; whatever is kept for the backward changes no number."""
+    config = ViTConfig(width=32, depth=3, heads=2, **SWITCHES[switches])
+    vit = SeedViT(config)
+    initialize(vit, seed=0)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    grids = [[2, 6], [4, 4], [10, 6]]
+    keep_LI = torch.from_numpy(drop_path_factors(config.depth, 0.5, np.arange(len(grids))[:, None]))
+    images = dataclasses.replace(packed_for(vision_spec(config), grids), keep_LI=keep_LI)
+    configured("never")
+    wanted = trained(vit, images, "none")
+    assert all(gradient.abs().max() > 0 for gradient in wanted[1:])
+    for kept in KEPT:
+        assert all(torch.equal(mine, other) for mine, other in zip(trained(vit, images, kept), wanted, strict=True))
+    configured("always")
+    for kept in ("none", "offload"):
+        for mine, other in zip(trained(vit, images, kept), wanted, strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, other.abs().max().item()))
 
 
