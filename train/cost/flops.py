@@ -17,6 +17,7 @@ import torch
 from tandem.data.vision import VisionSpec, transformer_flops
 from tandem.train.models.encoders.text_encoder import TextConfig
 from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.layers.blocks import hidden_width
 from tandem.train.models.towers.masked import MimConfig
 from tandem.train.vision import vision_spec
 
@@ -61,7 +62,7 @@ def mim_flops(
     if mim.masked == "token":  # the trunk runs over all places, the embedding over visible patches
         unseen = 2 * masked * vision_spec(vit).patch_values * vit.width
         return of_encoder[0] - unseen, 2 * masked * vit.width * teacher_width
-    mlp_width = int(mim.decoder_width * vit.mlp_ratio)
+    mlp_width = hidden_width(mim.decoder_width, vit.mlp_ratio)
     decoder = int(transformer_flops(patches_I, mim.decoder_width, mim.decoder_depth, mlp_width).sum())
     head = 2 * mim.decoder_width * (visible * vit.width + masked * teacher_width)
     return of_encoder[1], decoder + head
@@ -76,7 +77,7 @@ def pool_flops(vit: ViTConfig, patches_I: np.ndarray, out_width: int) -> int:
 
 def text_flops(config: TextConfig, lengths_N: np.ndarray) -> np.ndarray:
     """Forward FLOPs of our text encoder for each text of these tokens, without a projection, int64 [N]."""
-    return transformer_flops(lengths_N, config.width, config.depth, int(config.width * config.mlp_ratio))
+    return transformer_flops(lengths_N, config.width, config.depth, hidden_width(config.width, config.mlp_ratio))
 
 
 def llm_flops(config: "LLMConfig", tokens: int, pairs: int) -> int:
