@@ -6,17 +6,20 @@ Losses agree within 1e-5 and the norms of encoder, adapter and LLM, each on its 
 import contextlib
 import io
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from tandem.parallel.grid import destroy_grid
 from tandem.train.checkpoints.checkpoint import Reader, resolve
 from tandem.train.families import encoders
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
-from tests.support import corpus_overrides, read_metrics, settings
+from tests.support import ROOT, corpus_overrides, read_metrics, settings
 from tests.train.vision_models import saved
 
 KINDS = ("siglip", "clip", "siglip2", "qwen2_5_vl")
@@ -89,6 +92,14 @@ def test_where_weights_come_from(folders, corpus, tmp_path):
         bare = name.removeprefix("encoder.")
         assert torch.equal(tensor, found.read(bare, "param", (0,) * tensor.dim(), tuple(tensor.shape))), name
     assert f"encoder from {folder}; without merger.ln_q.weight" in said[0] and "the merger, a connector" in said[0]
+    command = [sys.executable, "launch/checkpoint.py", "export", first, str(tmp_path / "out")]
+    options = ["--format", "hf", "--part", "encoder", "--file-gb", "0.0001"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "merger.ln_q.weight" in done.stdout, done.stderr
+    again, info = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in AutoModel.from_pretrained(folder).state_dict().items():
+        assert name.startswith("merger.") or torch.equal(again.state_dict()[name], tensor), name
     assert said[1].index(f"encoder from {folder}") < said[1].index(f"encoder, llm from {first}")
     shutil.rmtree(folder)
     resumed = [*still, "train.steps=2", "checkpoint.resume=true", f"run.dir={first}"]

@@ -14,10 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tandem.train.checkpoints.checkpoint import Reader
+from tandem.train.export import settings as export_settings
 from tandem.train.export.hugging_face import content
+from tandem.train.export.remote import configuration_tandem, modeling_tandem
 from tandem.train.families import encoders
 from tandem.train.families.folder import shapes
-from tandem.train.models.encoders.vit import SeedViT
+from tandem.train.models.encoders.vit import SeedViT, normalise
 from tests.support import settings
 from tests.train.folders import write
 from tests.train.vision_models import MODELS, SIDE, features, images, model_of, saved
@@ -116,7 +118,7 @@ def test_what_is_written_is_what_came_in_and_opens(folders, kind, tmp_path):
         (tmp_path / name).write_text(text)
     tensors = {name: out.weights.read(name).contiguous() for name in out.weights.shapes}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    filled = encoders.of_model(config.model.encoder).fills(config.model.encoder)
+    filled = encoders.of_folder(folders / kind)[0].fills(config.model.encoder)
     first = load_file(folders / kind / "model.safetensors")
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         assert tuple(tensor.shape) == out.weights.shapes[name]
@@ -236,17 +238,31 @@ def test_fields_that_a_folder_leaves_out_are_those_of_the_class(copy):
     assert (found["width"], found["depth"], found["patch_size"], found["position_grid"]) == (768, 12, 16, 14)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ([], "clip: its models have positions=learned, this one rotary; qwen2_5_vl: its models have activation=swiglu"),
-        (
-            ["model.encoder.positions=learned", "model.encoder.final_norm=false"],
-            "siglip: its models have final_norm=True",
-        ),
-    ],
-)
-def test_an_encoder_of_no_family_is_not_written(overrides, words):
-    with pytest.raises(ValueError) as refused:
-        encoders.of_model(settings("stage1", *overrides).model.encoder)
-    assert words in str(refused.value)
+def test_an_encoder_is_of_the_family_that_computes_the_same():
+    def family(*overrides: str):
+        found = encoders.of_model(settings("stage1", *overrides).model.encoder)
+        return found and found.model_type
+
+    learned = ["model.encoder.positions=learned", "model.encoder.position_grid=4"]
+    assert family() is None and family("model.encoder.norm=rmsnorm") is None
+    assert family(*learned) == "siglip_vision_model"
+    assert family(*learned, "model.encoder.interpolation=antialias") == "siglip2_vision_model"
+    assert family(*learned, "model.encoder.final_norm=false") is None
+
+
+# ---- our own class ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_our_class_computes_the_same(folders, kind):
+    """The encoder of an exported model with an LLM, whose positions torch itself resizes."""
+    config, encoder, _ = opened(folders / kind)
+    connector = config.model.connector
+    model = modeling_tandem.TandemVisionModel(
+        configuration_tandem.TandemVisionConfig(**export_settings.vision(config.model.encoder, connector))
+    )
+    model.encoder.load_state_dict(encoder.state_dict())
+    _, packed = images(config, GRIDS)
+    normalised_NP = normalise(packed.patches_NP, config.model.encoder.image_mean, config.model.encoder.image_std)
+    with torch.no_grad():
+        assert_close(model.eval()(normalised_NP, torch.tensor(GRIDS)).last_hidden_state, encoder(packed))

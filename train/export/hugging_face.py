@@ -16,6 +16,7 @@ from tandem.train.export import inputs, settings, weights
 from tandem.train.export.card import model_card
 from tandem.train.export.weights import Weights
 from tandem.train.families import encoders
+from tandem.train.families.encoders.base import EncoderFamily
 
 MODULES = {"all": ("encoder", "adapter", "llm"), "llm": ("llm",), "encoder": ("encoder",)}
 REMOTE = Path(__file__).with_name("remote")
@@ -54,16 +55,17 @@ def _language(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights,
 
 def _encoder(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
     model = config.model
-    if settings.lacks(model.encoder):
-        return _encoder_of_family(reader, config, dtype)
+    if (family := encoders.of_model(model.encoder)) is not None:
+        return _encoder_of_family(reader, config, family, dtype)
     texts = {"config.json": inputs.as_json(settings.encoder_alone(model.encoder, model.connector, dtype))}
     texts |= inputs.image_files(config.vision) | _sources()
     return "an encoder", weights.of_modules(reader, {"encoder"}), texts
 
 
-def _encoder_of_family(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
+def _encoder_of_family(
+    reader: Reader, config: Config, family: EncoderFamily, dtype: str
+) -> tuple[str, Weights, dict[str, str]]:
     encoder = config.model.encoder
-    family = encoders.of_model(encoder)
     held = weights.of_family(reader, family, encoder, part="encoder")
     what, fills = f"a {family.architecture}", family.fills(encoder)
     if fills:

@@ -24,27 +24,25 @@ ENCODER = {
     "image_mean": "image_mean",
     "image_std": "image_std",
 }
-OF_TRAINING = ("drop_path",)
+SWITCHES = (  # of one name there and here
+    *("positions", "position_grid", "interpolation", "class_token", "pre_norm", "final_norm", "norm", "activation"),
+    *("bias", "patch_bias", "frames", "window", "whole_layers"),
+)
+OF_TRAINING = ("drop_path", "folder", "feature_layer")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
-
-def lacks(encoder: ViTConfig) -> str | None:
-    """The first setting of an encoder that the modeling file does not have; None for none."""
-    written, plain = {*ENCODER.values(), *OF_TRAINING, "mlp_ratio"}, ViTConfig()
-    for field in dataclasses.fields(encoder):
-        value = getattr(encoder, field.name)
-        if field.name not in written and value != getattr(plain, field.name):
-            return f"model.encoder.{field.name}={value}"
-    return None
 
 
 def vision(encoder: ViTConfig, connector: ConnectorConfig) -> dict[str, Any]:
     """The encoder's configuration.  Raises ValueError for a setting that the modeling file does not have."""
-    if lacking := lacks(encoder):
-        raise ValueError(f"{lacking}: the exported encoder cannot have this yet")
+    written, plain = {*ENCODER.values(), *SWITCHES, *OF_TRAINING, "mlp_ratio"}, ViTConfig()
+    for field in dataclasses.fields(encoder):
+        value = getattr(encoder, field.name)
+        if field.name not in written and value != getattr(plain, field.name):
+            raise ValueError(f"model.encoder.{field.name}={value}: the exported encoder cannot have this yet")
+    switches = {key: getattr(encoder, key) for key in SWITCHES}
     out = {name: getattr(encoder, key) for name, key in ENCODER.items()}
     out["intermediate_size"] = encoder.mlp_width
-    return {"model_type": "tandem_vision", "kind": "vit", "merge": connector.merge, **out}
+    return {"model_type": "tandem_vision", "kind": "vit", "merge": connector.merge, **out, **switches}
 
 
 def encoder_alone(encoder: ViTConfig, connector: ConnectorConfig, dtype: str) -> dict[str, Any]:

@@ -8,7 +8,10 @@ class TandemVisionConfig(PretrainedConfig):
 
     kind: of the encoder, a key of ENCODERS in the modeling file.  merge: a block of merge x merge patches is contiguous
     in the order of patches.  rope_theta: base of the 2D rotary positions.  image_mean, image_std: by which the image
-    processor normalises.
+    processor normalises.  positions: rotary, or learned: a table of position_grid x position_grid that is resized
+    (bicubic or antialias).  norm: layernorm or rmsnorm.  activation: gelu_tanh, gelu, quick_gelu or swiglu.  frames:
+    that the patch embedding has weights for.  window: patches per side of the windows that attention stays in, 0 for
+    none, but in whole_layers.
     """
 
     model_type = "tandem_vision"
@@ -28,6 +31,19 @@ class TandemVisionConfig(PretrainedConfig):
         merge: int = 1,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        positions: str = "rotary",
+        position_grid: int = 1,
+        interpolation: str = "bicubic",
+        class_token: bool = False,
+        pre_norm: bool = False,
+        final_norm: bool = True,
+        norm: str = "layernorm",
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        patch_bias: bool = True,
+        frames: int = 1,
+        window: int = 0,
+        whole_layers: list[int] | None = None,
         **kwargs,
     ):
         self.kind = kind
@@ -41,6 +57,19 @@ class TandemVisionConfig(PretrainedConfig):
         self.merge = merge
         self.image_mean = image_mean
         self.image_std = image_std
+        self.positions = positions
+        self.position_grid = position_grid
+        self.interpolation = interpolation
+        self.class_token = class_token
+        self.pre_norm = pre_norm
+        self.final_norm = final_norm
+        self.norm = norm
+        self.activation = activation
+        self.bias = bias
+        self.patch_bias = patch_bias
+        self.frames = frames
+        self.window = window
+        self.whole_layers = whole_layers or []
         super().__init__(**kwargs)
 
 

@@ -18,49 +18,127 @@ from transformers.modeling_outputs import BaseModelOutput
 from .configuration_tandem import TandemConfig, TandemVisionConfig
 
 
+def new_norm(config: TandemVisionConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def activated(h_NX, activation: str):
+    if activation == "swiglu":
+        gate_NF, up_NF = h_NX.chunk(2, dim=-1)
+        return F.silu(gate_NF) * up_NF
+    if activation == "quick_gelu":
+        return h_NX * torch.sigmoid(1.702 * h_NX)
+    return F.gelu(h_NX, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 class Block(nn.Module):
-    """Pre-norm attention within each image and an MLP, with residuals."""
+    """Pre-norm attention within each segment and an MLP, with residuals."""
 
     def __init__(self, config: TandemVisionConfig):
         super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_attention_heads
-        self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp_up = nn.Linear(width, config.intermediate_size)
-        self.mlp_down = nn.Linear(config.intermediate_size, width)
+        width, hidden, bias = config.hidden_size, config.intermediate_size, config.bias
+        self.heads, self.activation = config.num_attention_heads, config.activation
+        self.attention_norm = new_norm(config)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.projection = nn.Linear(width, width, bias=bias)
+        self.mlp_norm = new_norm(config)
+        self.mlp_up = nn.Linear(width, hidden * (2 if config.activation == "swiglu" else 1), bias=bias)
+        self.mlp_down = nn.Linear(hidden, width, bias=bias)
 
-    def forward(self, x_ND, cos_N1K, sin_N1K, patches_I: list[int]):
+    def forward(self, x_ND, rotation, lengths: list[int]):
         q_NHK, k_NHK, v_NHK = self.qkv(self.attention_norm(x_ND)).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        q_NHK, k_NHK = rotate(q_NHK, cos_N1K, sin_N1K), rotate(k_NHK, cos_N1K, sin_N1K)
-        images = zip(*(tensor.transpose(0, 1).split(patches_I, dim=1) for tensor in (q_NHK, k_NHK, v_NHK)), strict=True)
-        seen_HNK = torch.cat([F.scaled_dot_product_attention(*image) for image in images], dim=1)
+        if rotation is not None:
+            q_NHK, k_NHK = rotate(q_NHK, *rotation), rotate(k_NHK, *rotation)
+        parts = zip(*(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (q_NHK, k_NHK, v_NHK)), strict=True)
+        seen_HNK = torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=1)
         x_ND = x_ND + self.projection(seen_HNK.transpose(0, 1).flatten(1))
-        return x_ND + self.mlp_down(F.gelu(self.mlp_up(self.mlp_norm(x_ND)), approximate="tanh"))
+        return x_ND + self.mlp_down(activated(self.mlp_up(self.mlp_norm(x_ND)), self.activation))
+
+
+class Positions(nn.Module):
+    """Learned positions of a square grid, the class token's first, resized to the grids of images."""
+
+    def __init__(self, config: TandemVisionConfig):
+        super().__init__()
+        self.first, self.side = int(config.class_token), config.position_grid
+        bicubic = config.interpolation == "bicubic"
+        self.how = {"mode": "bicubic"} if bicubic else {"mode": "bilinear", "antialias": True}
+        self.weight = nn.Parameter(torch.zeros(self.first + self.side**2, config.hidden_size))
+
+    def forward(self, grid_hw: list[int], place_N2: torch.Tensor) -> torch.Tensor:
+        """[N, D] of an image's patches, in the order of their places."""
+        table_1DGG = self.weight[self.first :].float().T.unflatten(1, (self.side, self.side))[None]
+        resized_1Dhw = F.interpolate(table_1DGG, grid_hw, align_corners=False, **self.how)
+        y_N, x_N = place_N2.to(self.weight.device).T
+        return resized_1Dhw[0, :, y_N, x_N].T.to(self.weight.dtype)
+
+
+class ClassToken(nn.Module):
+    def __init__(self, config: TandemVisionConfig):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(config.hidden_size))
 
 
 class ViT(nn.Module):
-    """Packed images to one feature per patch: linear patch embedding, 2D rotary positions, blocks, a final norm."""
+    """Packed images to one feature per patch.
+
+    Patch embedding, positions (2D rotary, or a learned table), blocks, a norm.  The configuration switches on a class
+    token per image, a norm before the blocks, and windows, which most blocks' attention then stays in.
+    """
 
     def __init__(self, config: TandemVisionConfig):
         super().__init__()
-        self.config = config
-        self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.hidden_size)
+        self.config, width = config, config.hidden_size
+        values = 3 * config.patch_size**2 * config.frames
+        self.patch_embedding = nn.Linear(values, width, bias=config.patch_bias)
+        self.positions = Positions(config) if config.positions == "learned" else None
+        self.class_token = ClassToken(config) if config.class_token else None
+        self.pre_norm = new_norm(config) if config.pre_norm else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_norm = new_norm(config) if config.final_norm else None
 
     def forward(self, pixel_values_NP, image_grid_hw_I2):
-        x_ND = self.patch_embedding(pixel_values_NP.to(self.patch_embedding.weight.dtype))
-        grids = image_grid_hw_I2.tolist()
-        places = [positions(height, width, self.config.merge) for height, width in grids]
-        positions_N2 = torch.cat(places).to(x_ND.device)
-        head_width = self.config.hidden_size // self.config.num_attention_heads
-        cos_N1K, sin_N1K = rotary(positions_N2, head_width, self.config.rope_theta)
-        for block in self.blocks:
-            x_ND = block(x_ND, cos_N1K, sin_N1K, [down * across for down, across in grids])
-        return self.final_norm(x_ND)
+        config, grids = self.config, image_grid_hw_I2.tolist()
+        places = [positions(height, width, config.merge) for height, width in grids]
+        images = within = [len(place_N2) for place_N2 in places]
+        repeated = pixel_values_NP.repeat(1, config.frames)  # an image is as many equal frames
+        x_ND, order_N = self.patch_embedding(repeated.to(self.patch_embedding.weight.dtype)), None
+        rotation = None
+        if self.positions is not None:
+            x_ND = x_ND + torch.cat([self.positions(*image) for image in zip(grids, places, strict=True)])
+        if self.class_token is not None:
+            token_1D = (self.class_token.token + self.positions.weight[0])[None]
+            x_ND = torch.cat([part for image in x_ND.split(images) for part in (token_1D, image)])
+            images = within = [patches + 1 for patches in images]
+        if config.window:
+            order_N, within = windows(places, config.window)
+            x_ND = x_ND[order_N]
+        if self.positions is None:
+            positions_N2 = torch.cat(places)[order_N if order_N is not None else slice(None)].to(x_ND.device)
+            rotation = rotary(positions_N2, config.hidden_size // config.num_attention_heads, config.rope_theta)
+        if self.pre_norm is not None:
+            x_ND = self.pre_norm(x_ND)
+        for layer, block in enumerate(self.blocks):
+            x_ND = block(x_ND, rotation, images if layer in config.whole_layers else within)
+        if self.final_norm is not None:
+            x_ND = self.final_norm(x_ND)
+        if order_N is not None:
+            return torch.empty_like(x_ND).index_copy(0, order_N.to(x_ND.device), x_ND)
+        if self.class_token is not None:
+            return torch.cat([image[1:] for image in x_ND.split(images)])
+        return x_ND
+
+
+def windows(places: list[torch.Tensor], side: int) -> tuple[torch.Tensor, list[int]]:
+    """(order of patches window by window, patches of each window)."""
+    order, lengths, first = [], [], 0
+    for place_N2 in places:
+        _, window_N, patches_W = (place_N2 // side).unique(dim=0, return_inverse=True, return_counts=True)
+        order.append(first + window_N.argsort(stable=True))
+        lengths += patches_W.tolist()
+        first += len(place_N2)
+    return torch.cat(order), lengths
 
 
 def positions(down: int, across: int, merge: int) -> torch.Tensor:

@@ -58,19 +58,10 @@ def open_folder(folder: str | Path, config: ViTConfig) -> Folder:
         raise ValueError(f"model.encoder.folder={error}") from error
 
 
-def of_model(config: ViTConfig) -> EncoderFamily:
-    """The family that can hold this encoder: that of the folder it came from while there is one, else the first.
-
-    Raises ValueError where none can.
-    """
+def of_model(config: ViTConfig) -> EncoderFamily | None:
+    """A family that can hold this encoder: that of the folder it came from while there is one, else the first."""
     names = FAMILIES.names()
     if config.folder and (Path(config.folder) / "config.json").is_file():
         first, _ = of_folder(config.folder)
         names.sort(key=lambda name: FAMILIES.find(name) is not first)
-    refusals = []
-    for name in names:
-        family = FAMILIES.find(name)
-        if (why := family.refusal(config)) is None:
-            return family
-        refusals.append(f"{name}: {why}")
-    raise ValueError(f"no family of Hugging Face holds this encoder: {'; '.join(refusals)}")
+    return next((family for family in map(FAMILIES.find, names) if family.holds(config)), None)

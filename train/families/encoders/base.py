@@ -14,6 +14,7 @@ from tandem.train.families.base import WITHOUT_MEANING
 from tandem.train.families.encoders.tensors import Names, tensors
 from tandem.train.families.tensors import Form, Tensor
 from tandem.train.models.encoders.vit import ViTConfig
+from tandem.train.models.layers.blocks import hidden_width
 
 # Keys that are no architecture: choices of a run, and what the folder is chosen by.
 CHOICES = ("drop_path", "final_norm", "feature_layer", "folder", "image_mean", "image_std")
@@ -101,21 +102,15 @@ class EncoderFamily(ABC):
     def processor_sizes(self, model: ViTConfig) -> dict[str, Any]:
         """Fields of the preprocessor_config.json on sizes of images."""
 
-    def refusal(self, model: ViTConfig) -> str | None:
-        """Why this family cannot hold a model; None where it can."""
+    def holds(self, model: ViTConfig) -> bool:
+        """Whether a model is one of this family: whether what it is written as is read as the same."""
         try:
             found = self.settings(self.config(model, "float32"))
-        except (ValueError, KeyError) as error:
-            return str(error)
-        for key in sorted(found.keys() - IDLE[model.positions], key=lambda key: (key != "positions", key)):
-            value, ours = found[key], getattr(model, key)
-            if key == "mlp_ratio":
-                value, ours = int(value * model.width + 0.5), model.mlp_width
-            if value != ours:
-                return f"its models have {key}={value}, this one {ours}"
-        if model.final_norm is not self.final_norm and not self.either:
-            return f"its models have final_norm={self.final_norm}, this one {model.final_norm}"
-        return None
+        except ValueError:
+            return False
+        same = hidden_width(model.width, found.pop("mlp_ratio")) == model.mlp_width
+        same &= all(getattr(model, key) == found[key] for key in found.keys() - IDLE[model.positions])
+        return same and (self.either or model.final_norm is self.final_norm)
 
     # ---- tensors
 
