@@ -1,4 +1,4 @@
-"""Encoders of Hugging Face in training: ZeRO on several ranks against one rank, and where weights come from.
+"""Encoders of Hugging Face in training: ZeRO on two ranks against one rank, and where weights come from.
 
 Losses agree within 1e-5 and the norms of encoder, adapter and LLM, each on its own, within 1e-4: sums in another order.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModel
 
 from tandem.parallel.grid import destroy_grid
@@ -24,18 +25,21 @@ from tests.train.vision_models import saved
 
 KINDS = ("siglip", "clip", "siglip2", "qwen2_5_vl")
 SMALL = [
-    "train.seq_length=128", "train.global_batch_size=4", "data.max_patches=64", "optim.lr=1e-3",
+    "train.seq_length=128", "train.global_batch_size=4", "data.max_patches=64", "optim.lr=1e-3", "train.steps=3",
     "optim.warmup_steps=0", "parallel.encoder.chunk_patches=128", "model.encoder.drop_path=0.2",
 ]  # fmt: skip
-WORLDS = {1: [], 2: ["parallel.encoder.zero_stage=1"], 4: ["parallel.encoder.zero_stage=3", "parallel.tp=2"]}
+ZERO = {"ZeRO-1": ["parallel.encoder.zero_stage=1"], "ZeRO-3": ["parallel.encoder.zero_stage=3", "parallel.tp=2"]}
 NORMS = ("grad_norm_encoder", "grad_norm_adapter", "grad_norm_llm")
 
 
-def train_each(runs: list[tuple[list[str], str]]) -> list[str]:
-    """Runs of stage1 one after the other; what each said on rank 0's console."""
+def train_each(runs: list[tuple[list[str], str]], without: str | None = None) -> list[str]:
+    """Runs of stage1 one after the other, the last one when the folder `without` is gone; what each said on rank 0's
+    console."""
     said = []
     for overrides, run_dir in runs:
         destroy_grid()
+        if without and len(said) == len(runs) - 1 and dist.get_rank() == 0:
+            shutil.rmtree(without)
         with contextlib.redirect_stdout(io.StringIO()) as console:
             train_run("stage1", overrides, run_dir)
         said.append(console.getvalue())
@@ -47,61 +51,61 @@ def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("encoders")
     for kind in KINDS:
         saved(kind, root)
+    shutil.copytree(root / "qwen2_5_vl", root / "going")
     return root
 
 
-def test_zero_trains_as_one_rank(folders, corpus, tmp_path):
-    common = [*SMALL, *corpus_overrides(corpus), "train.steps=3"]
-    metrics = {}
-    for world, sizes in WORLDS.items():
-        runs = [
-            ([*common, *sizes, f"model.encoder.folder='{folders}/{kind}'"], f"{tmp_path}/{kind}-{world}")
-            for kind in KINDS
-        ]
-        run_world(train_each, world, runs, timeout=240)
-        metrics |= {(kind, world): read_metrics(tmp_path / f"{kind}-{world}") for kind in KINDS}
-    for (kind, world), found in metrics.items():
-        for mine, one in zip(found, metrics[kind, 1], strict=True):
-            assert mine["loss"] == pytest.approx(one["loss"], rel=1e-5), (kind, world)
-            for norm in NORMS:
-                assert one[norm] > 0 and mine[norm] == pytest.approx(one[norm], rel=1e-4), (kind, world, norm)
+@pytest.fixture(scope="module")
+def trained(folders, corpus, tmp_path_factory) -> tuple[Path, list[str]]:
+    """(directories of all runs, what the last three on two ranks said: from a folder, from a checkpoint, resumed)."""
+    root, common = tmp_path_factory.mktemp("runs"), [*SMALL, *corpus_overrides(corpus)]
+    of = {kind: [*common, f"model.encoder.folder='{folders}/{kind}'"] for kind in KINDS}
+    run_world(train_each, 1, [(of[kind], f"{root}/{kind}") for kind in KINDS], timeout=240)
+    runs = [([*of[kind], *zero], f"{root}/{kind}-{name}") for kind in KINDS for name, zero in ZERO.items()]
+    still = [*common, f"model.encoder.folder='{folders}/going'", "optim.lr=0", "optim.min_lr=0", "checkpoint.every=1"]
+    still += ["train.steps=1"]
+    runs += [
+        (still, f"{root}/first"),
+        ([*still, "train.seed=5", f"checkpoint.load_from={root}/first"], f"{root}/other"),
+        ([*still, "train.steps=2", "checkpoint.resume=true"], f"{root}/first"),
+    ]
+    return root, run_world(train_each, 2, runs, f"{folders}/going", timeout=300)[0][-3:]
 
 
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    reader = Reader(resolve(run_dir))
-    return {name: reader.whole(name) for name in reader.tensors if name.startswith("encoder.")}
+@pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_trains_as_one_rank(trained, kind, zero):
+    root, _ = trained
+    found, wanted = read_metrics(root / f"{kind}-{zero}"), read_metrics(root / kind)
+    assert len(found) == len(wanted) == 3
+    for mine, one in zip(found, wanted, strict=True):
+        assert mine["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        for norm in NORMS:
+            assert one[norm] > 0 and mine[norm] == pytest.approx(one[norm], rel=1e-4), norm
 
 
-def test_where_weights_come_from(folders, corpus, tmp_path):
-    """From the folder, unless a checkpoint replaces them; a run that goes on does without the folder."""
-    folder = Path(shutil.copytree(folders / "qwen2_5_vl", tmp_path / "folder"))
-    own = [*SMALL, *corpus_overrides(corpus), f"model.encoder.folder='{folder}'"]
-    still = [*own, "optim.lr=0", "optim.min_lr=0", "checkpoint.every=1"]
-    first, other = str(tmp_path / "first"), str(tmp_path / "other")
-    said = run_world(
-        train_each,
-        2,
-        [
-            ([*still, "train.steps=1"], first),
-            ([*still, "train.steps=1", "train.seed=5", f"checkpoint.load_from={first}"], other),
-        ],
-        timeout=180,
-    )[0]
+def test_weights_come_from_the_folder_unless_a_checkpoint_has_them(trained, folders):
+    root, (first, other, resumed) = trained
+    assert f"encoder from {folders}/going; without merger.ln_q.weight" in first and "the merger, a connector" in first
+    assert other.index(f"encoder from {folders}/going") < other.index(f"encoder, llm from {root}/first")
+    assert "encoder from" not in resumed and len(read_metrics(root / "first")) == 2
+    folder = folders / "qwen2_5_vl"
     found = encoders.open_folder(folder, settings("stage1", f"model.encoder.folder='{folder}'").model.encoder)
-    for name, tensor in weights(tmp_path / "first").items():
-        bare = name.removeprefix("encoder.")
-        assert torch.equal(tensor, found.read(bare, "param", (0,) * tensor.dim(), tuple(tensor.shape))), name
-    assert f"encoder from {folder}; without merger.ln_q.weight" in said[0] and "the merger, a connector" in said[0]
-    command = [sys.executable, "launch/checkpoint.py", "export", first, str(tmp_path / "out")]
+    for run in ("first", "other"):
+        reader = Reader(resolve(root / run))
+        for name in (name for name in reader.tensors if name.startswith("encoder.")):
+            tensor = reader.whole(name)
+            bare, box = name.removeprefix("encoder."), ((0,) * tensor.dim(), tuple(tensor.shape))
+            assert torch.equal(tensor, found.read(bare, "param", *box)), name
+
+
+def test_the_command_writes_what_came_in(trained, folders, tmp_path):
+    root, _ = trained
+    command = [sys.executable, "launch/checkpoint.py", "export", str(root / "first"), str(tmp_path / "out")]
     options = ["--format", "hf", "--part", "encoder", "--file-gb", "0.0001"]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "merger.ln_q.weight" in done.stdout, done.stderr
     again, info = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    for name, tensor in AutoModel.from_pretrained(folder).state_dict().items():
+    for name, tensor in AutoModel.from_pretrained(folders / "qwen2_5_vl").state_dict().items():
         assert name.startswith("merger.") or torch.equal(again.state_dict()[name], tensor), name
-    assert said[1].index(f"encoder from {folder}") < said[1].index(f"encoder, llm from {first}")
-    shutil.rmtree(folder)
-    resumed = [*still, "train.steps=2", "checkpoint.resume=true", f"run.dir={first}"]
-    (said,) = run_world(train_each, 2, [(resumed, first)], timeout=180)[0]
-    assert "encoder from" not in said and len(read_metrics(tmp_path / "first")) == 2
