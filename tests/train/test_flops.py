@@ -35,7 +35,7 @@ from tandem.train.models.towers.masked import MaskedImages, MimConfig, MimTower
 from tandem.train.models.towers.vision_tower import VisionTower
 from tandem.train.vision import vision_spec
 from tests.support import settings
-from tests.train.toys import LLM_KINDS, packed, packed_for, random_images
+from tests.train.toys import LLM_KINDS, SWITCHED, packed, packed_for, random_images
 
 LENGTHS = [10, 7, 7, 16]
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2]]
@@ -148,20 +148,20 @@ TOKENS = sum(LENGTHS)
 FULL_PAIRS = sum(length * length for length in LENGTHS)
 
 
-@pytest.mark.parametrize("kind", LLM_KINDS)
+@pytest.mark.parametrize("kind", [*LLM_KINDS, *SWITCHED])
 def test_llm_forward(kind, llm_run):
     """Every token goes to top_k experts, to the shared one and through the router, and no further."""
     config, run = llm_run(kind)
     assert counted(run) == llm_flops(config, TOKENS, config.layers * FULL_PAIRS)
 
 
-@pytest.mark.parametrize("kind", LLM_KINDS)
+@pytest.mark.parametrize("kind", [*LLM_KINDS, *SWITCHED])
 def test_llm_training_is_three_forwards(kind, llm_run):
     config, run = llm_run(kind)
     assert counted(lambda: run().backward()) == 3 * llm_flops(config, TOKENS, config.layers * FULL_PAIRS)
 
 
-@pytest.mark.parametrize("kind", LLM_KINDS)
+@pytest.mark.parametrize("kind", [*LLM_KINDS, *SWITCHED])
 def test_frozen_llm_is_two_forwards_and_attention_a_third_time(kind, llm_run):
     config, run = llm_run(kind, trained=False)
     attention = llm_flops(config, 0, config.layers * FULL_PAIRS)

@@ -7,6 +7,7 @@ layers differ by 1e-6 of a gradient's norm, and 1e-5 is allowed.
 
 import dataclasses
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tandem.parallel.comm.context import pack_row
 from tandem.parallel.engines import llm_shards
+from tandem.parallel.engines.llm_engine import LLMEngine
 from tandem.parallel.engines.llm_shards import shards_of
 from tandem.train.config.checks import check_config
-from tandem.train.models.language.llm_spec import choose_kernels, layer_spec
+from tandem.train.models.language.llm_spec import build_chunk, choose_kernels, layer_spec, transformer_config
 from tests.support import settings
 from tests.train.toys import LLM_KINDS
 
@@ -106,3 +108,21 @@ def test_transformer_engine_takes_its_places_in_the_spec(build_llm):
     modules += [mlp.linear_fc1, mlp.linear_fc2]
     linear = [te.TEColumnParallelLinear, te.TERowParallelLinear]
     assert all(a is b for a, b in zip(modules, [te.TENorm, te.TENorm, *linear, *linear], strict=True))
+
+
+def test_a_stored_bias_is_not_rounded(build_llm):
+    """bf16 weights, and a router's bias of fp32, in the model, in a checkpoint and out of one."""
+    llm = build_llm("experts")
+    config = dataclasses.replace(llm.config, router_score="sigmoid", expert_bias=True)
+    megatron = transformer_config(config, llm.layout, dtype=torch.bfloat16, recompute="none", deterministic=False)
+
+    def build(vp_stage, first, last):
+        return build_chunk(config, megatron, vp_stage=vp_stage, first=first, last=last)
+
+    grid = SimpleNamespace(layout=llm.layout, device=CPU)
+    engine = LLMEngine(megatron, grid, build=build, forward=None, loss=None, trainable=False, adam=None)
+    engine.load(lambda name, kind, start, size: torch.full(size, 1 / 3), optimizer=False)
+    saved = {chunk.name: chunk.tensor_N for chunk in engine.state()}
+    biases = [name for name in saved if name.endswith("router.expert_bias")]
+    assert len(biases) == config.layers and all((saved[name] == torch.tensor(1 / 3)).all() for name in biases)
+    assert (saved["decoder.layers.0.mlp.router.weight"] == torch.tensor(1 / 3).bfloat16().float()).all()

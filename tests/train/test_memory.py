@@ -6,6 +6,7 @@ of a tenth covers what the formulas leave out (masks, offsets, places); where th
 the test says so and adds it.
 """
 
+import dataclasses
 import gc
 
 import numpy as np
@@ -24,6 +25,7 @@ from tandem.train.cost.memory import (
     encoder_memory,
     encoder_parameters,
     layer_bytes,
+    layers_of,
     micro_batches_held,
     stage_memory,
     stage_parameters,
@@ -183,6 +185,21 @@ LAYOUTS = [
     Layout(world=16, pp=4, ep=4),
     Layout(world=16, tp=2, cp=2, pp=2, ep=4, etp=2),
 ]
+
+
+def test_shares_of_switched_models_are_the_whole():
+    """On two stages a tied embedding is twice there; what is not cut over tp is there for each rank."""
+    tied = dataclasses.replace(MOE, layers=4, tied_embeddings=True, first_dense_layers=1, ffn_width=64, qkv_bias=True)
+    whole = dataclasses.replace(MOE, layers=4, qk_norm=True, qk_norm_whole=True, moe_every=2, ffn_width=64)
+    embedding, routers = MOE.vocab_size * MOE.width, MOE.width * MOE.num_experts
+    norms = 2 * MOE.width
+    for config, twice, sparse in ((tied, embedding, 3), (whole, 0, 2)):
+        layout = Layout(world=4, tp=2, pp=2)
+        stages = [stage_parameters(config, layout, stage) for stage in range(2)]
+        assert [sum(layers_of(config, layout, stage)) for stage in range(2)] == [2, 2]
+        copied = config.layers * norms + sparse * routers + MOE.width
+        everything = sum(2 * (s.experts + s.others) for s in stages)
+        assert everything == llm_parameters(config)[0] + twice + copied
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -28,7 +28,7 @@ from tandem.train.models.layers.masking import drop_path_factors
 from tandem.train.models.layers.rotary import axis_angles, tables, turn
 from tandem.train.models.towers.vision_tower import VisionTower
 from tests.support import ROOT, settings
-from tests.train.toys import LLM_KINDS, packed, random_images
+from tests.train.toys import LLM_KINDS, SWITCHED, packed, random_images
 
 GRIDS = [[2, 4], [4, 4], [4, 4], [6, 2], [4, 4]]  # equal neighbours run as one batch, others alone
 BORDERS = np.cumsum([0, *(down * across for down, across in GRIDS)]).tolist()
@@ -51,7 +51,7 @@ def test_full_size_llm_has_about_20b_active_parameters():
     assert 19.5e9 < active < 20.5e9 < everything
 
 
-@pytest.mark.parametrize("kind", LLM_KINDS)
+@pytest.mark.parametrize("kind", [*LLM_KINDS, *SWITCHED])
 def test_parameter_formula_counts_a_real_model(kind, build_llm):
     llm = build_llm(kind)
     counts = {shard.name: shard.local.numel() for shard in shards_of(llm.chunk)}
@@ -275,7 +275,7 @@ def row_T():
     return torch.randint(0, 384, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", LLM_KINDS)
+@pytest.mark.parametrize("kind", [*LLM_KINDS, *SWITCHED])
 def test_samples_of_a_row_do_not_see_each_other(kind, build_llm, row_T):
     """Experts hold tokens of all samples, and other tokens make their matrices other shapes: to 1e-6 with experts."""
     llm = build_llm(kind)
@@ -291,7 +291,7 @@ def test_samples_of_a_row_do_not_see_each_other(kind, build_llm, row_T):
             assert moved_T.max() <= tolerance
 
 
-@pytest.mark.parametrize("kind", LLM_KINDS)
+@pytest.mark.parametrize("kind", [*LLM_KINDS, *SWITCHED])
 def test_packed_row_is_its_samples_alone(kind, build_llm, row_T):
     llm = build_llm(kind)
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_visual_rows_take_the_place_of_the_word_and_are_seen_from_there_on(build
     assert not changed_T[: first + 3].any() and not changed_T[last:].any()
 
 
-@pytest.mark.parametrize("kind", LLM_KINDS)
+@pytest.mark.parametrize("kind", [*LLM_KINDS, *SWITCHED])
 def test_recomputing_layers_changes_no_gradient(kind, build_llm, row_T):
     gradients = []
     for recompute in LLM_RECOMPUTE:

@@ -27,6 +27,11 @@ LLM_KINDS = {
     "experts": dict(shared_expert_width=0),
     "experts and a shared one": dict(),
 }
+SWITCHED = {  # kinds with what Megatron-core's plain layers do not have
+    "dense layers first": dict(ffn_width=48, first_dense_layers=2, shared_expert_gate=True, tied_embeddings=True),
+    "every other layer": dict(ffn_width=48, moe_every=2, qkv_bias=True, output_bias=True, qk_norm=True),
+    "norms over all heads": dict(num_experts=0, ffn_width=96, qk_norm=True, qk_norm_whole=True, qkv_bias=True),
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class ToyLLM:
 
 
 def toy_llm(kind: str, layout: Layout, recompute: str = "none") -> ToyLLM:
-    """A model of LLM_KINDS in a grid that stands; equal weights whatever `recompute`."""
-    return llm_of(dataclasses.replace(settings("stage1").model.llm, **LLM_KINDS[kind]), layout, recompute)
+    """A model of LLM_KINDS or SWITCHED in a grid that stands; equal weights whatever `recompute`."""
+    return llm_of(dataclasses.replace(settings("stage1").model.llm, **(LLM_KINDS | SWITCHED)[kind]), layout, recompute)
 
 
 def llm_of(config: LLMConfig, layout: Layout, recompute: str = "none") -> ToyLLM:

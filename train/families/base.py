@@ -24,7 +24,7 @@ COMMON = (
     Same("rms_norm_eps", "norm_eps"),
     Same("tie_word_embeddings", "tied_embeddings"),
 )
-USUAL = {"hidden_act": "silu", "tie_word_embeddings": False}
+USUAL: dict[str, Any] = {"hidden_act": "silu", "tie_word_embeddings": False}
 OFF = {each.name: each.default for each in fields(LLMConfig) if each.default is not MISSING} | DENSE
 OFF = {key: value for key, value in OFF.items() if key not in NOT_OF_THE_MODEL} | {"ffn_width": 0}
 
@@ -71,7 +71,7 @@ class Family:
 
     def config(self, model: LLMConfig, dtype: str) -> dict[str, Any]:
         """A config.json of this model, which names no tokens: the weights do not know them."""
-        out = {"architectures": [self.architecture], "model_type": self.model_type, "dtype": dtype}
+        out: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type, "dtype": dtype}
         out |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         out |= {**USUAL, **self.fixed}
         for each in self._fields:

@@ -5,6 +5,7 @@ Rotary()                                     base, scaling and the share of a he
 Window(), SwitchedWindow()                   a sliding window in all layers, or behind a switch and from a layer on
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ class Field(Protocol):
     """names: the fields that are read."""
 
     @property
-    def names(self) -> set[str]: ...
+    def names(self) -> Set[str]: ...
 
     def read(self, said: dict[str, Any]) -> dict[str, Any]:
         """Keys of `model.llm`.  Raises ValueError for what is not supported, by name."""
@@ -111,7 +112,7 @@ class Rotary:
         return {"rope_base": float(base), "rope_scaling": scaling, "rotary_fraction": float(share)}
 
     def write(self, model: LLMConfig) -> dict[str, Any]:
-        out = {"rope_theta": model.rope_base}
+        out: dict[str, Any] = {"rope_theta": model.rope_base}
         if model.rope_scaling is not None:
             out["rope_scaling"] = dict(model.rope_scaling)
         if self.share is not None or model.rotary_fraction != 1:

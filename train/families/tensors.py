@@ -61,12 +61,12 @@ class Names:
     the shared one.  Parts of one name are one tensor, their rows after each other.
     """
 
-    qkv: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    mlp: tuple[str, str, str] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    expert: tuple[str, str, str] = tuple(f"mlp.experts.{{expert}}.{part}_proj" for part in ("gate", "up", "down"))
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    expert: tuple[str, ...] = tuple(f"mlp.experts.{{expert}}.{part}_proj" for part in ("gate", "up", "down"))
     router: str = "mlp.gate"
     router_bias: str = "mlp.gate.e_score_correction_bias"
-    shared: tuple[str, str, str] = tuple(f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down"))
+    shared: tuple[str, ...] = tuple(f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down"))
     shared_gate: str = "mlp.shared_expert_gate"
 
 

@@ -72,7 +72,7 @@ class LLMConfig:
 
     @property
     def rope(self) -> Rope:
-        return Rope(int(self.head_width * self.rotary_fraction), self.rope_base, self.rope_scaling)
+        return Rope(int(self.head_width * self.rotary_fraction), self.rope_base, self.rope_scaling or {})
 
     @property
     def sparse(self) -> tuple[bool, ...]:

@@ -12,7 +12,7 @@ Legend: S tokens, J = width / 2 frequencies, K the channels that turn.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,11 +53,11 @@ def check_scaling(scaling: dict[str, Any] | None) -> None:
 
 @dataclass(frozen=True)
 class Rope:
-    """width: channels of a head that turn, the first ones.  scaling: as `check_scaling` passes it."""
+    """width: channels of a head that turn, the first ones.  scaling: as `check_scaling` passes it, empty for none."""
 
     width: int
     base: float
-    scaling: dict[str, Any] | None = None
+    scaling: dict[str, Any] = field(default_factory=dict)
 
     def tables(self, positions_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [S, K], fp32, times the attention factor."""
@@ -69,19 +69,18 @@ class Rope:
     def frequencies(self, device: torch.device) -> torch.Tensor:
         """Radians per position, [J]."""
         plain_J = axis_frequencies(self.width, self.base, device)
-        if self.scaling is None:
+        if not self.scaling:
             return plain_J
         return {"linear": self._linear, "llama3": self._llama3, "yarn": self._yarn}[self.scaling["rope_type"]](plain_J)
 
     @property
     def attention_factor(self) -> float:
         """What queries and keys are multiplied by: yarn's correction of the logits' temperature, else 1."""
-        scaling = self.scaling or {}
-        if scaling.get("rope_type") != "yarn":
+        if self.scaling.get("rope_type") != "yarn":
             return 1.0
-        if (given := scaling.get("attention_factor")) is not None:
+        if (given := self.scaling.get("attention_factor")) is not None:
             return float(given)
-        over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        over, under = self.scaling.get("mscale"), self.scaling.get("mscale_all_dim")
         if over and under:
             return self._mscale(over) / self._mscale(under)
         return self._mscale(1.0)
