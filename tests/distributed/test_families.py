@@ -297,6 +297,12 @@ def change(folder: Path, **fields) -> None:
         ({"rope_parameters": {"rope_type": "linear"}}, "linear needs factor"),
         ({"rope_parameters": LLAMA3 | ORIGINAL | {"mscale": 1.0}}, "llama3 does not use mscale"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not"),
+        ({"rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 6, 6]}}, "mrope_section of the rotary positions"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}, "rope_parameters": None},
+            "rope_type=longrope is",
+        ),
+        ({"num_attention_heads": "four", "head_dim": None}, "unsupported operand"),
         ({"logit_scale": 2}, "logit_scale of qwen3 is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention'] is not supported, only ["),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
@@ -358,3 +364,15 @@ def test_what_the_familys_own_class_does_not_use_is_left_out_by_name(folders, tm
 
 def settings_of(folder: Path) -> LLMConfig:
     return settings("stage1", f"model.llm.folder={folder}").model.llm
+
+
+def test_a_stored_bias_is_exported_in_fp32(trained, tmp_path):
+    """In a folder of bf16 too: rounded, it would choose other experts."""
+    command = ["export", str(trained["still"] / "glm4_moe"), str(tmp_path / "out"), "--format", "hf", "--part", "llm"]
+    with pytest.raises(SystemExit) as done:
+        checkpoint_command.main([*command, "--dtype", "bf16"])
+    assert done.value.code == 0
+    found = load_file(tmp_path / "out/model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(found[name], transformers_model("glm4_moe").state_dict()[name])
+    assert {tensor.dtype for key, tensor in found.items() if not key.endswith("correction_bias")} == {torch.bfloat16}

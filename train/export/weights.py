@@ -23,14 +23,17 @@ from tandem.train.families.folder import Table
 
 @dataclass(frozen=True)
 class Weights:
-    """shapes: of tensors, by their names in the folder.  read: one of them, fp32 on the CPU."""
+    """shapes: of tensors, by their names in the folder.  read: one of them, fp32 on the CPU.  fp32: those that are
+    written as they are, whatever the dtype of the others."""
 
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], torch.Tensor]
+    fp32: frozenset[str] = frozenset()
 
     def __or__(self, other: "Weights") -> "Weights":
         mine = self.shapes.keys()
-        return Weights(self.shapes | other.shapes, lambda name: (self if name in mine else other).read(name))
+        read = lambda name: (self if name in mine else other).read(name)  # noqa: E731
+        return Weights(self.shapes | other.shapes, read, self.fp32 | other.fp32)
 
 
 def of_modules(reader: Reader, modules: Collection[str]) -> Weights:
@@ -54,7 +57,8 @@ def of_family(reader: Reader, family: Table, model: Any, *, part: str = "llm", p
         theirs = name.removeprefix(prefix)
         return families.theirs(parts_of[theirs], shapes[theirs], lambda ours, *box: reader.read(f"{part}.{ours}", *box))
 
-    return Weights({prefix + name: shape for name, shape in shapes.items()}, read)
+    fp32 = frozenset(prefix + run.theirs for tensor in tensors if tensor.fp32 for run in tensor.runs)
+    return Weights({prefix + name: shape for name, shape in shapes.items()}, read, fp32)
 
 
 def constant(fills: dict[str, tuple[tuple[int, ...], float]]) -> Weights:
@@ -85,9 +89,10 @@ def write_weights(
     Returns their number and the bytes of all tensors.
     """
     files: list[list[str]] = [[]]
+    dtypes = {name: torch.float32 if name in weights.fp32 else dtype for name in weights.shapes}
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in weights.shapes.items()}
     size = 0
-    for name, shape in weights.shapes.items():
-        count = math.prod(shape) * dtype.itemsize
+    for name, count in sizes.items():
         if files[-1] and size + count > file_bytes:
             files.append([])
             size = 0
@@ -96,11 +101,11 @@ def write_weights(
     weight_map: dict[str, str] = {}
     for place, names in enumerate(files, start=1):
         file = "model.safetensors" if len(files) == 1 else f"model-{place:05d}-of-{len(files):05d}.safetensors"
-        shapes = {name: (dtype, weights.shapes[name]) for name in names}
-        tensors = (weights.read(name).to(dtype) for name in names)
+        shapes = {name: (dtypes[name], weights.shapes[name]) for name in names}
+        tensors = (weights.read(name).to(dtypes[name]) for name in names)
         write_stream(folder / file, shapes, tensors, {"format": "pt", **metadata})
         weight_map |= dict.fromkeys(names, file)
-    total = sum(map(math.prod, weights.shapes.values())) * dtype.itemsize
+    total = sum(sizes.values())
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

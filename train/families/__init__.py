@@ -29,7 +29,7 @@ def settings_of(folder: str | Path) -> dict:
     family, said = of_folder(folder)
     try:
         return family.settings(said)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a text where a number should be
         raise ValueError(f"model.llm.folder={folder}: {error}") from error
 
 

@@ -15,7 +15,7 @@ WITHOUT_MEANING = {
     "eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings", "attention_dropout",
     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "pretraining_tp", "max_window_layers",
     "_name_or_path", "return_dict", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id",
-    "is_encoder_decoder", "output_attentions", "problem_type", "_attn_implementation",
+    "is_encoder_decoder", "output_attentions", "problem_type", "_attn_implementation", "auto_map",
 }  # fmt: skip
 COMMON = (
     Same("num_hidden_layers", "layers"),

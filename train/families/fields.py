@@ -99,10 +99,12 @@ class Rotary:
             raise ValueError(
                 f"config.json: rope_type={kind} is not supported, only {', '.join(('default', *self.kinds))}"
             )
+        if kind == "default" and rope:
+            raise ValueError(f"config.json: {', '.join(sorted(rope))} of the rotary positions is not supported")
         if "original_max_position_embeddings" in NEEDED.get(kind, ()):
             length = said.get("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
             rope["original_max_position_embeddings"] = length or said.get("max_position_embeddings")
-        scaling = None if kind == "default" and not rope else {"rope_type": kind, **rope}
+        scaling = None if kind == "default" else {"rope_type": kind, **rope}
         try:
             check_scaling(scaling)
         except ValueError as error:

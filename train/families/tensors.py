@@ -9,7 +9,7 @@ A run read backwards is the inverse, so reading and writing share one table, and
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -44,13 +44,15 @@ class Form(Protocol):
 class Tensor:
     """A tensor of ours, without the module's name in front, and the runs of rows that fill it.
 
-    form: how the numbers of a row lie in theirs; None for as in ours.
+    form: how the numbers of a row lie in theirs; None for as in ours.  fp32: whether a folder of another dtype has it
+    in fp32 nevertheless.
     """
 
     name: str
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
     form: Form | None = None
+    fp32: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def _experts(model: LLMConfig, names: Names, ours: str, theirs: str) -> Iterator
     d = model.width
     yield _copy(f"{ours}router.weight", (model.num_experts, d), f"{theirs}{names.router}.weight")
     if model.expert_bias:
-        yield _copy(f"{ours}router.expert_bias", (model.num_experts,), theirs + names.router_bias)
+        bias = _copy(f"{ours}router.expert_bias", (model.num_experts,), theirs + names.router_bias)
+        yield replace(bias, fp32=True)  # rounding would change the choice of experts
     if model.shared_expert_width:
         parts = (theirs + name for name in names.shared)
         yield from _mlp(f"{ours}shared_experts.", d, model.shared_expert_width, *parts)
