@@ -27,7 +27,7 @@ from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
 
 COMMON = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384,
+    "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384,
     "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "initializer_range": 0.1,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
 }  # fmt: skip
@@ -69,7 +69,7 @@ LAYOUTS = {
     "one rank": (1, []),
     "tp2.pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
     "tp2.ep2": (2, ["parallel.tp=2", "parallel.ep=2"]),
-    "pp2.dp2": (4, ["parallel.pp=2"]),
+    "pp2.vpp2.dp2": (4, ["parallel.pp=2", "parallel.vpp=2"]),
     "cp2": (2, ["parallel.cp=2"]),
 }
 OF_LOGITS = ("one rank", "tp2.pp2", "tp2.ep2")
@@ -310,8 +310,8 @@ def change(folder: Path, **fields) -> None:
             {"model_type": "qwen4"},
             "model_type=qwen4: must be one of glm4_moe, llama, mistral, mixtral, olmoe, phi3, qwen2,",
         ),
-        ({"num_hidden_layers": 3, "layer_types": None}, "the model lacks model.layers.2."),
-        ({"num_hidden_layers": 1, "layer_types": None}, "the model has no place for model.layers.1."),
+        ({"num_hidden_layers": 5, "layer_types": None}, "the model lacks model.layers.4."),
+        ({"num_hidden_layers": 3, "layer_types": None}, "the model has no place for model.layers.3."),
         ({"intermediate_size": 97}, "has shape [96, 64], config.json says [97, 64]"),
     ],
 )
@@ -334,8 +334,8 @@ def test_pickles_and_empty_folders_are_refused(copy, tmp_path):
 
 
 def test_a_key_that_contradicts_the_folder_is_refused(folders):
-    assert refusal(folders / "qwen3", "model.llm.layers=4").startswith(
-        f"model.llm.layers=4, but model.llm.folder={folders}/qwen3 has 2: leave model.llm.layers out"
+    assert refusal(folders / "qwen3", "model.llm.layers=2").startswith(
+        f"model.llm.layers=2, but model.llm.folder={folders}/qwen3 has 4: leave model.llm.layers out"
     )
 
 
@@ -349,9 +349,9 @@ def test_settings_come_from_the_folder(folders):
     ("name", "surplus", "words"),
     [
         ("qwen3", "lm_head.weight", "without lm_head.weight: tied to the embedding"),
-        ("glm4_moe", "model.layers.2.eh_proj.weight", "without model.layers.2.eh_proj.weight: of layers that predict"),
-        ("glm4_moe", "model.layers.1.eh_proj.weight", "the model has no place for model.layers.1.eh_proj.weight"),
-        ("llama", "model.layers.2.eh_proj.weight", "the model has no place for model.layers.2.eh_proj.weight"),
+        ("glm4_moe", "model.layers.4.eh_proj.weight", "without model.layers.4.eh_proj.weight: of layers that predict"),
+        ("glm4_moe", "model.layers.3.eh_proj.weight", "the model has no place for model.layers.3.eh_proj.weight"),
+        ("llama", "model.layers.4.eh_proj.weight", "the model has no place for model.layers.4.eh_proj.weight"),
     ],
 )
 def test_what_the_familys_own_class_does_not_use_is_left_out_by_name(folders, tmp_path, name, surplus, words):
