@@ -27,7 +27,7 @@ def new_tower(config: Config, **sizes):
 
 def identity(config: Config) -> dict:
     """What a `Saver` records of the run."""
-    return {"task": config.task, "trainable": config.train.trainable, "optimizer": config.optim.name}
+    return {"task": config.task, "trainable": config.train.trainable, "optimizer": config.optim.name, "tokenizer": {}}
 
 
 def make_corpus(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from tandem.parallel.hybrid_step import StepOutput
 from tandem.parallel.layout import Layout
 from tandem.parallel.runtime.phases import PhaseTimer
 from tandem.train.build import local_device, start_world
-from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints import checkpoint, tokenizer
 from tandem.train.checkpoints.saving import Saver
 from tandem.train.config.checks import check_config
 from tandem.train.config.schema import Config
@@ -109,6 +109,7 @@ def run_in_world(
         task=config.task,
         trainable=config.train.trainable,
         optimizer=config.optim.name,
+        tokenizer=tokenizer.identity(data.reader.tokenizer),
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
     )

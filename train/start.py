@@ -12,7 +12,7 @@ from tandem.data.vision import OLDEST
 from tandem.parallel.engines.encoder_engine import EncoderEngine
 from tandem.parallel.engines.llm_engine import LLMEngine
 from tandem.train import families
-from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints import checkpoint, tokenizer
 from tandem.train.checkpoints.saving import Saver, verify_together
 from tandem.train.config.schema import Config
 from tandem.train.config.settings import resumed
@@ -147,6 +147,8 @@ def restore(
                 f"checkpoint.load_optimizer=true, but checkpoint {start.path} has no "
                 f"{', '.join(sorted(new))}; set checkpoint.load_optimizer=false"
             )
+        given = set(wanted.load_modules or find(config.task).parts) & start.modules
+        told += tokenizer.check_start(start, data.reader.tokenizer, given, wanted.other_tokenizer)
         taken = checkpoint.load(start, trainer.engines, optimizer=wanted.load_optimizer, modules=wanted.load_modules)
         if wanted.load_optimizer and start.state.task == config.task:
             trainer.load_tensors(start.task_tensors())
@@ -170,6 +172,7 @@ def go_back(config: Config, trainer: Trainer, data: Data, path: Path, rollbacks:
                 "start from it with checkpoint.load_from and another run.dir"
             )
     _check_optimizer(config, "checkpoint.resume=true", path, state)
+    tokenizer.check_resume(reader, data.reader.tokenizer)
     checkpoint.load(reader, trainer.engines, optimizer=True)
     checkpoint.restore_random(reader, trainer.engines)
     trainer.load_tensors(reader.task_tensors())

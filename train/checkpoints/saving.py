@@ -51,7 +51,7 @@ class NotSavedError(RuntimeError):
 class Saver:
     """Writes checkpoints of `engines` under `folder`, in a thread; one at a time.
 
-    task, trainable, optimizer: of the run, found again in TrainState.
+    task, trainable, optimizer, tokenizer: of the run, found again in TrainState.
     keep: newest ones kept.  keep_every: those whose step is a multiple of it stay too; 0 for none.
     Needs the loop's discipline: all ranks call the same methods in the same order.
     """
@@ -64,11 +64,17 @@ class Saver:
         task: str,
         trainable: Sequence[str],
         optimizer: str,
+        tokenizer: Mapping[str, str],
         keep: int,
         keep_every: int,
     ):
         self._folder, self._engines = folder, engines
-        self._identity: dict[str, Any] = {"task": task, "trainable": list(trainable), "optimizer": optimizer}
+        self._identity: dict[str, Any] = {
+            "task": task,
+            "trainable": list(trainable),
+            "optimizer": optimizer,
+            "tokenizer": dict(tokenizer),
+        }
         self._keep, self._keep_every = keep, keep_every
         self._group, self._rank = engines.grid.saving, engines.grid.rank
         numel = sum(chunk.tensor_N.numel() for chunk in self._chunks()[0])

@@ -143,6 +143,8 @@ def _check_loading(config: Config, task: Task) -> None:
             may = f"must name {', '.join(task.must_train)} and may name {others}"
         raise ValueError(f"train.trainable={list(config.train.trainable)}: {may}")
     modules = config.checkpoint.load_modules
+    if config.checkpoint.other_tokenizer and config.checkpoint.load_from is None:
+        raise ValueError("checkpoint.other_tokenizer=true: has no use without checkpoint.load_from")
     if modules is None:
         return
     if not modules or set(modules) - set(task.parts):

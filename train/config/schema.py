@@ -181,7 +181,8 @@ class CheckpointConfig:
     """dir: null for <run.dir>/checkpoints.  every: steps between checkpoints, 0 for only the last.  keep: newest ones
     kept; keep_every: and those whose step is a multiple of it.  resume: go on from the newest valid checkpoint in dir.
     load_from: a run or checkpoint to start from, under any layout; load_modules: which modules to take, null for all
-    that the two share; load_optimizer: their Adam moments too."""
+    that the two share; load_optimizer: their Adam moments too.  other_tokenizer: start even where it was trained with
+    another tokenizer."""
 
     dir: str | None
     every: int
@@ -191,6 +192,7 @@ class CheckpointConfig:
     load_from: str | None
     load_modules: list[str] | None
     load_optimizer: bool
+    other_tokenizer: bool
 
 
 @dataclass
