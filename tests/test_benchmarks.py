@@ -22,7 +22,7 @@ from tandem.launch import make_teacher
 from tests.distributed.world import _import_path, run_world
 from tests.support import ROOT
 
-ALONE = ("data", "encoder", "experts", "mim_readings", "planning", "recompute", "siglip")
+ALONE = ("data", "encoder", "experts", "imports", "mim_readings", "planning", "recompute", "siglip")
 KEYS = {"name", "command", "date", "machine", "versions", "commit", "settings", "measured"}
 SECONDS = 60.0
 

@@ -98,7 +98,7 @@ class Journal:
 
     def parts(self, unit: int) -> list[Part]:
         """The entries of a unit, in order."""
-        found = []
+        found: list[Part] = []
         while (held := self._read(f"{unit:05}-{len(found):03}.json")) is not None:
             found.append(Part(held["shard"], held["next"], held["last"], Tally.of(held["tally"])))
         return found

@@ -109,9 +109,11 @@ def fingerprint(sources: Sequence[str], settings: ImportSettings) -> dict:
 
 def plan_import(sources: Sequence[str], settings: ImportSettings, out: Path) -> Plan:
     """Cut all sources into units and choose their formats. Raises ValueError, in one sentence, for what cannot be."""
-    units, lines = [], []
+    units: list[dict] = []
+    lines: list[str] = []
     for number, source in enumerate(sources):
-        container, path, folder = container_of(source).prepare(source, out / FOLDER, number)
+        given = container_of(source)
+        container, path, folder = given.prepare(source, out / FOLDER, number)
         kind = find_container(container)
         mine = list(kind.units(path, settings.shard_samples))
         if not mine:
@@ -124,7 +126,8 @@ def plan_import(sources: Sequence[str], settings: ImportSettings, out: Path) -> 
             more = {"number": len(units), "file": number, "source": source, "path": os.path.abspath(path)}
             more |= {"container": container, "format": format, "folders": folders, "count": count}
             units.append(unit | more)
-        lines.append(f"{source}: {'samples of a compressed tar' if kind.whole else f'format {format}'} ({container})")
+        said = "samples of a compressed tar" if kind.whole else f"format {format}"
+        lines.append(f"{source}: {said} ({given.name})")
     return Plan(units, lines)
 
 
@@ -137,7 +140,7 @@ def _format(source: str, container: str, path: str, unit: dict, settings: Import
         known = "; ".join(f"{each.name}: {each.what}" for each in formats().values())
         raise ValueError(f"{source} has records of no known format, with the keys {keys or 'none'}; known are {known}")
     media = []
-    for record in first:
+    for record in filter(lambda each: isinstance(each, dict), first):
         try:
             media += format.conversation(record, settings.prompt).media
         except (SampleError, KeyError, TypeError, AttributeError):

@@ -6,7 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _BLOCK = tarfile.BLOCKSIZE
-_END = bytes(tarfile.RECORDSIZE)
+_NAME, _SIZE, _CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)  # of a header
+_PLAIN = tarfile.TarInfo("").tobuf(tarfile.GNU_FORMAT)  # the header of an empty name and no byte
+_PLAIN_SUM = sum(_PLAIN) - sum(_PLAIN[_CHECKSUM]) + 8 * ord(" ") - sum(_PLAIN[_SIZE])
+
+
+def header(name: str, size: int) -> bytes:
+    """What tarfile writes for a file of this name and size, in a tenth of its time for names that fit."""
+    raw = name.encode("utf-8", "surrogateescape")
+    if len(raw) > 100 or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    digits = b"%011o\0" % size
+    checksum = b"%06o\0 " % (_PLAIN_SUM + sum(raw) + sum(digits))
+    between = _PLAIN[_NAME.stop : _SIZE.start], _PLAIN[_SIZE.stop : _CHECKSUM.start]
+    return raw.ljust(100, b"\0") + between[0] + digits + between[1] + checksum + _PLAIN[_CHECKSUM.stop :]
 
 
 class TarWriter:
@@ -26,17 +41,15 @@ class TarWriter:
     def add(self, members: Sequence[tuple[str, bytes]]) -> None:
         """One sample: (name, bytes) of each member."""
         for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            head = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+            head, padding = header(name, len(data)), bytes(-len(data) % _BLOCK)
             self._file.write(head)
             self._file.write(data)
-            self._file.write(bytes(-len(data) % _BLOCK))
-            self.size += len(head) + len(data) + -len(data) % _BLOCK
+            self._file.write(padding)
+            self.size += len(head) + len(data) + len(padding)
 
     def close(self) -> None:
         self._file.write(bytes(2 * _BLOCK))
-        self._file.write(bytes(-(self.size + 2 * _BLOCK) % len(_END)))
+        self._file.write(bytes(-(self.size + 2 * _BLOCK) % tarfile.RECORDSIZE))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tandem.data.formats.containers import find_container
-from tandem.data.formats.records import find_format, format_of
+from tandem.data.formats.records import Conversation, find_format, format_of
 from tandem.data.importing.journal import Journal, Part, Tally
 from tandem.data.importing.media import MediaFiles
 from tandem.data.importing.tar_writer import TarWriter
@@ -64,7 +65,7 @@ class _UnitRun:
         self._start, self._next, self._tally = start, start, Tally()
         self._files = MediaFiles(unit["folders"])
         self._container = find_container(unit["container"])
-        self._format = None if self._container.whole else find_format(unit["format"])
+        self._format = find_format(unit["format"]) if unit["format"] else None
         self._writer: TarWriter | None = None
         self._noted = time.monotonic()
 
@@ -101,15 +102,15 @@ class _UnitRun:
             self._writer.close()
             shard, self._tally.bytes = self._shard, self._writer.path.stat().st_size
             self._writer = None
-            if self._task.opened_tokenizer is not None:
-                self._index(Path(self._task.out) / shard)
+            if (tokenizer := self._task.opened_tokenizer) is not None:
+                self._index(Path(self._task.out) / shard, tokenizer)
         self._journal.record(self._unit["number"], self._number, Part(shard, self._next, last, self._tally))
         self._number, self._tally = self._number + 1, Tally()
 
-    def _index(self, path: Path) -> None:
+    def _index(self, path: Path, tokenizer: Tokenizer) -> None:
         from tandem.data.shards.indexing import build_index
 
-        report = build_index(path, self._task.opened_tokenizer)
+        report = build_index(path, tokenizer)
         left = Tally(report.samples, report.images, report.videos, self._tally.bytes)
         left.left_out, left.examples = self._tally.left_out, self._tally.examples
         for reason, n in report.skipped.items():
@@ -117,11 +118,11 @@ class _UnitRun:
             left.examples.setdefault(reason, []).append(f"{path.name}: {report.examples[reason]}")
         self._tally = left
 
-    def _sample(self, ordinal: int, record: object) -> tuple[Members, Tally]:
+    def _sample(self, ordinal: int, record: Any) -> tuple[Members, Tally]:
         """The members of one sample, and what to count. Raises SampleError."""
         if isinstance(record, SampleError):
             raise record
-        if self._container.whole:
+        if self._format is None:
             members = [(f"{record['key']}.{rest}" if rest else record["key"], data) for rest, data in record["members"]]
             return members, Tally(samples=1)
         if not isinstance(record, dict):
@@ -129,13 +130,13 @@ class _UnitRun:
         if not self._format.fits(record) and (other := format_of(record)):
             sentence = f"it is of format {other.name}, but the file's is {self._format.name}"
             raise SampleError(f"of format {other.name}, not {self._format.name}", sentence)
-        return self._conversation(ordinal, record)
-
-    def _conversation(self, ordinal: int, record: dict) -> tuple[Members, Tally]:
         try:
             said = self._format.conversation(record, self._task.prompt)
         except (KeyError, TypeError, AttributeError) as error:
             raise SampleError("bad record", f"it is not {self._format.what} ({error!r})") from error
+        return self._conversation(ordinal, said)
+
+    def _conversation(self, ordinal: int, said: Conversation) -> tuple[Members, Tally]:
         kinds = [medium.kind for medium in said.media]
         _check_placeholders([kind for turn in said.turns for kind in placeholders(turn["text"])], kinds)
         key = f"{self._unit['file']:04}-{ordinal:09}"
@@ -173,7 +174,7 @@ def _check_placeholders(found: list[str], kinds: list[str]) -> None:
     raise SampleError("media in another order", f"its text has <{'>, <'.join(found)}>, it names {', '.join(kinds)}")
 
 
-def first_records(container: str, path: str, unit: dict, most: int) -> Iterator[object]:
+def first_records(container: str, path: str, unit: dict, most: int) -> Iterator[Any]:
     """The first records of a unit that can be read, at most `most`."""
     for _, (_, record) in zip(range(most), find_container(container).records(path, unit, unit["first"]), strict=False):
         if not isinstance(record, SampleError):

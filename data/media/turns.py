@@ -44,6 +44,8 @@ def split_marks(text: str) -> list[Piece]:
     A mark behind an odd number of backslashes is text, and of these backslashes half remain: `\<image>` is the text
     "<image>", and `\\<image>` is a backslash and a placeholder. Elsewhere a backslash is a backslash.
     """
+    if "<" not in text:
+        return [(False, text)] if text else []
     pieces, plain, at = [], "", 0
     for match in _MARKS.finditer(text):
         backslashes, mark = len(match[1]), match[2]

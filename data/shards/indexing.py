@@ -153,11 +153,16 @@ class _Builder:
     """Records of a shard's samples, gathered one by one."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str | None, format: Format | None):
-        self.samples, self.media, self.events = [], [], []
+        self.samples: list[tuple] = []
+        self.media: list[tuple] = []
+        self.events: list[tuple] = []
         self.groups: dict[tuple[str, str | None], list[int]] = {}  # (domain, entity) -> [number, samples]
-        self._tokenizer, self._prompt, self._format = tokenizer, prompt, format
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._format = format or find_format("turns")
+        self._chosen = format is not None
         self._uses = None if format is None else format.kinds  # kinds of members; None while all may be used
-        self._report, self._found = IndexReport(""), Counter()
+        self._report = IndexReport("")
+        self._found: Counter[str] = Counter()
 
     def take(self, member: Member) -> bytes | tuple | SampleError | None:
         """What the index needs of a member: the bytes of a text; of a medium its offset, size, crc, height, width,
@@ -177,9 +182,10 @@ class _Builder:
     def choose(self, first: list[Sample]) -> None:
         """Fix the format, by the first samples. Raises ValueError where it has no such prompt."""
         likely = likely_format(sample for sample in first if sample.problem is None)
-        self._format = self._format or likely or find_format("turns")
+        if likely is not None and not self._chosen:
+            self._format = likely
         self._uses = self._format.kinds
-        self._report.format, self._report.looks_like = self._format.name, likely and likely.name
+        self._report.format, self._report.looks_like = self._format.name, None if likely is None else likely.name
         self._format.check_prompt(self._prompt)
 
     def add(self, sample: Sample) -> None:

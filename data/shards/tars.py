@@ -11,7 +11,7 @@ import io
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
@@ -170,11 +170,11 @@ class TarSamples:
     def _infos(self) -> Iterator[tarfile.TarInfo]:
         """Headers in order, of all tars in the file. The last one may be that of a member which the end cuts; `broken`
         is set by then."""
-        start = 0
+        start: int | None = 0
         while start is not None and self.broken is None:
             start = yield from self._archive(start)
 
-    def _archive(self, start: int) -> Iterator[tarfile.TarInfo]:
+    def _archive(self, start: int) -> Generator[tarfile.TarInfo, None, int | None]:
         """Headers of the tar that begins at byte `start`. Returns where the next one begins, None where none does."""
         total = self._file.size
         self._passing.seek(start)

@@ -9,11 +9,14 @@ import pytest
 from tandem.data.formats.in_place import formats
 from tandem.data.media.turns import escaped, placeholders, split_marks
 from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.reading.reader import ShardReader
 from tandem.data.shards.catalog import open_catalog
 from tandem.data.shards.index import load_index
 from tandem.data.shards.indexing import build_index, is_current
 from tandem.data.shards.storage import open_range
 from tandem.data.shards.tars import TarSamples
+from tandem.data.vision import VisionSpec
 from tandem.launch.index_shards import main
 from tests.data.kinds import caption, picture
 from tests.support import write_tar
@@ -57,6 +60,25 @@ def test_the_prompt_of_pairs_is_a_setting_that_the_index_keeps(tmp_path, tokeniz
             build_index(shard, tokenizer, prompt=bad)
     with pytest.raises(ValueError, match="samples of format text have no prompt"):
         build_index(write_tar(tmp_path / "t.tar", [("a.txt", b"x")]), tokenizer, prompt="<image>")
+
+
+def test_prompt_and_caption_are_read_as_they_were_indexed(tmp_path, tokenizer):
+    members = [
+        (f"{i}.{end}", data) for i in range(3) for end, data in (("jpg", picture(i)), ("txt", caption(i).encode()))
+    ]
+    shard = write_tar(tmp_path / "a.tar", members)
+    build_index(shard, tokenizer, prompt="What is <image> here?")
+    corpus = Corpus.open([SourceSettings("main", (shard,))], tokenizer.sha256)
+    config = StreamConfig(seq_length=512, rows_per_step=1, seed=0, vision=VisionSpec(), block_samples=3)
+    plan = Stream(corpus, config, tokenizer.stamp_lengths).next_step()
+    reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0)
+    images, rows = reader.read(plan, range(len(plan.tokens_I)), [0])
+    assert not images.failures and not rows.failures
+    for place, number in enumerate(plan.index_S.tolist()):
+        here = slice(int(plan.start_S[place]), int(plan.start_S[place] + plan.length_S[place]))
+        tokens_T, trained_T = rows.tokens[0, here], rows.trained[0, here]
+        assert tokenizer.decode(tokens_T[trained_T], skip_special=True) == caption(number)
+        assert tokenizer.decode(tokens_T[~trained_T], skip_special=True) == "What is  here?"
 
 
 def test_a_source_can_ask_for_a_format(tmp_path, tokenizer):

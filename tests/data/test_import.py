@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from tandem.data.formats.containers import array, container_of
 from tandem.data.importing import unit as units
 from tandem.data.importing.journal import Journal
+from tandem.data.importing.tar_writer import header
 from tandem.data.shards.index import load_index
 from tandem.launch.import_data import main
 from tests.data.kinds import KINDS, picture
@@ -166,7 +168,6 @@ def test_shards_have_a_set_size(pictures, tmp_path):
 
 
 def names(shard: Path) -> list[str]:
-    import tarfile
 
     with tarfile.open(shard) as tar:
         return tar.getnames()
@@ -262,3 +263,11 @@ def test_a_list_is_read_in_blocks_of_any_size(tmp_path, monkeypatch):
         for most in (1, 7, 100):
             found = [one for unit in container.units(str(path), most) for one in container.records(str(path), unit, 0)]
             assert found == list(enumerate(records))
+
+
+@pytest.mark.parametrize("name", ["a.json", "0000-000000012.0.jpg", "x" * 100, "x" * 101, "é.txt", "caf\udce9"])
+@pytest.mark.parametrize("size", [0, 1, 511, 1 << 20, 8**11 - 1, 8**11])
+def test_headers_are_those_that_tarfile_writes(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert header(name, size) == info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")

@@ -4,6 +4,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
+from typing import IO, cast
 
 from tandem.data.formats.containers.base import Container, Found
 from tandem.data.formats.containers.lines import opened
@@ -23,7 +24,10 @@ class ArchiveContainer(Container):
 
     def records(self, path: str, unit: dict, start: int) -> Iterator[Found]:
         """Records {"key": ..., "members": [(rest of the name, bytes), ...]}."""
-        key, members, problem, ordinal = None, [], None, 0
+        key: str | None = None
+        members: list[tuple[str, bytes]] = []
+        problem: SampleError | None = None
+        ordinal = 0
         for name, data in _members(path):
             folder, _, base = name.rpartition("/")
             stem, _, rest = base.partition(".")
@@ -56,8 +60,8 @@ def _members(path: str) -> Iterator[tuple[str, bytes | SampleError]]:
                 elif info.size > _LIMIT:
                     yield info.name, SampleError("member too large", f"{printable(info.name)} has {info.size} bytes")
                 else:
-                    yield info.name, tar.extractfile(info).read()
-                tar.members.clear()
+                    yield info.name, cast(IO[bytes], tar.extractfile(info)).read()
+                tar.members.clear()  # type: ignore[attr-defined]  # not in typeshed; tarfile would keep every header
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole compressed tar: {error}") from error
 

@@ -40,7 +40,7 @@ class FolderContainer(Container):
         out, count = folder / f"folder-{number:04}.jsonl", 0
         with open(out, "w", encoding="utf-8") as lines:
             for relative, kind, beside in _files(path):
-                record = {kind: relative}
+                record: dict[str, str | None] = {kind: relative}
                 if captioned:
                     record |= {"beside": os.path.join(path, beside)} if beside else {"caption": None}
                 elif os.sep in relative:

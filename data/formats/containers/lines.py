@@ -9,7 +9,8 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from types import ModuleType
+from typing import IO, cast
 
 from tandem.data.formats.containers.base import Container, Found, not_utf8
 from tandem.data.media.turns import SampleError
@@ -73,20 +74,20 @@ def parse(line: bytes, at: int) -> object:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[BinaryIO]:
+def opened(path: str) -> Iterator[IO[bytes]]:
     """A file, unpacked. Raises ValueError where pyarrow is needed and not installed."""
     if path.lower().endswith((".gz", ".tgz")):
-        with gzip.open(path) as file:
-            yield file
+        with gzip.open(path) as packed:
+            yield cast(IO[bytes], packed)
     elif path.lower().endswith(_PACKED):
-        with pyarrow_for(path).input_stream(path, compression="zstd") as stream, io.BufferedReader(stream) as file:
-            yield file
+        with pyarrow_for(path).input_stream(path, compression="zstd") as stream, io.BufferedReader(stream) as unpacked:
+            yield unpacked
     else:
         with open(path, "rb") as file:
             yield file
 
 
-def pyarrow_for(path: str):
+def pyarrow_for(path: str) -> ModuleType:
     """The module. Raises ValueError, naming the file that needs it, where it is not installed."""
     try:
         import pyarrow

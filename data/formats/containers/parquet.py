@@ -20,7 +20,8 @@ class ParquetContainer(Container):
 
     def units(self, path: str, most: int) -> Iterator[dict]:
         metadata, first = _opened(path).metadata, 0
-        pieces, rows, weight = [], 0, 0
+        pieces: list[list[int]] = []
+        rows = weight = 0
         for group in range(metadata.num_row_groups):
             count, size = metadata.row_group(group).num_rows, metadata.row_group(group).total_byte_size
             each = max(1, min(most, count * _UNIT_BYTES // max(size, 1)))
@@ -43,11 +44,11 @@ class ParquetContainer(Container):
                 first, last = max(skip - row, 0), min(skip + count - row, batch.num_rows)
                 row += batch.num_rows
                 if first < last:
-                    wanted = batch.slice(first, last - first)
-                    for record in wanted.to_pylist() if ordinal + wanted.num_rows > start else [None] * wanted.num_rows:
-                        if ordinal >= start:
-                            yield ordinal, record | _named(record, labels)
-                        ordinal += 1
+                    passed = min(max(start - ordinal, 0), last - first)
+                    wanted = batch.slice(first + passed, last - first - passed)
+                    for number, record in enumerate(wanted.to_pylist(), ordinal + passed):
+                        yield number, record | _named(record, labels)
+                    ordinal += last - first
                 if row >= skip + count:
                     break
 

@@ -68,8 +68,7 @@ class Format:
 
         prompt: the turn of the user, None for the placeholder alone. Raises SampleError, calling the sample `name`.
         """
-        held = {} if plain else load_json(data, name)
-        text = decoded(data, name) if plain else self._found(held, name)
+        held, text = ({}, decoded(data, name)) if plain else self._found(load_json(data, name), name)
         if not text.strip():
             raise SampleError("no text", f"{name} has an empty text")
         return sample_content(held | {"turns": self.turns(escaped(text), prompt)}, name)
@@ -100,11 +99,12 @@ class Format:
             return None
         return next((key for key in self.keys if isinstance(held.get(key), str)), None)
 
-    def _found(self, held: object, name: str) -> str:
+    def _found(self, held: object, name: str) -> tuple[dict, str]:
+        """(what a JSON holds, the text in it). Raises SampleError."""
         key = self._key(held)
-        if key is None:
+        if key is None or not isinstance(held, dict):
             raise SampleError("no text", f"{name} has a json member without a text under {' or '.join(self.keys)}")
-        return held[key]
+        return held, held[key]
 
 
 def all_media(sample: Sample) -> list[Member]:

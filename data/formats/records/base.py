@@ -68,9 +68,9 @@ class RecordFormat:
 
 def media_of(record: dict, image_keys: Sequence[str] = IMAGE_KEYS) -> list[Medium]:
     """The media that a record names by itself: under the first key that holds some, images before videos."""
-    found = []
+    found: list[Medium] = []
     for kind, keys in (("image", image_keys), ("video", VIDEO_KEYS)):
-        values = next((record[key] for key in keys if record.get(key) not in (None, "", [])), [])
+        values: object = next((record[key] for key in keys if record.get(key) not in (None, "", [])), [])
         found += [Medium(kind_of(value, kind), value) for value in (values if isinstance(values, list) else [values])]
     return found
 

@@ -21,7 +21,7 @@ class LlavaFormat(RecordFormat):
         for turn in record.get("conversations") or record["conversation"]:
             if not isinstance(turn, dict):
                 raise SampleError("bad turn", f"it has a turn that is a {type(turn).__name__}, not an object")
-            said = turn.get("from", turn.get("role"))
+            said = str(turn.get("from", turn.get("role")))
             text = turn.get("value", turn.get("content"))
             if not isinstance(text, str):
                 raise SampleError("bad turn", 'it has a turn without a text under "value"')

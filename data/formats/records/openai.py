@@ -6,6 +6,7 @@ parts stand beside the images, so that <image> in them is text; a record that li
 """
 
 import json
+from typing import Any
 
 from tandem.data.formats.records.base import (
     TOOLS,
@@ -82,7 +83,7 @@ class OpenAIFormat(RecordFormat):
         return "".join(texts)
 
 
-def _call(call: object) -> str:
+def _call(call: Any) -> str:
     """A tool call as text."""
     try:
         function = call.get("function", call)
