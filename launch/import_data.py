@@ -40,9 +40,9 @@ from tandem.data.importing.pipeline import (
     import_units,
     plan_import,
 )
-from tandem.data.media.text import Tokenizer
 from tandem.data.shards.catalog import gather_catalog, write_catalog
 from tandem.data.shards.tars import printable
+from tandem.launch.index_shards import tokenizer_settings
 
 _WATCH_S = 0.5
 _AT_HAND = 64  # units behind the last finished one that may be at work
@@ -51,7 +51,6 @@ CATALOG = "data.catalog"
 
 def run_import(sources: list[str], settings: ImportSettings, out: Path, run, console: Console) -> dict:
     """The import with its progress; the summary. Raises ValueError."""
-    tokenizer = Tokenizer(settings.tokenizer) if settings.tokenizer else None  # a bad one is told once
     journal, decided, summary = begin_import(sources, settings, out)
     if summary is None:
         plan = plan_import(sources, settings, out)
@@ -64,9 +63,9 @@ def run_import(sources: list[str], settings: ImportSettings, out: Path, run, con
         first = next(((reason, each["examples"][0]) for reason, each in summary["left_out"].items()), None)
         why = f"; the most frequent reason: {first[0]} ({first[1]})" if first else ""
         raise ValueError(f"no record of {', '.join(sources)} could be imported{why}")
-    if tokenizer is not None:
-        catalog = out / CATALOG
-        write_catalog(catalog, gather_catalog([str(out / name) for name in summary["shards"]], tokenizer.sha256))
+    if settings.tokenizer is not None:
+        shards, sha256 = [str(out / name) for name in summary["shards"]], summary["settings"]["tokenizer"]
+        write_catalog(out / CATALOG, gather_catalog(shards, sha256))
     return summary
 
 
@@ -116,6 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", default=AUTO, help=f"of the records: {AUTO} or one of {', '.join(formats())}")
     parser.add_argument("--images", metavar="DIR", action="append", default=[], help="folder of images and videos")
     parser.add_argument("--tokenizer", help="tokenizer.json or folder that training will use; indexes the shards")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="special_tokens.* or chat.* as training will have it in data.*; may be given several times",
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="what the user says to a captioned picture, with <image>")
     parser.add_argument("--domain", help="name of this kind of data, by which losses are reported")
     parser.add_argument("--shard-mb", type=int, default=512, help="most MiB of a shard")
@@ -137,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
             images=tuple(given.images),
             prompt=given.prompt,
             domain=given.domain,
-            tokenizer=given.tokenizer and os.path.abspath(given.tokenizer),
+            tokenizer=given.tokenizer and tokenizer_settings(given.tokenizer, given.set),
             shard_bytes=given.shard_mb << 20,
             shard_samples=given.shard_samples,
         )

@@ -7,7 +7,7 @@ of workers nor an interruption changes a byte of the result.
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from tandem.data.formats.in_place import AUTO
 from tandem.data.formats.records import find_format, formats, likely_format
 from tandem.data.importing.journal import FOLDER, Journal
 from tandem.data.importing.media import DOWNLOAD, is_url
-from tandem.data.importing.unit import UnitTask, first_records
-from tandem.data.media.text import Tokenizer
+from tandem.data.importing.unit import UnitTask, first_records, tokenizer_of
 from tandem.data.media.turns import SampleError, placeholders
 
 LOOKED_AT = 32  # records that decide a file's format
@@ -28,7 +27,9 @@ Runner = Callable[[Callable, Sequence], Iterator]  # (task, items) -> results in
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """What decides the result besides the sources. shard_bytes, shard_samples: most of a shard. Raises ValueError."""
+    """What decides the result besides the sources. tokenizer: its settings as JSON, None for no indexes. shard_bytes,
+    shard_samples: most of a shard. Raises ValueError.
+    """
 
     format: str = AUTO
     images: tuple[str, ...] = ()
@@ -94,7 +95,7 @@ def fingerprint(sources: Sequence[str], settings: ImportSettings) -> dict:
     for path in sources:
         stat = os.stat(path)
         seen.append([os.path.abspath(path), 0 if os.path.isdir(path) else stat.st_size, stat.st_mtime_ns])
-    tokenizer = settings.tokenizer and Tokenizer(settings.tokenizer).sha256
+    tokenizer = settings.tokenizer and tokenizer_of(settings.tokenizer).sha256
     return {
         "sources": seen,
         "format": settings.format,
@@ -150,7 +151,7 @@ def _format(source: str, container: str, path: str, unit: dict, settings: Import
     return format.name
 
 
-def import_units(plan: Plan, settings: ImportSettings, out: Path, run: Runner) -> Iterator[int]:
+def import_units(plan: Plan, settings: ImportSettings, out: Path, run: Runner) -> Generator[int, None, None]:
     """Import all units; yields the number of each as it is done. Raises ValueError."""
     task = UnitTask(str(out), settings.shard_bytes, settings.prompt, settings.domain, settings.tokenizer)
     for number, _ in enumerate(run(task, plan.units)):

@@ -31,7 +31,7 @@ Members = list[tuple[str, bytes]]
 class UnitTask:
     """Imports one unit: {"number", "file", "path", "container", "format", "folders", "count", ...} of the pipeline.
 
-    tokenizer: file with which shards are indexed, None for none.
+    tokenizer: settings, as JSON, of the one with which shards are indexed; None for none.
     """
 
     out: str
@@ -54,7 +54,12 @@ class UnitTask:
 
     @cached_property
     def opened_tokenizer(self) -> Tokenizer | None:
-        return None if self.tokenizer is None else Tokenizer(self.tokenizer)
+        return None if self.tokenizer is None else tokenizer_of(self.tokenizer)
+
+
+def tokenizer_of(settings: str) -> Tokenizer:
+    """The tokenizer with these settings, as JSON."""
+    return Tokenizer.of(json.loads(settings))
 
 
 class _UnitRun:

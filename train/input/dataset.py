@@ -43,7 +43,7 @@ def open_data(config: Config) -> Data:
     ]
     corpus = Corpus.open(sources, tokenizer.sha256)
     for source in corpus.sources:
-        if (task.has_llm or task.reads_texts) and IMAGES in source.catalog.formats:
+        if task.reads_texts and IMAGES in source.catalog.formats:
             raise ValueError(
                 f"data.sources.{source.settings.name} has shards of format {IMAGES}, in which nothing is said: "
                 f"task {config.task} needs texts; only task mim does without"

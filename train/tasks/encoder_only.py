@@ -251,12 +251,11 @@ def _patches_of(prepared: PreparedStep, rank_shard: SampleRankShard, image_ids: 
 
 
 class EncoderTask(Task):
-    """A task of the encoder alone.  hears: whether samples have sound.  reads_texts: whether captions are encoded."""
+    """A task of the encoder alone.  hears: whether samples have sound."""
 
     has_llm = False
     vocabulary = "text"
     hears = False
-    reads_texts = True
 
     def check(self, config: Config, layout: Layout) -> None:
         for key in ("tp", "pp", "vpp", "ep", "cp"):
