@@ -154,6 +154,10 @@ class VisionSpec:
         grid_hw_I2 = np.asarray(grid_hw_I2)
         return self.tokens_of(grid_hw_I2[..., 0] * grid_hw_I2[..., 1])
 
+    def token_grids(self, grid_hw_I2: np.ndarray) -> np.ndarray:
+        """Visual tokens down and across of views of these grids, int64 [..., 2]; tokens come in raster order."""
+        return np.asarray(grid_hw_I2, np.int64) // self.merge
+
     def tokens_of(self, patches):
         """Whole visual tokens of this many patches."""
         return patches // self.merge**2

@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from tandem.data.vision import VisionSpec
+
 STILL, AUDIO = -1, -2  # what time_I holds for a still image and for the sound of a video
 
 
@@ -80,6 +82,32 @@ def row_positions(plan: StepPlan, row: int) -> np.ndarray:
     """Position of each token in its own segment, int32 [P]: restarts at every sample and at the padding."""
     cu = row_cu_seqlens(plan, row)
     return np.arange(plan.seq_length, dtype=np.int32) - np.repeat(cu[:-1], np.diff(cu))
+
+
+def row_positions_thw(plan: StepPlan, row: int, vision: VisionSpec) -> np.ndarray:
+    """(t, y, x) of each token in its own segment, int32 [P, 3]: M-RoPE (Qwen2-VL, arXiv:2409.12191, section 2.1).
+
+    Text counts on all three axes at once.  The tokens of an image, and of each frame of a video, share one t; y and x
+    count its rows and columns from there.  The text behind it goes on one after the largest of the three.
+
+        <a> <b> [ 2 x 3 image ] <c>       t 0 1 2 2 2 2 2 2 5
+                                          y 0 1 2 2 2 3 3 3 5
+                                          x 0 1 2 3 4 2 3 4 5
+    """
+    first, last = np.searchsorted(plan.row_I, [row, row + 1])
+    images = np.arange(first, last)[plan.tokens_I[first:last] > 0]  # sounds have no tokens
+    start_I, tokens_I = plan.start_I[images], plan.tokens_I[images].astype(np.int64)
+    grid_I2 = vision.token_grids(plan.grid_hw_I2[images])
+    place_V = ranges(start_I, start_I + tokens_I)
+    advance_P = np.ones(plan.seq_length, np.int64)
+    advance_P[place_V] = 0
+    advance_P[start_I + tokens_I - 1] = grid_I2.max(1, initial=0)
+    before_P = np.cumsum(advance_P) - advance_P
+    cu = row_cu_seqlens(plan, row)
+    out_P3 = np.repeat((before_P - np.repeat(before_P[cu[:-1]], np.diff(cu)))[:, None], 3, 1)
+    within_V = place_V - np.repeat(start_I, tokens_I)
+    out_P3[place_V, 1:] += np.stack(np.divmod(within_V, np.repeat(grid_I2[:, 1], tokens_I)), 1)
+    return out_P3.astype(np.int32)
 
 
 def row_samples(plan: StepPlan, rows: Sequence[int] | np.ndarray) -> np.ndarray:

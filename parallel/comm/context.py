@@ -37,10 +37,10 @@ from tandem.parallel.plan.routes import local_positions, place_of
 class PackedRow:
     """What attention needs of one micro-batch on one cp rank.
 
-    positions_S: of this rank's tokens inside their samples.  segments: of the whole row, or with `all_gather` of this
-    rank's queries and of the keys that they see.  keys_X: with `all_gather`, the place of each such key in the order of
-    the gathered ones, else None.  tables_2SK: rotary cosines and sines, made in the forward, for one micro-batch at a
-    time.  `qkv_format` is Megatron-core's word for an extra batch dimension of one.
+    positions_S: of this rank's tokens inside their samples, [S] or, on three axes, [S, 3].  segments: of the whole row,
+    or with `all_gather` of this rank's queries and of the keys that they see.  keys_X: with `all_gather`, the place of
+    each such key in the order of the gathered ones, else None.  tables_2SK: rotary cosines and sines, made in the
+    forward, for one micro-batch at a time.  `qkv_format` is Megatron-core's word for an extra batch dimension of one.
     """
 
     positions_S: torch.Tensor
@@ -53,7 +53,7 @@ class PackedRow:
 def pack_row(lengths_N, positions_R: np.ndarray, layout: Layout, cp: int, device: torch.device) -> PackedRow:
     """Attention plan of a row of segments `lengths_N` for context-parallel rank `cp`.
 
-    positions_R: position of every token of the whole row inside its own sample.
+    positions_R: position of every token of the whole row inside its own sample, [R] or [R, 3].
     """
     row = int(np.sum(lengths_N))
     mine_S = host_to_device(positions_R[local_positions(layout, cp, row)], device)

@@ -8,7 +8,14 @@ import pytest
 
 from tandem.data.media.text import parse_sample
 from tandem.data.planning.corpus import Corpus, SourceSettings
-from tandem.data.planning.plan import row_cu_seqlens, row_domains, row_labels, row_positions, row_samples
+from tandem.data.planning.plan import (
+    row_cu_seqlens,
+    row_domains,
+    row_labels,
+    row_positions,
+    row_positions_thw,
+    row_samples,
+)
 from tandem.data.planning.stream import Stream, StreamConfig
 from tandem.data.reading.sample_layout import lay_out
 from tandem.data.shards.index import VIDEO
@@ -236,6 +243,7 @@ def test_the_plan_is_consistent(mixed, too_long):
             positions = row_positions(plan, row)
             assert positions.shape == (512,) and (positions[cu[:-1]] == 0).all()
             assert (np.diff(positions)[np.diff(positions) != 1] < 0).all() and positions.max() == np.diff(cu).max() - 1
+            assert row_positions_thw(plan, row, VisionSpec()).tolist() == positions_one_by_one(plan, row, cu)
         order = plan.row_I.astype(int) * 512 + plan.start_I
         assert (np.diff(order) >= plan.tokens_I[:-1]).all()  # sorted and disjoint
         assert np.array_equal(plan.tokens_I, plan.grid_hw_I2.prod(1) // 4) and plan.grid_hw_I2.prod(1).max() <= 64
@@ -257,6 +265,27 @@ def test_the_plan_is_consistent(mixed, too_long):
                 assert plan.length_S[s] == record["text_tokens"] + plan.tokens_I[mine].sum()
         frames, cuts = frames + int((plan.time_I >= 0).sum()), cuts + int(plan.cut_S.sum())
     assert frames > 100 and (cuts > 0) == (too_long == "cut")
+
+
+def positions_one_by_one(plan, row: int, cu: np.ndarray) -> list[list[int]]:
+    """What `row_positions_thw` is to give, token by token."""
+    sides = {
+        int(start): (grid // 2).tolist()
+        for start, grid, of in zip(plan.start_I, plan.grid_hw_I2, plan.row_I, strict=True)
+        if of == row
+    }
+    out, following = [], 0
+    while len(out) < plan.seq_length:
+        if len(out) in cu:
+            following = 0
+        if len(out) not in sides:
+            out.append([following] * 3)
+            following += 1
+        else:
+            down, across = sides[len(out)]
+            out += [[following, following + y, following + x] for y in range(down) for x in range(across)]
+            following += max(down, across)
+    return out
 
 
 def test_places_of_a_video_with_events_in_a_row():

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tandem.data.planning.plan import StepPlan, row_cu_seqlens, row_domains, row_labels, row_positions, row_samples
+from tandem.data.planning.plan import (
+    StepPlan,
+    row_cu_seqlens,
+    row_domains,
+    row_labels,
+    row_positions,
+    row_positions_thw,
+    row_samples,
+)
 from tandem.data.vision import VisionSpec
 from tandem.parallel.comm.context import PackedRow, elements_sent, pack_row
 from tandem.parallel.comm.transfer import host_to_device
@@ -105,12 +113,19 @@ def micro_batch_of(
     layout: Layout,
     place: Coordinates,
     device: torch.device,
+    mrope: VisionSpec | None = None,
 ) -> MicroBatch:
-    """The micro-batch of `rows`, whose text (of these rows alone) is None on stages that need none."""
+    """The micro-batch of `rows`, whose text (of these rows alone) is None on stages that need none.
+
+    mrope: of a model whose rotary positions have three axes; None for one axis.
+    """
     lengths = np.concatenate([np.diff(row_cu_seqlens(plan, row)) for row in rows])
-    positions_T = np.concatenate([row_positions(plan, row) for row in rows])
+    if mrope is None:
+        positions_T = np.concatenate([row_positions(plan, row) for row in rows])
+    else:
+        positions_T = np.concatenate([row_positions_thw(plan, row, mrope) for row in rows])
     packed = pack_row(lengths[lengths > 0], positions_T, layout, place.cp, device)
-    row_tokens = positions_T.size
+    row_tokens = len(positions_T)
     if text is None:
         return MicroBatch(None, None, None, None, packed, row_tokens)
     here = local_positions(layout, place.cp, row_tokens)

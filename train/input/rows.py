@@ -109,12 +109,17 @@ def row_prefetcher(
 ) -> Prefetcher[RowRankShard]:
     """The prefetcher of `steps` steps of packed rows."""
     sharding = Rows(config, grid, data.reader.tokenizer.pad_id, substitute)
-    compose = functools.partial(step_input, grid=grid, vision=config.vision)
+    compose = functools.partial(
+        step_input, grid=grid, vision=config.vision, mrope=config.model.llm.mrope_sections is not None
+    )
     return Prefetcher(data.stream, data.reader, config.data, grid, sharding, compose, steps=steps)
 
 
-def step_input(prepared: PreparedStep, grid: Grid, vision: VisionSpec) -> StepInput:
-    """A prepared step as the hybrid step takes it, on the host; `parallel.comm.transfer.to_device` takes it further."""
+def step_input(prepared: PreparedStep, grid: Grid, vision: VisionSpec, mrope: bool = False) -> StepInput:
+    """A prepared step as the hybrid step takes it, on the host; `parallel.comm.transfer.to_device` takes it further.
+
+    mrope: the LLM's rotary positions have three axes.
+    """
     host = torch.device("cpu")
     plan, images = prepared.plan, prepared.images
     patches_I = images.patches_I
@@ -134,7 +139,7 @@ def step_input(prepared: PreparedStep, grid: Grid, vision: VisionSpec) -> StepIn
         image, patch = image + ids.size, patch + count
     text_M = prepared.text or [None] * len(prepared.rank_shard.rows_MB)
     micro_batches = [
-        micro_batch_of(plan, rows, text, grid.layout, grid.place, host)
+        micro_batch_of(plan, rows, text, grid.layout, grid.place, host, vision if mrope else None)
         for rows, text in zip(prepared.rank_shard.rows_MB, text_M, strict=True)
     ]
     return StepInput(DispatchPlan.of(prepared.rank_shard.routes), chunks, micro_batches, prepared.trained_tokens)
