@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLPatchMerger
 
 from tandem.train.models import connectors
 from tandem.train.models.connectors.base import Connector, ConnectorConfig, Sizes
@@ -33,6 +34,23 @@ def test_the_reports_connector_by_hand():
     kind = PooledMLP()
     assert kind.token_flops(SIZES, None) == 2 * 12 * (8 + 12)
     assert kind.parameters(SIZES, None) == 2 * 8 + (8 + 1) * 12 + (12 + 1) * 12
+
+
+def test_the_merger_is_that_of_qwen2_5_vl():
+    """Within rounding, from the same weights; 2 x 72 x (72 + 12) operations a token."""
+    theirs = Qwen2_5_VLPatchMerger(dim=12, context_dim=8, spatial_merge_size=3)
+    kind = connectors.find("merger")
+    ours = kind.build(SIZES, kind.read({"norm": "rms"}))
+    names = {"norm.weight": "ln_q.weight"}
+    names |= {f"{a}.{end}": f"mlp.{b}.{end}" for a, b in (("up", 0), ("down", 2)) for end in ("weight", "bias")}
+    weights = theirs.state_dict()
+    ours.load_state_dict({name: weights.pop(other) for name, other in names.items()})
+    assert not weights
+    features_ND = torch.randn(45, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ours(features_ND), theirs(features_ND), rtol=0, atol=1e-6)
+    assert kind.token_flops(SIZES, None) == 2 * 72 * (72 + 12)
+    with pytest.raises(ValueError, match=r"model.connector.options.norm=group: must be one of layer, rms"):
+        kind.read({"norm": "group"})
 
 
 @dataclass
@@ -78,14 +96,15 @@ def test_norms_begin_as_norms_whatever_they_are_called(name):
     module = kind.build(SIZES, kind.read({}))
     module.ln = torch.nn.LayerNorm(4)
     initialize(module, seed=0)
-    norms = [part for part in module.modules() if isinstance(part, torch.nn.LayerNorm)]
-    assert len(norms) >= 2 and all((norm.weight == 1).all() and not norm.bias.any() for norm in norms)
+    norms = [part for part in module.modules() if isinstance(part, torch.nn.LayerNorm | torch.nn.RMSNorm)]
+    assert len(norms) >= 2 and all((norm.weight == 1).all() for norm in norms)
+    assert not any(norm.bias.any() for norm in norms if isinstance(norm, torch.nn.LayerNorm))
 
 
 def test_an_unknown_kind_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"model.connector.kind=mpl: must be one of mlp; did you mean mlp\?"):
+    with pytest.raises(ValueError, match=r"model.connector.kind=mpl: must be one of merger, mlp; did you mean mlp\?"):
         vision_spec(ViTConfig(), ConnectorConfig(kind="mpl"), llm_width=8)
-    with pytest.raises(ValueError, match=r"model.connector.kind=base: must be one of mlp"):
+    with pytest.raises(ValueError, match=r"model.connector.kind=base: must be one of merger, mlp"):
         connectors.find("base")
 
 
