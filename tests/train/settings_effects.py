@@ -431,6 +431,18 @@ for case in (
     llm_switch(*case)
 
 
+@effect("model.llm.mrope_sections", "model.llm.mrope_interleaved")
+def mrope(lab):
+    """In the model, and in the positions of the rows that it gets."""
+    switches = ("model.llm.mrope_sections=[3,3,2]", "model.llm.mrope_interleaved=true")
+    stage, prepared, batch = lab.first("stage1", *switches)
+    rope = stage.engines.llm.chunks[0].rope
+    assert (rope.sections, rope.interleaved) == ((3, 3, 2), True)
+    positions_S3 = batch.micro_batches[0].row.positions_S
+    prepared.release()
+    assert positions_S3.shape[1:] == (3,) and (positions_S3[:, 1] != positions_S3[:, 2]).any()
+
+
 @effect("model.llm.folder")
 def folder(lab):
     """Sizes are those of the folder's config.json; `tests/distributed/test_families.py` has its weights."""

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tandem.parallel.layout import Layout
-from tandem.train.models.language.rope import Rope, check_scaling
+from tandem.train.models.language.rope import Rope, check_scaling, check_sections
 
 # Settings of training and places of weights: two models that differ in these alone are one architecture.
 NOT_OF_THE_MODEL = {"aux_loss", "z_loss", "init_std", "folder"}
@@ -21,10 +21,10 @@ class LLMConfig:
     """Sizes of the language model; `num_experts=0` makes it dense with `ffn_width`.  Switches are off by default.
 
     qk_norm: RMSNorm of every head's queries and keys before rotation (Qwen3); qk_norm_whole: one over all heads
-    (OLMoE).  folder: of Hugging Face's format, from
-    which sizes and first weights come.  tied_embeddings: the output layer is the embedding.  rope_scaling,
-    rotary_fraction: see `train.models.language.rope`.  qkv_bias, output_bias: of the linear layers before and after
-    attention.  window: keys that a query sees, its own with them, in the layers from `window_from` on; 0 for all.
+    (OLMoE).  folder: of Hugging Face's format, from which sizes and first weights come.  tied_embeddings: the output
+    layer is the embedding.  rope_scaling, rotary_fraction, mrope_sections, mrope_interleaved: see
+    `train.models.language.rope`.  qkv_bias, output_bias: of the linear layers before and after attention.  window: keys
+    that a query sees, its own with them, in the layers from `window_from` on; 0 for all.
 
     Of layers with experts: norm_topk_prob: the weights of the chosen experts sum to one; without, they are those of
     `router_score` over all experts.  expert_bias: a stored number per expert, added to the scores in the choice alone.
@@ -56,6 +56,8 @@ class LLMConfig:
     tied_embeddings: bool = False
     rope_scaling: dict[str, Any] | None = None
     rotary_fraction: float = 1.0
+    mrope_sections: list[int] | None = None
+    mrope_interleaved: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     window: int = 0
@@ -72,7 +74,9 @@ class LLMConfig:
 
     @property
     def rope(self) -> Rope:
-        return Rope(int(self.head_width * self.rotary_fraction), self.rope_base, self.rope_scaling or {})
+        sections = None if self.mrope_sections is None else tuple(self.mrope_sections)
+        width = int(self.head_width * self.rotary_fraction)
+        return Rope(width, self.rope_base, self.rope_scaling or {}, sections, self.mrope_interleaved)
 
     @property
     def sparse(self) -> tuple[bool, ...]:
@@ -131,6 +135,7 @@ class LLMConfig:
                 f"model.llm.head_width={self.head_width} with model.llm.rotary_fraction={self.rotary_fraction}: rotary "
                 "positions turn pairs, so the fraction must be an even number of channels, at most all"
             )
+        check_sections(self.mrope_sections, self.mrope_interleaved, int(turned))
         if self.window_from and (not self.window or self.window_from >= self.layers):
             raise ValueError(
                 f"model.llm.window_from={self.window_from} with model.llm.window={self.window} and model.llm.layers="

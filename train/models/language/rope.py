@@ -8,10 +8,14 @@
 with f = base^(-2j / width), j < width / 2.  Names and numbers of a scaling are those of transformers'
 `rope_parameters`.
 
+M-RoPE (Qwen2-VL, 2409.12191, section 2.1) turns each frequency by one of three positions, (t, y, x): with `sections`
+(2, 1, 1) the four frequencies turn by t t y x, interleaved (Qwen3-VL) by t y x t.
+
 Legend: S tokens, J = width / 2 frequencies, K the channels that turn.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,20 +55,54 @@ def check_scaling(scaling: dict[str, Any] | None) -> None:
         )
 
 
+def check_sections(sections: Sequence[int] | None, interleaved: bool, width: int) -> None:
+    """Raises ValueError for a `model.llm.mrope_sections` that does not divide the frequencies of `width` channels."""
+    key, places = "model.llm.mrope_sections", width // 2
+    if sections is None:
+        if interleaved:
+            raise ValueError(f"model.llm.mrope_interleaved=true needs {key}")
+        return
+    if len(sections) != 3 or min(sections) < 0 or sum(sections) != places:
+        raise ValueError(f"{key}={list(sections)}: must be three numbers, for t, y and x, whose sum is {places}")
+    if interleaved and any(axis + 3 * (sections[axis] - 1) >= places for axis in (1, 2)):
+        raise ValueError(
+            f"{key}={list(sections)} with model.llm.mrope_interleaved=true: y and x take a third of the frequencies "
+            f"at most, there are not enough of {places}"
+        )
+
+
 @dataclass(frozen=True)
 class Rope:
-    """width: channels of a head that turn, the first ones.  scaling: as `check_scaling` passes it, empty for none."""
+    """width: channels of a head that turn, the first ones.  scaling: as `check_scaling` passes it, empty for
+    none.  sections, interleaved: as `check_sections` does; None for one position a token."""
 
     width: int
     base: float
     scaling: dict[str, Any] = field(default_factory=dict)
+    sections: tuple[int, int, int] | None = None
+    interleaved: bool = False
 
-    def tables(self, positions_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [S, K], fp32, times the attention factor."""
-        frequencies_J = self.frequencies(positions_S.device)
-        cos_SK, sin_SK = tables(positions_S.float()[:, None] * frequencies_J)
+    def tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [S, K], fp32, times the attention factor; positions: [S], or [S, 3] with sections."""
+        cos_SK, sin_SK = tables(self._angles(positions.float(), self.frequencies(positions.device)))
         factor = self.attention_factor
         return (cos_SK, sin_SK) if factor == 1 else (cos_SK * factor, sin_SK * factor)
+
+    def _angles(self, positions: torch.Tensor, frequencies_J: torch.Tensor) -> torch.Tensor:
+        """[S, J].  Slices alone, so that no index is copied to the device."""
+        if self.sections is None:
+            assert positions.dim() == 1, "three positions a token, and no sections"
+            return positions[:, None] * frequencies_J
+        assert positions.dim() == 2, "sections, and one position a token"
+        t, y, x = positions.split(1, dim=1)
+        if not self.interleaved:
+            parts_J = frequencies_J.split(self.sections)
+            return torch.cat([place * part_J for place, part_J in zip((t, y, x), parts_J, strict=True)], dim=1)
+        angles_SJ = t * frequencies_J
+        for axis, place in ((1, y), (2, x)):
+            here = slice(axis, 3 * self.sections[axis], 3)
+            angles_SJ[:, here] = place * frequencies_J[here]
+        return angles_SJ
 
     def frequencies(self, device: torch.device) -> torch.Tensor:
         """Radians per position, [J]."""
