@@ -27,6 +27,7 @@ from rich.table import Table
 if not __package__:  # run as a file of a checkout, which need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tandem.data.dataset import Data
 from tandem.data.media.text import Tokenizer
 from tandem.data.planning.plan import StepPlan
 from tandem.data.reading.reader import RowBatch, ShardReader
@@ -34,7 +35,7 @@ from tandem.data.vision import VisionSpec
 from tandem.train.config.checks import check_config
 from tandem.train.config.schema import Config
 from tandem.train.config.settings import composed, one_sentence, read_config
-from tandem.train.input.dataset import Data, open_data
+from tandem.train.input.dataset import open_data
 
 TRAINED, PLAIN, SPECIAL, VISUAL = (26, 127, 55), (110, 110, 110), (130, 80, 160), (60, 120, 200)
 COLOURS = np.array([PLAIN, SPECIAL, TRAINED, VISUAL, (255, 255, 255)], np.uint8)  # by kind; the last is padding

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from tandem.data.dataset import Data
 from tandem.parallel.hybrid_step import StepOutput
 from tandem.parallel.layout import Layout
 from tandem.parallel.runtime.phases import PhaseTimer
@@ -21,7 +22,7 @@ from tandem.train.checkpoints.saving import Saver
 from tandem.train.config.checks import check_config
 from tandem.train.config.schema import Config
 from tandem.train.input.batch import context_sentence
-from tandem.train.input.dataset import Data, open_data
+from tandem.train.input.dataset import open_data
 from tandem.train.input.prefetcher import AgreedError
 from tandem.train.metrics import Logger, StepMetrics
 from tandem.train.reliability import guards, watchdog

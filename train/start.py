@@ -8,6 +8,7 @@ from typing import cast
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from tandem.data.dataset import Data
 from tandem.data.vision import OLDEST
 from tandem.parallel.engines.encoder_engine import EncoderEngine
 from tandem.parallel.engines.llm_engine import LLMEngine
@@ -18,7 +19,6 @@ from tandem.train.config.schema import Config
 from tandem.train.config.settings import resumed
 from tandem.train.families import encoders
 from tandem.train.families.folder import Folder
-from tandem.train.input.dataset import Data
 from tandem.train.reliability import history, watchdog
 from tandem.train.reliability.guards import Record
 from tandem.train.reliability.stopping import launch_id

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from tandem.data.dataset import Data
 from tandem.data.planning.plan import StepPlan, row_samples
 from tandem.parallel.comm.transfer import to_device
 from tandem.parallel.hybrid_step import Engines, forward_only
 from tandem.train.config.schema import Config
 from tandem.train.input.batch import MicroBatch
-from tandem.train.input.dataset import Data
 from tandem.train.input.rows import replace_pixels, row_prefetcher
 from tandem.train.objectives.language import train_forward
 

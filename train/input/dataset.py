@@ -1,9 +1,8 @@
 """The stream of steps that a configuration describes, and the reader of its bytes."""
 
-from dataclasses import dataclass
-
 import torch
 
+from tandem.data.dataset import Data
 from tandem.data.media.text import Tokenizer
 from tandem.data.planning.corpus import Corpus, SourceSettings
 from tandem.data.planning.stream import Stream, StreamConfig
@@ -14,14 +13,6 @@ from tandem.train.input.prefetcher import BATCHES_HELD
 from tandem.train.tasks import find
 
 IMAGES = "images"  # the format without texts
-
-
-@dataclass(frozen=True)
-class Data:
-    """The stream of steps and the reader of its bytes."""
-
-    stream: Stream
-    reader: ShardReader
 
 
 def open_data(config: Config) -> Data:

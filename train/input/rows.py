@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tandem.data.dataset import Data
 from tandem.data.planning.plan import StepPlan
 from tandem.data.reading.reader import Failure, RowBatch
 from tandem.data.vision import VisionSpec
@@ -23,7 +24,6 @@ from tandem.parallel.hybrid_step import StepInput
 from tandem.parallel.plan.routes import Routes, assign_encoding_ranks, build_routes
 from tandem.train.config.schema import Config
 from tandem.train.input.batch import RowText, branch_factors, micro_batch_of, rows_of_replica, visual_plan
-from tandem.train.input.dataset import Data
 from tandem.train.input.prefetcher import Prefetcher, PreparedStep, RankShard
 from tandem.train.models.encoders.arrangement import Arrangement
 from tandem.train.models.encoders.vit import PackedImages

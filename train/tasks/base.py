@@ -20,8 +20,8 @@ from tandem.parallel.runtime.phases import PhaseTimer
 from tandem.train.input.device_prefetcher import DevicePrefetcher
 
 if TYPE_CHECKING:  # both ask the registry for tasks
+    from tandem.data.dataset import Data
     from tandem.train.config.schema import Config
-    from tandem.train.input.dataset import Data
     from tandem.train.input.prefetcher import PreparedStep
 
 Accept = Callable[[float, float], bool]  # whether to update, from the loss and the gradient norm

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tandem.data.dataset import Data
 from tandem.data.media.text import Tokenizer
 from tandem.data.planning.plan import images_of
 from tandem.parallel.encoder_step import Chunk, EncoderEngines, encoder_step
@@ -30,7 +31,6 @@ from tandem.train.build import build_encoder_engine, settle_kernels
 from tandem.train.config.schema import Config
 from tandem.train.cost.flops import encoder_flops, pool_flops, text_flops
 from tandem.train.input.batch import branch_factors
-from tandem.train.input.dataset import Data
 from tandem.train.input.device_prefetcher import DevicePrefetcher
 from tandem.train.input.prefetcher import Prefetcher, PreparedStep
 from tandem.train.input.samples import Captions, SampleRankShard, Samples

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 import torch
 
+from tandem.data.dataset import Data
 from tandem.parallel.hybrid_step import StepInput, StepOutput, hybrid_step
 from tandem.parallel.layout import Layout
 from tandem.parallel.runtime.phases import PhaseTimer
 from tandem.train.build import build_engines
 from tandem.train.config.schema import Config
 from tandem.train.cost.flops import step_flops
-from tandem.train.input.dataset import Data
 from tandem.train.input.device_prefetcher import DevicePrefetcher
 from tandem.train.input.prefetcher import PreparedStep
 from tandem.train.input.rows import row_prefetcher
