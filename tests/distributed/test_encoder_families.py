@@ -29,6 +29,7 @@ SMALL = [
     "optim.warmup_steps=0", "parallel.encoder.chunk_patches=128", "model.encoder.drop_path=0.2",
 ]  # fmt: skip
 ZERO = {"ZeRO-1": ["parallel.encoder.zero_stage=1"], "ZeRO-3": ["parallel.encoder.zero_stage=3", "parallel.tp=2"]}
+MOVED = "qwen2_5_vl-ZeRO-1"  # a run whose weights are no longer the folder's
 NORMS = ("grad_norm_encoder", "grad_norm_adapter", "grad_norm_llm")
 
 
@@ -66,7 +67,7 @@ def trained(folders, corpus, tmp_path_factory) -> tuple[Path, list[str]]:
     still += ["train.steps=1"]
     runs += [
         (still, f"{root}/first"),
-        ([*still, "train.seed=5", f"checkpoint.load_from={root}/first"], f"{root}/other"),
+        ([*still, "train.seed=5", f"checkpoint.load_from={root}/{MOVED}"], f"{root}/other"),
         ([*still, "train.steps=2", "checkpoint.resume=true"], f"{root}/first"),
     ]
     return root, run_world(train_each, 2, runs, f"{folders}/going", timeout=300)[0][-3:]
@@ -87,16 +88,16 @@ def test_zero_trains_as_one_rank(trained, kind, zero):
 def test_weights_come_from_the_folder_unless_a_checkpoint_has_them(trained, folders):
     root, (first, other, resumed) = trained
     assert f"encoder from {folders}/going; without merger.ln_q.weight" in first and "the merger, a connector" in first
-    assert other.index(f"encoder from {folders}/going") < other.index(f"encoder, llm from {root}/first")
+    assert other.index(f"encoder from {folders}/going") < other.index(f"encoder, llm from {root}/{MOVED}")
     assert "encoder from" not in resumed and len(read_metrics(root / "first")) == 2
     folder = folders / "qwen2_5_vl"
     found = encoders.open_folder(folder, settings("stage1", f"model.encoder.folder='{folder}'").model.encoder)
-    for run in ("first", "other"):
-        reader = Reader(resolve(root / run))
-        for name in (name for name in reader.tensors if name.startswith("encoder.")):
-            tensor = reader.whole(name)
-            bare, box = name.removeprefix("encoder."), ((0,) * tensor.dim(), tuple(tensor.shape))
-            assert torch.equal(tensor, found.read(bare, "param", *box)), name
+    of = {run: Reader(resolve(root / run)) for run in ("first", "other", MOVED)}
+    for name in (name for name in of["first"].tensors if name.startswith("encoder.")):
+        first, other, moved = (of[run].whole(name) for run in ("first", "other", MOVED))
+        box = ((0,) * first.dim(), tuple(first.shape))
+        assert torch.equal(first, found.read(name.removeprefix("encoder."), "param", *box)), name
+        assert torch.equal(other, moved) and not torch.equal(moved, first), name
 
 
 def test_the_command_writes_what_came_in(trained, folders, tmp_path):
