@@ -55,6 +55,8 @@ def test_the_prompt_of_pairs_is_a_setting_that_the_index_keeps(tmp_path, tokeniz
     more = len("What is  here?")
     assert (index.samples["text_tokens"] - tokens_N).tolist() == [more] * 3
     assert (index.media["at"] - at_M).tolist() == [len("What is ")] * 3
+    build_index(shard, tokenizer, prompt=prompt.replace("What", "That"))  # the records are the same
+    assert load_index(shard, tokenizer.sha256).digest != index.digest
     for bad, words in (("no mark", "0 placeholders"), ("<video>", "<video>; format pairs needs one <image>")):
         with pytest.raises(ValueError, match=words):
             build_index(shard, tokenizer, prompt=bad)

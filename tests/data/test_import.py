@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tandem.data.formats.containers import array, container_of
+from tandem.data.formats.records import find_format, formats, likely_format
 from tandem.data.importing import unit as units
 from tandem.data.importing.journal import Journal
 from tandem.data.importing.tar_writer import header
@@ -271,3 +272,20 @@ def test_headers_are_those_that_tarfile_writes(name, size):
     info = tarfile.TarInfo(name)
     info.size = size
     assert header(name, size) == info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+
+
+def test_a_record_fits_one_format_at_most():
+    records = {
+        "llava": {"image": "a.jpg", "conversations": [], "text": "x"},
+        "openai": {"messages": [], "images": ["a.jpg"]},
+        "cauldron": {"images": ["a.jpg"], "texts": [{"user": "a", "assistant": "b"}]},
+        "obelics": {"images": ["a.jpg", None], "texts": [None, "a"]},
+        "mmc4": {"text_list": ["a"], "image_info": [], "url": "x"},
+        "pairs": {"file_name": "a.jpg", "text": "x"},
+        "text": {"text": "x", "id": 3},
+        None: {"image": "a.jpg", "question": "?", "answer": "!"},
+    }
+    for name, record in records.items():
+        assert [each.name for each in formats().values() if each.fits(record)] == ([name] if name else [])
+    assert find_format("pairs").fits({"image": {"bytes": b"x", "path": None}})
+    assert likely_format([records["text"], records["pairs"], records["text"], 3]).name == "text"

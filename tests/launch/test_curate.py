@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tandem.launch import import_data
 from tandem.launch.curate import main
 from tests.curation_shards import defective_shards, encoded, pair, picture
 from tests.support import ROOT, write_tar
@@ -81,13 +82,17 @@ def test_a_folder_in_use_is_left_alone(tmp_path, shards, capsys):
 
 
 def test_ray_gives_what_processes_give(tmp_path, shards, monkeypatch):
-    """Every file of the outcome, bit for bit, on a Ray of this machine."""
+    """Every file of the outcome, bit for bit, on a Ray of this machine: of curation and of import."""
     ray = pytest.importorskip("ray", reason="extra ray")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(25)))
     try:
         for out, more in (("processes", ["--workers", "1"]), ("ray", ["--ray", "--workers", "2"])):
             assert main(["s-*.tar", "--block", "blocked.txt", "--out", out, *more]) == 0
         assert folder_of(tmp_path / "processes") == folder_of(tmp_path / "ray")
+        for out, more in (("import-1", ["--workers", "1"]), ("import-ray", ["--ray", "--workers", "2"])):
+            assert import_data.main(["texts.jsonl", "--out", out, "--shard-samples", "10", *more]) == 0
+        assert folder_of(tmp_path / "import-1") == folder_of(tmp_path / "import-ray")
     finally:
         ray.shutdown()
 

@@ -6,9 +6,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
+from tests.data.kinds import picture
 from tests.distributed.world import run_torchrun
 from tests.mutants.run import Copy
 from tests.support import ROOT, read_metrics
@@ -65,6 +67,27 @@ def test_the_pages_family_reads_a_folder_of_its_class(tree, tmp_path):
     assert done.stdout.split() == ["seed_oss", "True", "False"]
 
 
+def test_the_pages_format_is_imported(tree, tmp_path):
+    """One record becomes a sample, and one is left out for the page's reason."""
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    records = [{"image": "a.jpg", "question": "What is <image>?", "answer": said} for said in ("A cat.", "")]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    command = [
+        sys.executable,
+        "launch/import_data.py",
+        str(tmp_path / "questions.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, cwd=tree.folder, env=tree.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out/import.json").read_text())
+    assert summary["samples"] == 1 and list(summary["left_out"]) == ["no answer"]
+    with tarfile.open(tmp_path / "out" / summary["shards"][0]) as tar:
+        turns = json.load(tar.extractfile(tar.getnames()[0]))["turns"]
+    assert [turn["text"] for turn in turns] == [r"<image>What is \<image>?", "A cat."]
+
+
 def test_nothing_but_the_files_of_the_page_is_added():
     assert [name for name, _ in BLOCK.findall(PAGE)] == [
         "train/tasks/colour.py",
@@ -72,5 +95,6 @@ def test_nothing_but_the_files_of_the_page_is_added():
         "train/models/connectors/shuffle.py",
         "recipes/model/shuffled.yaml",
         "train/families/language/seed_oss.py",
+        "data/formats/records/questions.py",
         "recipes/model/wide.yaml",
     ]

@@ -1,5 +1,7 @@
 """LLaVA and ShareGPT:  {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>..."}, ...]}"""
 
+from typing import Any
+
 from tandem.data.formats.records.base import TOOLS, Conversation, RecordFormat, media_of, named, role_of, tool_answer
 from tandem.data.media.turns import SampleError
 
@@ -12,13 +14,13 @@ class LlavaFormat(RecordFormat):
     aliases = ("sharegpt",)
 
     def fits(self, record: dict) -> bool:
-        return isinstance(record.get("conversations") or record.get("conversation"), list)
+        return isinstance(_turns(record), list)
 
     def conversation(self, record: dict, prompt: str | None) -> Conversation:
         turns = []
         if isinstance(record.get("system"), str) and record["system"]:
             turns.append({"role": "system", "text": record["system"]})
-        for turn in record.get("conversations") or record["conversation"]:
+        for turn in _turns(record):
             if not isinstance(turn, dict):
                 raise SampleError("bad turn", f"it has a turn that is a {type(turn).__name__}, not an object")
             said = str(turn.get("from", turn.get("role")))
@@ -30,6 +32,10 @@ class LlavaFormat(RecordFormat):
         if not turns:
             raise SampleError("no turn", "it has an empty conversation")
         return Conversation(turns, media_of(record), named(record))
+
+
+def _turns(record: dict) -> Any:
+    return record.get("conversations", record.get("conversation"))
 
 
 FORMAT = LlavaFormat()

@@ -6,21 +6,32 @@
 import json
 from pathlib import Path
 
-from tandem.data.formats.records.base import Conversation, RecordFormat, first_text, media_of, named
+from tandem.data.formats.records.base import (
+    IMAGE_KEYS,
+    VIDEO_KEYS,
+    Conversation,
+    RecordFormat,
+    first_text,
+    media_of,
+    named,
+)
 from tandem.data.media.turns import SampleError, escaped
 
 _CAPTIONS = ("caption", "text", "txt", "captions", "description", "alt_text", "TEXT", "title")
 _LABELS = ("label", "class", "class_name", "category", "cls")
+_BARE = {*IMAGE_KEYS, *VIDEO_KEYS, "id", "key", "url", "width", "height"}  # keys of which a picture alone may have some
 _CONVERSED = ("conversations", "conversation", "messages", "texts", "text_list", "turns")
 
 
 class PairsFormat(RecordFormat):
     name = "pairs"
-    what = 'a file under "image", "file_name" or "video", and "caption", "text" or "label"'
+    what = 'a file under "image", "file_name" or "video", and "caption", "text" or "label", or the file alone'
     aliases = ("captions", "images", "video")
 
     def fits(self, record: dict) -> bool:
-        return not any(isinstance(record.get(key), list) for key in _CONVERSED) and len(media_of(record)) == 1
+        if any(isinstance(record.get(key), list) for key in _CONVERSED) or len(media_of(record)) != 1:
+            return False
+        return any(key in record for key in (*_CAPTIONS, *_LABELS, "beside")) or set(record) <= _BARE
 
     def conversation(self, record: dict, prompt: str | None) -> Conversation:
         media = media_of(record)
