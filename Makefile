@@ -32,7 +32,7 @@ SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/reference tests/gold
 	$(patsubst %,tests/launch/test_%.py,bad_input checkpoint_command curate docs evaluate_encoder evaluate_settings \
 	extending inspect_data make_teacher packaging precedence profile recipes)
 
-.PHONY: toy learn vit_mim vit_contrastive vit_omni types check test soak mutants lint clean
+.PHONY: toy learn hf vit_mim vit_contrastive vit_omni types check test soak mutants lint clean
 
 # uv where it is installed: many times as fast as pip.  It finds wheels where pip is told to.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -68,6 +68,33 @@ learn: $(VENV)/installed $(SHARDS)/tokenizer.json
 	$(BIN)/python launch/evaluate.py runs/learn 'data.sources.main.shards=$(call digit_shards,heldout)' \
 		--at-least 0.9 --exchanged-at-most 0.25
 	$(BIN)/python launch/plot.py runs/learn
+
+# A language model of random weights as transformers makes it.
+define QWEN3_MOE
+import torch, transformers
+torch.manual_seed(0)
+sizes = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True)
+config = transformers.Qwen3MoeConfig(vocab_size=384, initializer_range=0.06, **sizes, **experts)
+transformers.AutoModelForCausalLM.from_config(config).save_pretrained("$(SHARDS)/qwen3_moe")
+endef
+export QWEN3_MOE
+$(SHARDS)/qwen3_moe/config.json: $(VENV)/installed $(SHARDS)/tokenizer.json
+	$(BIN)/python -c "$$QWEN3_MOE"
+
+# Out of transformers and back: its Qwen3-MoE and our encoder, the adapter first, then all of it under tensor and expert
+# parallelism; the exported folder answers held-out digits in transformers as the checkpoint does here.
+HF = $(BIN)/torchrun --standalone --nproc-per-node 2 launch/pretrain.py scale=toy parallel.tp=2 parallel.ep=2 \
+	model.llm.folder=$(SHARDS)/qwen3_moe 'data.sources.main.shards=$(call digit_shards,train)' \
+	train.micro_batch_size=8 optim.min_lr=1e-5 logger.every=100
+hf: $(SHARDS)/qwen3_moe/config.json
+	rm -rf runs/hf
+	$(HF) +recipe=stage0 run.dir=runs/hf/stage0 train.steps=50 optim.lr=1e-3
+	$(HF) +recipe=stage1 run.dir=runs/hf/stage1 checkpoint.load_from=runs/hf/stage0 train.steps=1500 \
+		optim.lr=2e-3 optim.warmup_steps=100
+	$(BIN)/python launch/checkpoint.py export runs/hf/stage1 runs/hf/exported --format hf
+	$(BIN)/python launch/evaluate.py runs/hf/stage1 'data.sources.main.shards=$(call digit_shards,heldout)' \
+		--exported runs/hf/exported --at-least 0.5
 
 $(SHARDS)/teacher/config.json: $(VENV)/installed $(SHARDS)/tokenizer.json
 	$(BIN)/python launch/make_teacher.py $(SHARDS)/teacher

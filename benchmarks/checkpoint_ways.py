@@ -48,8 +48,8 @@ def ways_to_save(engines: Engines, folder: Path) -> dict[str, Way]:
     chunks = [*engines.encoder.state(), *engines.llm.state()]
     rank = engines.grid.rank
     tensors = {f"{rank}/{chunk.name}/{chunk.kind}": chunk.tensor_N for chunk in chunks}
-    identity = {"task": "language", "trainable": ["encoder", "adapter", "llm"], "optimizer": "adamw", "tokenizer": {}}
-    saver = Saver(folder / "tandem", engines, **identity, keep=1, keep_every=0)
+    identity = {"task": "language", "trainable": ["encoder", "adapter", "llm"], "optimizer": "adamw"}
+    saver = Saver(folder / "tandem", engines, **identity, tokenizer={}, architecture={}, keep=1, keep_every=0)
     return {
         "no save": Way(lambda number, path: None),
         "tandem": Way(lambda number, path: saver.save(number, {}), lambda: saver.wait() and None),

@@ -29,6 +29,7 @@ if not __package__:  # run as a file of a checkout, which need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tandem.train.checkpoints import checkpoint
+from tandem.train.config.architecture import check_architecture
 from tandem.train.config.checks import check_config
 from tandem.train.config.saved import saved_settings
 from tandem.train.config.schema import Config
@@ -37,8 +38,10 @@ from tandem.train.input.prefetcher import AgreedError
 from tandem.train.tasks import find
 
 RESULT = "evaluation.json"
+EXPORTED = "exported"  # scores of the exported folder
 ONE_PROCESS = ("tp", "pp", "vpp", "ep", "cp")
 WIDTH = 150  # of tables in a pipe or file
+LANGUAGE_ONLY = ("exported", "exchanged_at_most")
 ENCODER_ONLY = ("data", "train", "template", "templates", "classes", "features", "weights", "picture")
 
 
@@ -61,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     least = "fails the command below this: exact match over all; of an encoder zero-shot accuracy, or else the probe's"
     out.add_argument("--at-least", type=float, default=0.0, help=least)
     language = out.add_argument_group("runs with a language model")
+    exported = "folder of launch/checkpoint.py export --format hf, to be scored as well: transformers generates answers"
+    language.add_argument("--exported", metavar="FOLDER", help=exported)
     language.add_argument("--exchanged-at-most", type=float, help="fails above this exact match with exchanged images")
     encoder = out.add_argument_group("runs of the encoder alone, each of the first four as often as needed")
     place = "folder of classes, folder of shards, or shards by a path with braces and globs"
@@ -81,8 +86,9 @@ def score_encoder(config: Config, path: Path, arguments: argparse.Namespace) -> 
     """Evaluates a run of the encoder alone; what was missed of --at-least, in words."""
     from tandem.train.evaluation import evaluate_encoder
 
-    if arguments.exchanged_at_most is not None:
-        raise ValueError(f"--exchanged-at-most: a run of task={config.task} has no answers to compare")
+    for name in LANGUAGE_ONLY:
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: a run of task={config.task} has no answers to compare")
     scores = evaluate_encoder.evaluate(config, path, arguments)
     write(path, scores, *evaluate_encoder.tables(scores))
     for key, what in (("skipped", "samples cannot be used"), ("unheard", "videos without sound")):
@@ -102,7 +108,7 @@ def score_language(config: Config, path: Path, arguments: argparse.Namespace) ->
             raise ValueError(
                 f"--{name} is for runs of the encoder alone, and this is one of task={config.task}; {hint}"
             )
-    scores = evaluate_checkpoint(config, path)
+    scores = evaluate_checkpoint(config, path, arguments.exported)
     right, exchanged = (scores[kind]["all"]["exact_match"] for kind in ("images", "exchanged images"))
     if int(os.environ.get("RANK", "0")) == 0:
         shards = {name: source.shards for name, source in config.data.sources.items()}
@@ -157,8 +163,8 @@ def _score_once(sources: DictConfig, overrides: list[str]) -> None:
         source.repeat, source.rare_domain_copies = 1.0, 1
 
 
-def evaluate_checkpoint(config: Config, path: Path) -> dict:
-    """Loads the weights of a checkpoint and scores them both ways."""
+def evaluate_checkpoint(config: Config, path: Path, exported: str | None = None) -> dict:
+    """Loads the weights of a checkpoint and scores them both ways; then the folder that was exported from it."""
     from tandem.train.build import build_engines, local_device, start_world
     from tandem.train.evaluation.answers import answer_forward, answer_report, evaluate
     from tandem.train.input.dataset import open_data
@@ -166,8 +172,11 @@ def evaluate_checkpoint(config: Config, path: Path) -> dict:
     layout = check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     if layout.cp > 1:
         raise ValueError(f"parallel.cp={layout.cp}: evaluation needs whole rows, set parallel.cp=1")
+    if exported and layout.world > 1:
+        raise ValueError(f"--exported {exported}: is scored in one process, start it without torchrun")
     config.train.trainable = []  # forwards only: no gradients, no optimizer
     data, reader, device = open_data(config), checkpoint.Reader(path), local_device()
+    check_architecture(config, reader.state.architecture, find(config.task).parts, path)
     start_world(device)
     engines = build_engines(config, layout, device, forward=answer_forward, loss=answer_report)
     checkpoint.load(reader, engines, optimizer=False, modules=find(config.task).parts)  # none is left random
@@ -177,22 +186,29 @@ def evaluate_checkpoint(config: Config, path: Path) -> dict:
     }
     data.reader.close()
     dist.destroy_process_group()
+    if exported:
+        from tandem.train.evaluation.exported import evaluate_folder
+
+        scores[EXPORTED] = evaluate_folder(config, data, exported, device)
     return scores
 
 
 def table(scores: dict) -> Table:
     """Exact match and loss by domain, side by side."""
     rows = Table("domain", "samples", "exact match", "exact match, exchanged", "loss", "loss, exchanged")
-    right, wrong = scores["images"], scores["exchanged images"]
+    right, wrong, exported = scores["images"], scores["exchanged images"], scores.get(EXPORTED)
+    if exported:
+        rows.add_column("exact match, transformers")
     for name in right:
-        rows.add_row(
+        cells = [
             name,
             str(right[name]["samples"]),
             f"{right[name]['exact_match']:.1%}",
             f"{wrong[name]['exact_match']:.1%}",
             f"{right[name]['loss']:.4f}",
             f"{wrong[name]['loss']:.4f}",
-        )
+        ]
+        rows.add_row(*cells, *([f"{exported[name]['exact_match']:.1%}"] if exported else []))
     return rows
 
 

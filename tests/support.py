@@ -7,6 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+from tandem.train.config.architecture import architecture
 from tandem.train.config.schema import Config
 from tandem.train.config.settings import composed, read_config
 from tandem.train.tasks import find
@@ -27,7 +28,13 @@ def new_tower(config: Config, **sizes):
 
 def identity(config: Config) -> dict:
     """What a `Saver` records of the run."""
-    return {"task": config.task, "trainable": config.train.trainable, "optimizer": config.optim.name, "tokenizer": {}}
+    return {
+        "task": config.task,
+        "trainable": config.train.trainable,
+        "optimizer": config.optim.name,
+        "tokenizer": {},
+        "architecture": architecture(config),
+    }
 
 
 def make_corpus(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import tandem.parallel  # noqa: F401  (installs the CPU backend before megatron is imported)
-from benchmarks import checkpoint, hybrid_step, mim, processes, results, tables
+from benchmarks import checkpoint, export, hybrid_step, mim, processes, results, tables
 from tandem.data.media.text import Tokenizer
 from tandem.launch import make_teacher
 from tests.distributed.world import _import_path, run_world
@@ -77,7 +77,7 @@ def test_a_benchmark_runs_at_toy_size_and_prints_its_result(name, tmp_path):
     assert check(name, out, log.read_text())["command"].endswith(f"python benchmarks/{name}.py --size toy")
 
 
-@pytest.mark.parametrize("benchmark", [hybrid_step, checkpoint], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("benchmark", [hybrid_step, checkpoint, export], ids=lambda module: module.__name__)
 def test_a_benchmark_of_ranks_runs_at_toy_size_and_prints_its_result(benchmark, tmp_path, capsys):
     out = tmp_path / "result.json"
     benchmark.main(["--size", "toy", "--out", str(out)], forked_ranks)

@@ -18,7 +18,9 @@ from tandem.parallel.layout import Layout
 from tandem.parallel.runtime.phases import PhaseTimer
 from tandem.train.build import local_device, start_world
 from tandem.train.checkpoints import checkpoint, tokenizer
+from tandem.train.checkpoints.origins import Origin, open_origins
 from tandem.train.checkpoints.saving import Saver
+from tandem.train.config.architecture import architecture
 from tandem.train.config.checks import check_config
 from tandem.train.config.schema import Config
 from tandem.train.input.batch import context_sentence
@@ -30,7 +32,7 @@ from tandem.train.reliability.health import Health
 from tandem.train.reliability.stopping import end_launcher, follow_launcher, stop_wish
 from tandem.train.reliability.watchdog import Heartbeat
 from tandem.train.schedule import learning_rate
-from tandem.train.start import Position, RunPaths, agree_on_run_paths, check_folders, go_back, restore
+from tandem.train.start import Position, RunPaths, agree_on_run_paths, go_back, restore
 from tandem.train.tasks import find
 from tandem.train.tasks.base import Trainer
 
@@ -74,15 +76,14 @@ def run(config: Config) -> str:
     layout = check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     launcher = follow_launcher()
     with watchdog.watch(config.watchdog.timeout_s, config.watchdog.patience_s) as heartbeat:
-        check_folders(config)
+        find(config.task).check_folders(config)
+        origins = open_origins(config)
         data = open_data(config)
-        load_from = config.checkpoint.load_from
-        start = checkpoint.Reader(checkpoint.resolve(load_from)) if load_from else None
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         device = local_device()
         start_world(device)
-        status = run_in_world(config, layout, data, start, device, heartbeat)
+        status = run_in_world(config, layout, data, origins, device, heartbeat)
         if status == "stopped":
             end_launcher(launcher)
             dist.barrier()  # no rank ends before every torchrun knows that it is meant
@@ -94,7 +95,7 @@ def run_in_world(
     config: Config,
     layout: Layout,
     data: Data,
-    start: checkpoint.Reader | None,
+    origins: list[Origin],
     device: torch.device,
     heartbeat: Heartbeat,
 ) -> str:
@@ -111,11 +112,12 @@ def run_in_world(
         trainable=config.train.trainable,
         optimizer=config.optim.name,
         tokenizer=tokenizer.identity(data.reader.tokenizer),
+        architecture=architecture(config),
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
     )
     heartbeat.beat("restore")
-    position, told = restore(config, trainer, data, start, saver, paths)
+    position, told = restore(config, trainer, data, origins, saver, paths)
     logger = Logger(config, paths, trainer.engines.grid.rank, position)
     logger.say(f"{config.label} at {config.scale['name']} scale on {layout.world} ranks, run directory {paths.run_dir}")
     if layout.cp > 1:
@@ -246,7 +248,7 @@ def _roll_back(run: Run, why: str, state: Progress) -> Position:
         if before >= run.config.guard.rollbacks:
             raise AgreedError(f"{why} after {before} rollbacks to step {target}; guard.rollbacks allows no more")
         run.paths.rollbacks.append((target, state.data))
-        position = go_back(run.config, run.trainer, run.data, newest, run.paths.rollbacks)
+        position = go_back(run.config, run.trainer, run.data, run.saver, newest, run.paths.rollbacks)
         run.logger.rolled_back(why, state.step, position)
         cleared = guards.Record(position.record.losses, position.record.norms)
         return Position(position.step, position.data, cleared, newest)

@@ -3,22 +3,18 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import cast
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from tandem.data.dataset import Data
 from tandem.data.vision import OLDEST
-from tandem.parallel.engines.encoder_engine import EncoderEngine
-from tandem.parallel.engines.llm_engine import LLMEngine
-from tandem.train import families
 from tandem.train.checkpoints import checkpoint, tokenizer
-from tandem.train.checkpoints.saving import Saver, verify_together
+from tandem.train.checkpoints.origins import Origin
+from tandem.train.checkpoints.origins import told as origins_told
+from tandem.train.checkpoints.saving import Saver
+from tandem.train.config.architecture import check_architecture
 from tandem.train.config.schema import Config
-from tandem.train.config.settings import resumed
-from tandem.train.families import encoders
-from tandem.train.families.folder import Folder
 from tandem.train.reliability import history, watchdog
 from tandem.train.reliability.guards import Record
 from tandem.train.reliability.stopping import launch_id
@@ -94,70 +90,60 @@ def _of_this_launch() -> Path | None:
     return same[0] if same else None
 
 
-def check_folders(config: Config) -> None:
-    """Raises ValueError, one sentence, where a folder that a setting names cannot serve; a run that goes on does not
-    read those of its model."""
-    find(config.task).check_folders(config)
-    if resumed(config) is None:
-        _model_folders(config)
-
-
-def _model_folders(config: Config) -> dict[str, Folder]:
-    """The folders that parts of the model start from, by part."""
-    model, found = config.model, {}
-    if model.encoder.folder:
-        found["encoder"] = encoders.open_folder(model.encoder.folder, model.encoder)
-    if model.llm.folder and find(config.task).has_llm:
-        found["llm"] = families.open_folder(model.llm)
-    return found
-
-
 def restore(
     config: Config,
     trainer: Trainer,
     data: Data,
-    start: checkpoint.Reader | None,
+    origins: list[Origin],
     saver: Saver,
     paths: RunPaths,
 ) -> tuple[Position, list[str]]:
-    """(position to go on from, what to tell about it): resumes, or starts from `checkpoint.load_from`, which replaces
-    what the folders of the model's parts give."""
+    """(position to go on from, what to tell about it): resumes, or starts from the origins of first weights."""
     newest, damaged = saver.newest_valid()
     told = [f"DAMAGED, an older one is used: {sentence}" for sentence in damaged]
     if newest is not None:
-        position = go_back(config, trainer, data, newest, paths.rollbacks)
+        position = go_back(config, trainer, data, saver, newest, paths.rollbacks)
         if "vision" not in position.data:
             told.append(f"{newest} does not say its vision settings: those of its time are taken, {OLDEST}")
-        return position, told
-    for part, folder in _model_folders(config).items():
-        if part == "llm":
-            cast(LLMEngine, trainer.engines.by_name["llm"]).load(folder.read, optimizer=False)
-        else:
-            read = lambda name, *box, of=folder: of.read(name.removeprefix("encoder."), *box)  # noqa: E731
-            cast(EncoderEngine, trainer.engines.by_name["encoder"]).load(read, optimizer=False, parts={"encoder"})
-        told.append(f"{part} from {folder.told}")
-    if start is not None:
-        if wrong := verify_together(start.path, trainer.engines):
-            raise ValueError(f"checkpoint.load_from={config.checkpoint.load_from}: {'; '.join(wrong)}")
-        wanted = config.checkpoint
-        if wanted.load_optimizer:
-            _check_optimizer(config, "checkpoint.load_optimizer=true", start.path, start.state)
-        if wanted.load_optimizer and (new := set(config.train.trainable) - start.modules):
-            raise ValueError(
-                f"checkpoint.load_optimizer=true, but checkpoint {start.path} has no "
-                f"{', '.join(sorted(new))}; set checkpoint.load_optimizer=false"
+        return position, told + silent([checkpoint.Reader(newest)])
+    readers = [origin.source for origin in origins if isinstance(origin.source, checkpoint.Reader)]
+    if config.checkpoint.load_optimizer and readers:
+        _check_moments(config, readers[0])
+    for origin in origins:
+        if isinstance(origin.source, checkpoint.Reader):
+            given = set(origin.parts or find(config.task).parts) & origin.source.modules
+            told += tokenizer.check_start(
+                origin.source, data.reader.tokenizer, given, config.checkpoint.other_tokenizer
             )
-        given = set(wanted.load_modules or find(config.task).parts) & start.modules
-        told += tokenizer.check_start(start, data.reader.tokenizer, given, wanted.other_tokenizer)
-        taken = checkpoint.load(start, trainer.engines, optimizer=wanted.load_optimizer, modules=wanted.load_modules)
-        if wanted.load_optimizer and start.state.task == config.task:
-            trainer.load_tensors(start.task_tensors())
-        others = [part for part in find(config.task).parts if part not in taken]
-        told.append(f"{', '.join(taken)} from {start.path}" + (f"; first weights: {', '.join(others)}" * bool(others)))
+    taken = [origin.load(config, trainer.engines, saver) for origin in origins]
+    if config.checkpoint.load_optimizer and readers and readers[0].state.task == config.task:
+        trainer.load_tensors(readers[0].task_tensors())
+    told += origins_told(origins, taken, find(config.task).parts) + silent(readers)
     return Position(0, data.stream.state(), Record()), told
 
 
-def go_back(config: Config, trainer: Trainer, data: Data, path: Path, rollbacks: list[tuple[int, dict]]) -> Position:
+def silent(readers: list[checkpoint.Reader]) -> list[str]:
+    """A line for each checkpoint that is older than the architecture in it."""
+    return [
+        f"{reader.path} does not say its architecture: names and shapes alone were compared"
+        for reader in readers
+        if not reader.state.architecture
+    ]
+
+
+def _check_moments(config: Config, reader: checkpoint.Reader) -> None:
+    """Raises ValueError where a checkpoint cannot give the moments that checkpoint.load_optimizer asks for."""
+    _check_optimizer(config, "checkpoint.load_optimizer=true", reader.path, reader.state)
+    if new := set(config.train.trainable) - reader.modules:
+        raise ValueError(
+            f"checkpoint.load_optimizer=true, but checkpoint {reader.path} has no "
+            f"{', '.join(sorted(new))}; set checkpoint.load_optimizer=false"
+        )
+
+
+def go_back(
+    config: Config, trainer: Trainer, data: Data, saver: Saver, path: Path, rollbacks: list[tuple[int, dict]]
+) -> Position:
     """Takes everything from a checkpoint of this run; the data goes on behind what rollbacks to it left out."""
     reader = checkpoint.Reader(path)
     state = reader.state
@@ -173,7 +159,8 @@ def go_back(config: Config, trainer: Trainer, data: Data, path: Path, rollbacks:
             )
     _check_optimizer(config, "checkpoint.resume=true", path, state)
     tokenizer.check_resume(reader, data.reader.tokenizer)
-    checkpoint.load(reader, trainer.engines, optimizer=True)
+    check_architecture(config, state.architecture, find(config.task).parts, path)
+    saver.keep_frozen(reader.read, checkpoint.load(reader, trainer.engines, optimizer=True))
     checkpoint.restore_random(reader, trainer.engines)
     trainer.load_tensors(reader.task_tensors())
     skipped = [position for step, position in rollbacks if step == state.step]

@@ -1,7 +1,6 @@
 """Top-level functions that test worlds run."""
 
 import functools
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -9,7 +8,7 @@ import torch.distributed as dist
 from tandem.parallel.hybrid_step import hybrid_step
 from tandem.parallel.runtime.phases import PhaseTimer
 from tandem.train.build import build_engines
-from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints.origins import open_origins
 from tandem.train.config.checks import check_config
 from tandem.train.input.dataset import open_data
 from tandem.train.input.rows import row_prefetcher
@@ -23,8 +22,7 @@ def train_run(recipe: str, overrides: list[str], run_dir: str) -> None:
     """One whole training run in a world that exists."""
     config = settings(recipe, f"run.dir={run_dir}", "logger.wandb=disabled", "logger.peak_tflops=1", *overrides)
     layout = check_config(config, dist.get_world_size())
-    start = config.checkpoint.load_from and checkpoint.Reader(checkpoint.resolve(Path(config.checkpoint.load_from)))
-    run_in_world(config, layout, open_data(config), start, torch.device("cpu"), Heartbeat())
+    run_in_world(config, layout, open_data(config), open_origins(config), torch.device("cpu"), Heartbeat())
 
 
 def build_run(recipe: str, overrides: list[str], steps: int):

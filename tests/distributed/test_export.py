@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from tests.data.videos import make_video
 from tests.distributed.runs import train_run
 from tests.distributed.test_families import COMMON, OWN
 from tests.distributed.world import run_world
-from tests.support import settings, write_tar
+from tests.support import ROOT, settings, write_tar
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (16, 16, 4), dtype=np.uint8)
 
@@ -95,8 +97,8 @@ def overrides(files: Path, llm: Path) -> list[str]:
     small += [
         "data.video.levels=[16,8]",
         "data.block_samples=5",
-        "train.steps=2",
-        "optim.lr=1e-2",
+        "train.steps=60",
+        "optim.lr=3e-3",
         f"model.llm.folder={llm}",
     ]
     return [*small, f"data.sources.main.shards=['{files}/mixed.tar']", f"data.tokenizer={files}/tokenizer.json"]
@@ -104,7 +106,7 @@ def overrides(files: Path, llm: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(files, tmp_path_factory) -> Path:
-    """A run of two steps from a language model of transformers."""
+    """A run of sixty steps from a language model of transformers."""
     import transformers
 
     torch.manual_seed(0)
@@ -159,7 +161,7 @@ def rows_here(config_words: list[str], run: str) -> list[dict]:
     checkpoint.load(checkpoint.Reader(checkpoint.resolve(run)), engines, optimizer=False)
     (prepared,) = row_prefetcher(data, config, engines.grid, steps=1)
     (logits_TV,), plan, (text,) = forward_only(engines, prepared.batch), prepared.plan, prepared.text
-    ids = np.concatenate(prepared.share.routes.chunks)  # order of the images that were read
+    ids = np.concatenate(prepared.rank_shard.routes.chunks)  # order of the images that were read
     patches_I = np.split(prepared.images.patches_NP, np.cumsum(prepared.images.patches_I)[:-1])
     patches_of = dict(zip(ids.tolist(), patches_I, strict=True))
     out = {}
@@ -249,6 +251,17 @@ def test_answers_come_from_the_cache_and_for_several_beams(processor, model, fil
     assert torch.equal(beams[3:6, length:], of_one[:, single["input_ids"].shape[1] :])
 
 
+def test_transformers_answers_as_often_as_the_checkpoint(run, exported):
+    """By greedy decoding of each answer, against one forward over the true text."""
+    command = [sys.executable, "launch/evaluate.py", str(run), "--exported", str(exported), "--at-least", "0.2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    scores = json.loads((run / "evaluation.json").read_text())
+    ours, theirs = scores["images"]["all"], scores["exported"]["all"]
+    assert ours["exact_match"] > 0.5
+    assert (theirs["samples"], theirs["exact_match"]) == (ours["samples"], ours["exact_match"]) and ours["samples"] == 5
+
+
 def test_the_weights_are_those_of_the_checkpoint(run, exported, model):
     reader = checkpoint.Reader(checkpoint.resolve(run))
     state = model.state_dict()
@@ -278,7 +291,7 @@ def test_transformers_saves_and_opens_it_again(exported, processor, model, files
 def test_the_usage_on_the_card_runs(part, run, tmp_path, monkeypatch, capsys):
     assert not export(run, tmp_path / "out", "--format", "hf", "--part", part, "--dtype", "bf16")
     card = (tmp_path / "out/README.md").read_text()
-    assert "| steps | 2 |" in card and "| tokens seen, padding included | 1,280 |" in card and "mixed.tar" in card
+    assert "| steps | 60 |" in card and "| tokens seen, padding included | 38,400 |" in card and "mixed.tar" in card
     assert "| loss | " in card
     (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path / "out")
@@ -338,22 +351,23 @@ def test_an_export_that_cannot_be_leaves_nothing(run, tmp_path):
     refused("--modules llm: with --format hf name", "--modules", "llm")
     refused("nowhere.json cannot be read", "--tokenizer", "nowhere.json")
     settings_text = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(settings_text.replace("kind: mlp", "kind: shuffle"))
+    allowed = settings_text.replace("allow_changed: []", "allow_changed: [model.connector.kind]")
+    (copy / "config.yaml").write_text(allowed.replace("kind: mlp", "kind: shuffle"))
     refused("model.connector.kind=shuffle: the exported model cannot have this yet, only mlp")
     (copy / "config.yaml").write_text(settings_text.replace("qk_norm: true", "qk_norm: false"))
-    refused("a MixtralForCausalLM has no place for llm.decoder.layers.0.self_attention.k_layernorm.weight")
+    refused("model.llm.qk_norm was True and is False")
     (copy / "config.yaml").unlink()
     refused("config.yaml is missing")
     (copy / "config.yaml").write_text(settings_text)
-    (checkpoints / ".step-00000004.partial").mkdir()
+    (checkpoints / ".step-00000064.partial").mkdir()
     refused(
-        f"step-00000004 is being saved, or was when its run ended: wait for it, or name {checkpoints}/step-00000002"
+        f"step-00000064 is being saved, or was when its run ended: wait for it, or name {checkpoints}/step-00000060"
     )
-    file = checkpoints / "step-00000002/rank-00000.safetensors"
+    file = checkpoints / "step-00000060/rank-00000.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-100] ^= 1  # found out only when all bytes are read
     file.write_bytes(raw)
-    sentence = export(checkpoints / "step-00000002", out, "--format", "hf")
+    sentence = export(checkpoints / "step-00000060", out, "--format", "hf")
     assert "rank-00000.safetensors is damaged" in sentence and not list(out.parent.glob("*"))
-    shutil.rmtree(checkpoints / "step-00000002")
+    shutil.rmtree(checkpoints / "step-00000060")
     assert "is being saved, or was when its run ended: wait for it" in export(copy, out, "--format", "hf")

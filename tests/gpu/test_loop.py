@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from tandem.parallel.grid import destroy_grid
 from tandem.train.build import local_device, start_world
-from tandem.train.checkpoints import checkpoint
+from tandem.train.checkpoints.origins import open_origins
 from tandem.train.config.checks import check_config
 from tandem.train.input.dataset import open_data
 from tandem.train.loop import run_in_world
@@ -68,10 +68,9 @@ def start(corpus: Path, folder: Path, recipe: str, *overrides: str) -> list[dict
         "optim.lr=1e-3",
         *overrides,
     )
-    layout, load_from = check_config(config, 1), config.checkpoint.load_from
-    before = checkpoint.Reader(checkpoint.resolve(load_from)) if load_from else None
+    layout, origins = check_config(config, 1), open_origins(config)
     try:
-        assert run_in_world(config, layout, open_data(config), before, local_device(), Heartbeat()) == "finished"
+        assert run_in_world(config, layout, open_data(config), origins, local_device(), Heartbeat()) == "finished"
     finally:
         destroy_grid()
         torch.use_deterministic_algorithms(False)

@@ -14,9 +14,10 @@ from PIL import Image
 from tandem.launch import index_shards
 from tandem.launch.evaluate import main as evaluate
 from tandem.train import loop
+from tandem.train.checkpoints.origins import open_origins
 from tandem.train.config.checks import check_config
 from tandem.train.config.settings import composed, read_config
-from tandem.train.start import check_folders
+from tandem.train.tasks import find
 from tests.curation_shards import encoded, pair
 from tests.distributed.world import run_torchrun, run_world
 from tests.support import ROOT, corpus_overrides, settings, write_tar
@@ -235,7 +236,8 @@ def test_the_encoders_own_stages_refuse_before_the_ranks_meet(name, files):
     with pytest.raises(ValueError) as error:
         config = settings(recipe, *(override.format(files=files) for override in overrides))
         check_config(config, 2 if "parallel.tp=2" in overrides else 1)
-        check_folders(config)
+        find(config.task).check_folders(config)
+        open_origins(config)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

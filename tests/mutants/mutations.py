@@ -1152,6 +1152,32 @@ TRAIN = (
         ("tests/train/test_memory.py::test_shares_of_all_ranks_are_the_whole",),
     ),
     Mutation(
+        "frozen_parts_are_saved_as_computed",
+        "train/checkpoints/saving.py",
+        "Saver.save",
+        "if name not in self._frozen",
+        "if name",
+        (
+            "tests/distributed/test_origins.py::test_parts_of_several_places_are_joined_and_frozen_ones_keep_their_bytes",
+        ),
+    ),
+    Mutation(
+        "other_architecture_taken_silently",
+        "train/config/architecture.py",
+        "check_architecture",
+        "was != value and was is not MISSING",
+        "was is None",
+        ("tests/train/test_architecture.py",),
+    ),
+    Mutation(
+        "architecture_is_not_saved",
+        "train/loop.py",
+        "run_in_world",
+        "architecture=architecture(config)",
+        "architecture={}",
+        ("tests/distributed/test_origins.py::test_what_does_not_fit_is_refused",),
+    ),
+    Mutation(
         "exported_positions_in_raster_order",
         "train/export/remote/modeling_tandem.py",
         "positions",

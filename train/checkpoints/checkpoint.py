@@ -42,8 +42,9 @@ class TrainState:
     """Everything of a run that is not a tensor.
 
     step: steps done.  data: position in the stream.  optimizer_steps: Adam's counts, by engine.  task, layout,
-    optimizer, trainable: of the run that saved.  tokenizer: see `train.checkpoints.tokenizer`; empty where a checkpoint
-    is older.  extra: what guards and counters want to find again, as JSON.
+    optimizer, trainable: of the run that saved.  tokenizer: see `train.checkpoints.tokenizer`.  architecture: settings
+    that weights depend on, by key.  Both are empty in checkpoints that are older.  extra: what guards and counters want
+    to find again, as JSON.
     """
 
     step: int
@@ -55,6 +56,7 @@ class TrainState:
     optimizer: str = "adamw"
     trainable: list[str] = field(default_factory=list)
     tokenizer: dict[str, str] = field(default_factory=dict)
+    architecture: dict = field(default_factory=dict)
 
 
 def layout_of(layout: Layout) -> dict[str, int]:

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class NotSavedError(RuntimeError):
 class Saver:
     """Writes checkpoints of `engines` under `folder`, in a thread; one at a time.
 
-    task, trainable, optimizer, tokenizer: of the run, found again in TrainState.
+    task, trainable, optimizer, tokenizer, architecture: of the run, found again in TrainState.
     keep: newest ones kept.  keep_every: those whose step is a multiple of it stay too; 0 for none.
     Needs the loop's discipline: all ranks call the same methods in the same order.
     """
@@ -65,6 +65,7 @@ class Saver:
         trainable: Sequence[str],
         optimizer: str,
         tokenizer: Mapping[str, str],
+        architecture: dict,
         keep: int,
         keep_every: int,
     ):
@@ -74,11 +75,13 @@ class Saver:
             "trainable": list(trainable),
             "optimizer": optimizer,
             "tokenizer": dict(tokenizer),
+            "architecture": architecture,
         }
         self._keep, self._keep_every = keep, keep_every
         self._group, self._rank = engines.grid.saving, engines.grid.rank
         numel = sum(chunk.tensor_N.numel() for chunk in self._chunks()[0])
         self._host = torch.zeros(numel, pin_memory=engines.grid.device.type == "cuda")  # now, not in the first save
+        self._frozen: set[str] = set()  # tensors whose values lie in host memory for good
         self._thread: threading.Thread | None = None
         self._published: Path | None = None  # by this run
         self._newest: Path | None = None  # that is good, by any
@@ -98,8 +101,11 @@ class Saver:
         """
         self.wait()
         chunks, names = self._chunks()
-        views = self._host.split([chunk.tensor_N.numel() for chunk in chunks])
-        torch._foreach_copy_(list(views), [chunk.tensor_N for chunk in chunks], non_blocking=True)
+        views = self._views(chunks)
+        moving = [place for place, name in enumerate(names) if name not in self._frozen]
+        if moving:
+            values = [chunks[place].tensor_N for place in moving]
+            torch._foreach_copy_([views[place] for place in moving], values, non_blocking=True)
         others = {RANDOM + name: tensor for name, tensor in random_state.capture().items()}
         if self._rank == 0:
             others |= {TASK + name: tensor.cpu().clone() for name, tensor in (tensors or {}).items()}
@@ -119,6 +125,25 @@ class Saver:
             target=self._run, args=(snapshot, others, state), name="tandem-saving", daemon=True
         )
         self._thread.start()
+
+    @torch.no_grad()
+    def keep_frozen(self, read: Callable[..., torch.Tensor], parts: Collection[str]) -> None:
+        """Has frozen weights of `parts` saved as they were loaded, and not as bf16 rounds them to compute.
+
+        read: what the engines loaded from, by the names in a checkpoint; this rank reads what it saves.
+        """
+        self.wait()
+        chunks, names = self._chunks()
+        trained = {name for chunk, name in zip(chunks, names, strict=True) if chunk.kind != "param"}
+        for chunk, name, view in zip(chunks, names, self._views(chunks), strict=True):
+            if name.partition(".")[0] in parts and name not in trained:
+                for corner, values in dataclasses.replace(chunk, tensor_N=view).boxes():
+                    values.copy_(read(name, "param", corner, tuple(values.shape)))
+                self._frozen.add(name)
+
+    def _views(self, chunks: Sequence[StateChunk]) -> tuple[torch.Tensor, ...]:
+        """The host memory of each chunk."""
+        return self._host.split([chunk.tensor_N.numel() for chunk in chunks])
 
     def wait(self) -> Path | None:
         """Waits for the write that goes on, if any; the checkpoint published last by this run."""

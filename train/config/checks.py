@@ -1,13 +1,15 @@
 """Every rule between settings that types cannot say, checked before anything is allocated."""
 
 import math
+from collections.abc import Mapping
 from operator import attrgetter
 
 from tandem.parallel.engines.optimizers import NAMES as OPTIMIZERS
 from tandem.parallel.kernels.attention import NAMES as ATTENTION
 from tandem.parallel.kernels.compilation import MODES
 from tandem.parallel.layout import Layout
-from tandem.train.config.schema import Config
+from tandem.train.config.architecture import architecture
+from tandem.train.config.schema import CheckpointConfig, Config
 from tandem.train.models.language.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
 from tandem.train.models.language.llm_spec import KERNELS
 from tandem.train.models.layers.blocks import RECOMPUTE
@@ -145,6 +147,12 @@ def _check_loading(config: Config, task: Task) -> None:
     modules = config.checkpoint.load_modules
     if config.checkpoint.other_tokenizer and config.checkpoint.load_from is None:
         raise ValueError("checkpoint.other_tokenizer=true: has no use without checkpoint.load_from")
+    _check_places(config.checkpoint, task.parts)
+    if unknown := sorted(set(config.checkpoint.allow_changed) - architecture(config).keys()):
+        raise ValueError(
+            f"checkpoint.allow_changed names {', '.join(unknown)}: no settings of the architecture, such as "
+            "model.llm.rope_base"
+        )
     if modules is None:
         return
     if not modules or set(modules) - set(task.parts):
@@ -153,4 +161,26 @@ def _check_loading(config: Config, task: Task) -> None:
         raise ValueError(
             f"checkpoint.load_optimizer=true with checkpoint.load_modules={list(modules)}: must name all of "
             f"train.trainable={list(config.train.trainable)}; set checkpoint.load_optimizer=false"
+        )
+
+
+def _check_places(wanted: CheckpointConfig, parts: tuple[str, ...]) -> None:
+    """checkpoint.load_from, where it names a place for each part."""
+    load_from = wanted.load_from
+    if load_from is None or isinstance(load_from, str):
+        return
+    if not isinstance(load_from, Mapping) or not all(isinstance(place, str) for place in load_from.values()):
+        raise ValueError(
+            f"checkpoint.load_from={load_from}: must be one place, or places by part, as in '{{encoder: runs/a}}'"
+        )
+    if unknown := [str(part) for part in load_from if part not in parts]:
+        raise ValueError(f"checkpoint.load_from names {', '.join(unknown)}: parts are {', '.join(parts)}")
+    if wanted.load_modules is not None:
+        raise ValueError(
+            f"checkpoint.load_modules={wanted.load_modules} with places by part in checkpoint.load_from: leave it null"
+        )
+    if wanted.load_optimizer:
+        raise ValueError(
+            "checkpoint.load_optimizer=true with places by part in checkpoint.load_from: the moments of several runs "
+            "do not go together, set it to false"
         )

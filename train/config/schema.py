@@ -180,19 +180,21 @@ class DataConfig:
 class CheckpointConfig:
     """dir: null for <run.dir>/checkpoints.  every: steps between checkpoints, 0 for only the last.  keep: newest ones
     kept; keep_every: and those whose step is a multiple of it.  resume: go on from the newest valid checkpoint in dir.
-    load_from: a run or checkpoint to start from, under any layout; load_modules: which modules to take, null for all
-    that the two share; load_optimizer: their Adam moments too.  other_tokenizer: start even where it was trained with
-    another tokenizer."""
+    load_from: a run or checkpoint to start from, under any layout, or a place for each part, as in
+    {encoder: runs/a, llm: /models/qwen3}; load_modules: which modules to take, null for all that the two share;
+    load_optimizer: their Adam moments too.  other_tokenizer: start even where it was trained with another tokenizer.
+    allow_changed: keys of the architecture that may differ from the checkpoint's."""
 
     dir: str | None
     every: int
     keep: int
     keep_every: int
     resume: bool
-    load_from: str | None
+    load_from: Any
     load_modules: list[str] | None
     load_optimizer: bool
     other_tokenizer: bool
+    allow_changed: list[str] = field(default_factory=list)
 
 
 @dataclass

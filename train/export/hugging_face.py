@@ -11,6 +11,7 @@ from pathlib import Path
 from tandem.data.media.text import Tokenizer
 from tandem.train import families
 from tandem.train.checkpoints.checkpoint import Reader
+from tandem.train.config.architecture import check_architecture
 from tandem.train.config.schema import Config
 from tandem.train.export import inputs, settings, weights
 from tandem.train.export.card import model_card
@@ -38,6 +39,7 @@ def content(reader: Reader, config: Config, part: str, dtype: str) -> Content:
     """
     if missing := [name for name in MODULES[part] if name not in reader.modules]:
         raise ValueError(f"--part {part}: checkpoint {reader.path} of task={config.task} has no {', '.join(missing)}")
+    check_architecture(config, reader.state.architecture, MODULES[part], reader.path)
     if part == "encoder":
         what, held, texts = _encoder(reader, config, dtype)
     else:

@@ -15,37 +15,39 @@ __all__ = ["by_their_names", "of_folder", "of_model", "open_folder", "settings_o
 FAMILIES: Registry[Family] = Registry(language.__name__, language.__path__, "FAMILY", "model_type")
 
 
-def of_folder(folder: str | Path) -> tuple[Family, dict]:
+def of_folder(folder: str | Path, key: str = "model.llm.folder") -> tuple[Family, dict]:
     """The family of a folder, and its `config.json`.  Raises ValueError, naming the folder, where there is none."""
     try:
         said = json.loads((Path(folder) / "config.json").read_text())
         return FAMILIES.find(said.get("model_type")), said
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"model.llm.folder={folder}: {error}") from error
+        raise ValueError(f"{key}={folder}: {error}") from error
 
 
-def settings_of(folder: str | Path) -> dict:
+def settings_of(folder: str | Path, key: str = "model.llm.folder") -> dict:
     """The keys of `model.llm` that a folder decides."""
-    family, said = of_folder(folder)
+    family, said = of_folder(folder, key)
     try:
         return family.settings(said)
     except (ValueError, TypeError) as error:  # a text where a number should be
-        raise ValueError(f"model.llm.folder={folder}: {error}") from error
+        raise ValueError(f"{key}={folder}: {error}") from error
 
 
-def open_folder(config: LLMConfig) -> Folder:
-    """The weights in `config.folder`.  Raises ValueError where it is not a model of these settings."""
+def open_folder(config: LLMConfig, key: str = "model.llm.folder") -> Folder:
+    """The weights in `config.folder`, which the setting `key` names.
+
+    Raises ValueError where it is not a model of these settings.
+    """
     assert config.folder is not None, "asked for where a folder is named"
-    family, _ = of_folder(config.folder)
-    for key, value in settings_of(config.folder).items():
-        if (ours := getattr(config, key)) != value:
-            raise ValueError(
-                f"model.llm.{key}={ours}, but model.llm.folder={config.folder} has {value}: leave model.llm.{key} out"
-            )
+    family, _ = of_folder(config.folder, key)
+    for name, value in settings_of(config.folder, key).items():
+        if (ours := getattr(config, name)) != value:
+            hint = f": leave model.llm.{name} out" if key == "model.llm.folder" else ""
+            raise ValueError(f"model.llm.{name}={ours}, but {key}={config.folder} has {value}{hint}")
     try:
         return Folder(config.folder, family, config)
     except ValueError as error:
-        raise ValueError(f"model.llm.folder={error}") from error
+        raise ValueError(f"{key}={error}") from error
 
 
 def of_model(config: LLMConfig) -> Family:

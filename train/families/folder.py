@@ -41,8 +41,8 @@ class Folder:
         self.path = Path(folder)
         self._files = self._index()
         self._open: dict[str, Any] = {}
-        self._tensors = {tensor.name: tensor for tensor in family.tensors(model)}
-        wanted = shapes(self._tensors.values())
+        self.tensors = {tensor.name: tensor for tensor in family.tensors(model)}
+        wanted = shapes(self.tensors.values())
         found = (prefix for prefix in prefixes if any(prefix + name in self._files for name in wanted))
         self._prefix = next(found, prefixes[0])
         wanted = {self._prefix + name: shape for name, shape in wanted.items()}
@@ -84,10 +84,10 @@ class Folder:
 
     def read(self, name: str, kind: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """The box of `size` at `start` of a tensor of ours, fp32 on the CPU; weights alone, so kind is "param"."""
-        if kind != "param" or name not in self._tensors:
+        if kind != "param" or name not in self.tensors:
             raise ValueError(f"{self.path} has no {kind} of {name}")
         out, (first, rows) = torch.empty(size), (start[0], size[0])
-        tensor = self._tensors[name]
+        tensor = self.tensors[name]
         rest = tuple(slice(at, at + count) for at, count in zip(start[1:], size[1:], strict=True))
         for run in tensor.runs:
             low, high = max(first, run.ours), min(first + rows, run.ours + run.rows)
