@@ -154,4 +154,4 @@ lint: $(VENV)/installed
 	$(BIN)/python -m ruff check --fix . && $(BIN)/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(SHARDS) runs/toy runs/learn runs/vit_mim runs/vit_contrastive runs/vit_omni runs/soak *.egg-info
+	rm -rf $(VENV) $(SHARDS) runs/toy runs/learn runs/hf runs/vit_mim runs/vit_contrastive runs/vit_omni runs/soak *.egg-info

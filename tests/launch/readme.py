@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.mutants.run import Copy
 from tests.support import ROOT
 
-LONG = ("make learn", "make vit_mim", "make vit_contrastive", "make vit_omni")
+LONG = ("make learn", "make hf", "make vit_mim", "make vit_contrastive", "make vit_omni")
 LEFT_OUT = {"make test": "runs by itself", "sbatch": "takes SLURM; tests/launch/test_slurm.py runs the template"}
 TOY = {
     "/data/train-{0000..0099}.tar": "shards/toy/train/*.tar",
