@@ -65,6 +65,12 @@ MODELS = {
         "rope_parameters": COMMON["rope_parameters"] | {"partial_rotary_factor": 0.5},
     },
 }  # fmt: skip
+# The language model of a whole one, which tests/distributed/test_whole_family.py trains.
+OF_WHOLE = {
+    "qwen2_5_vl": {
+        "intermediate_size": 96, "rope_parameters": COMMON["rope_parameters"] | {"mrope_section": [2, 3, 3]},
+    }
+}  # fmt: skip
 LAYOUTS = {
     "one rank": (1, []),
     "tp2.pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
@@ -259,9 +265,9 @@ def test_every_number_of_theirs_is_used_once(name):
 
 
 def model_of(name: str) -> LLMConfig:
-    """The settings of a model of MODELS."""
+    """The settings of a model of MODELS or of OF_WHOLE."""
     family = families.FAMILIES.find(name)
-    said = COMMON | MODELS[name]
+    said = COMMON | (MODELS | OF_WHOLE)[name]
     return LLMConfig(**family.settings(said), aux_loss=0.0, z_loss=0.0, init_std=0.02)
 
 

@@ -305,6 +305,14 @@ DATA = (
         ("tests/data/test_order.py",),
     ),
     Mutation(
+        "text_goes_on_behind_the_height_of_an_image",
+        "data/planning/plan.py",
+        "row_positions_thw",
+        "grid_I2.max(1, initial=0)",
+        "grid_I2[:, 0]",
+        ("tests/data/test_stream.py::test_the_plan_is_consistent[cut]",),
+    ),
+    Mutation(
         "domains_below_the_mean_are_rare",
         "data/planning/order.py",
         "_Groups.__init__",
@@ -775,6 +783,14 @@ PARALLEL = (
 )
 
 TRAIN = (
+    Mutation(
+        "rows_and_columns_of_mrope_swapped",
+        "train/models/language/rope.py",
+        "Rope._angles",
+        "t, y, x = positions",
+        "t, x, y = positions",
+        ("tests/train/test_rope.py",),
+    ),
     Mutation(
         "clip_norm_is_0_for_encoder",
         "train/tasks/encoder_only.py",

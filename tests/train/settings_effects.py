@@ -261,6 +261,16 @@ def connector(lab):
         check_config(settings("stage1", "+model.connector.options.wide=3"), 1)
 
 
+@effect("model.connector.folder")
+def connector_folder(lab):
+    """Its config.json decides; `tests/distributed/test_whole_family.py` has its weights."""
+    with tempfile.TemporaryDirectory() as place:
+        said = {"model_type": "qwen2_5_vl", "vision_config": {"spatial_merge_size": 3}}
+        (Path(place) / "config.json").write_text(json.dumps(said))
+        found = settings("stage1", f"model.connector.folder={place}").model.connector
+        assert (found.kind, found.merge, found.options) == ("merger", 3, {"norm": "rms"})
+
+
 @effect("model.encoder.drop_path")
 def drop_path(lab):
     """Off by default; else the last block's two branches are left out, or weighed by 1 / (1 - 0.6)."""

@@ -19,8 +19,9 @@ from tandem.train.checkpoints.saving import Saver, verify_together
 from tandem.train.config.architecture import check_architecture
 from tandem.train.config.schema import Config
 from tandem.train.config.settings import resumed
-from tandem.train.families import encoders
+from tandem.train.families import connectors, encoders
 from tandem.train.families.folder import Folder
+from tandem.train.models.connectors import between
 from tandem.train.tasks import find
 from tandem.train.tasks.base import Engines
 
@@ -69,6 +70,10 @@ def open_origins(config: Config) -> list[Origin]:
     if model.encoder.folder:
         folder = encoders.open_folder(model.encoder.folder, model.encoder)
         found.append(Origin("model.encoder.folder", folder, ["encoder"]))
+    if task.has_llm and model.connector.folder:
+        _, sizes, _ = between(model.encoder, model.connector, model.llm.width)
+        opened = connectors.open_folder(model.connector.folder, model.connector, sizes)
+        found.append(Origin("model.connector.folder", opened, ["adapter"]))
     if task.has_llm and model.llm.folder:
         found.append(Origin("model.llm.folder", families.open_folder(model.llm), ["llm"]))
     if not wanted.load_from:

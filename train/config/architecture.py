@@ -27,6 +27,7 @@ OF_TRAINING = {
     "model.encoder.drop_path",
     "model.encoder.folder",
     "model.encoder.feature_layer",
+    "model.connector.folder",
     *(f"model.llm.{key}" for key in NOT_OF_THE_MODEL),
     "model.text.folder",
     "objective.mim.mask_ratio",

@@ -25,7 +25,7 @@ from yaml.error import MarkedYAMLError
 from tandem.train import families
 from tandem.train.checkpoints.checkpoint import checkpoints
 from tandem.train.config.schema import Config
-from tandem.train.families import encoders
+from tandem.train.families import connectors, encoders
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 PRESETS = ("recipe", "scale")
@@ -82,7 +82,7 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
         else:
             OmegaConf.update(out, key, OmegaConf.select(settings, key), merge=False, force_add=True)
     out.scale = {"name": scale.name}
-    for part in ("llm", "encoder"):
+    for part in ("llm", "encoder", "connector"):
         if folder := OmegaConf.select(out, f"model.{part}.folder"):
             said = {f"model.{part}.{key}": value for key, value in _of_folder(out, part, folder).items()}
             for key in said.keys() - {override.key_or_group for override in parsed}:  # `families.check` compares
@@ -96,6 +96,8 @@ def _of_folder(settings: DictConfig, part: str, folder: str) -> dict[str, Any]:
         return cast("dict[str, Any]", OmegaConf.to_container(saved.model[part]))
     if part == "llm":
         return families.settings_of(folder)
+    if part == "connector":
+        return connectors.settings_of(folder)
     return encoders.settings_of(folder, OmegaConf.select(settings, "model.encoder.feature_layer") or -1)
 
 

@@ -1,11 +1,12 @@
 """A checkpoint as a folder that transformers opens: the whole model, its language model or its encoder alone.
 
-all       our modeling, configuration and processing files beside the weights; the language model is its family's
+all       the whole model's own class where one holds all three parts; else our modeling, configuration and processing
+          files beside the weights, the language model being its family's
 llm       the family's own class; no code of ours
 encoder   the encoder with its image processor: its family's own class where it has one, else our code
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tandem.data.media.text import Tokenizer
@@ -16,8 +17,11 @@ from tandem.train.config.schema import Config
 from tandem.train.export import inputs, settings, weights
 from tandem.train.export.card import model_card
 from tandem.train.export.weights import Weights
-from tandem.train.families import encoders
+from tandem.train.families import connectors, encoders
+from tandem.train.families.base import Family
+from tandem.train.families.connectors.base import ConnectorFamily
 from tandem.train.families.encoders.base import EncoderFamily
+from tandem.train.models.connectors import between
 
 MODULES = {"all": ("encoder", "adapter", "llm"), "llm": ("llm",), "encoder": ("encoder",)}
 REMOTE = Path(__file__).with_name("remote")
@@ -48,7 +52,8 @@ def content(reader: Reader, config: Config, part: str, dtype: str) -> Content:
 
 
 def _language(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
-    model = config.model.llm
+    # Of a text alone the three positions of M-RoPE are equal.
+    model = replace(config.model.llm, mrope_sections=None, mrope_interleaved=False)
     family = families.of_model(model)
     texts = {"config.json": inputs.as_json(family.config(model, settings.DTYPES[dtype]))}
     texts |= inputs.text_files(config, _tokenizer(config))
@@ -84,6 +89,9 @@ def _encoder_of_family(
 def _whole(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
     model = config.model
     family, tokenizer = families.of_model(model.llm), _tokenizer(config)
+    parts = encoders.of_model(model.encoder), connectors.of_model(model.connector)
+    if parts[0] and parts[1] and parts[1].architecture == family.architecture:
+        return _whole_of_family(reader, config, family, *parts, dtype)
     if not tokenizer.is_ours:
         raise ValueError(
             f"--part all: data.tokenizer={config.data.tokenizer} has a chat template or special tokens of its own, "
@@ -94,6 +102,32 @@ def _whole(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, di
     texts = {"config.json": inputs.as_json(settings.whole(model, family, dtype, tokenizer.image_id))}
     texts |= inputs.text_files(config, tokenizer) | inputs.processor_files(config) | _sources()
     return f"a vision encoder and a {family.architecture}", held, texts
+
+
+def _whole_of_family(
+    reader: Reader, config: Config, language: Family, encoder: EncoderFamily, connector: ConnectorFamily, dtype: str
+) -> tuple[str, Weights, dict[str, str]]:
+    model, tokenizer, name = config.model, _tokenizer(config), settings.DTYPES[dtype]
+    _, sizes, _ = between(model.encoder, model.connector, model.llm.width)
+    visual, joined = encoder.prefixes[0], connector.prefixes[0]
+    held = weights.of_family(reader, language, model.llm)
+    held |= weights.of_family(reader, encoder, model.encoder, part="encoder", prefix=visual)
+    held |= weights.of_family(reader, connector, sizes, part="adapter", prefix=joined)
+    text = language.config(model.llm, name)
+    said = {
+        "architectures": [language.architecture],
+        "model_type": language.model_type,
+        "dtype": name,
+        "tie_word_embeddings": text.pop("tie_word_embeddings"),
+        "text_config": text,
+        "vision_config": encoder.config(model.encoder, name) | connector.fields(model.connector, sizes),
+        "image_token_id": tokenizer.image_id,
+        "vision_start_token_id": tokenizer.before_ids[0],
+        "vision_end_token_id": tokenizer.after_ids[-1],
+    }
+    texts = {"config.json": inputs.as_json(said), **inputs.text_files(config, tokenizer)}
+    texts["preprocessor_config.json"] = inputs.as_json(encoder.preprocessor(model.encoder))
+    return f"a {language.architecture}", held, texts
 
 
 def _sources() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Fields of config.json and our keys that say the same, each way.
 
 Same("intermediate_size", "ffn_width")       one field, one key or several
-Rotary()                                     base, scaling and the share of a head that turns
+Rotary(), MRope()                            base, scaling and the share of a head that turns; sections of three axes
 Window(), SwitchedWindow()                   a sliding window in all layers, or behind a switch and from a layer on
 """
 
@@ -120,6 +120,25 @@ class Rotary:
         if self.share is not None or model.rotary_fraction != 1:
             out["partial_rotary_factor"] = model.rotary_fraction
         return out
+
+
+@dataclass(frozen=True)
+class MRope(Rotary):
+    """Rotary positions of three axes, with a section of the frequencies each."""
+
+    def read(self, said: dict[str, Any]) -> dict[str, Any]:
+        rope = {**(said.get("rope_scaling") or {}), **(said.get("rope_parameters") or {})}
+        sections = rope.pop("mrope_section", None)
+        if sections is None:
+            raise ValueError("config.json: mrope_section of the rotary positions is missing")
+        rope = {name: "default" if value == "mrope" else value for name, value in rope.items()}
+        return super().read({**said, "rope_parameters": rope, "rope_scaling": None}) | {
+            "mrope_sections": list(sections)
+        }
+
+    def write(self, model: LLMConfig) -> dict[str, Any]:
+        rope = {"rope_type": "default", "rope_theta": model.rope_base, **(model.rope_scaling or {})}
+        return {"rope_parameters": rope | {"mrope_section": model.mrope_sections and list(model.mrope_sections)}}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Legend: N patches of whole blocks, D encoder width, V = N / merge^2 visual token
 
 import dataclasses
 import difflib
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,11 +21,13 @@ from tandem.data.vision import VisionSpec
 @dataclass
 class ConnectorConfig:
     """How features become tokens of the LLM.  kind: a module of train/models/connectors.  merge: a block of merge x
-    merge patches becomes one token; `VisionSpec` checks it.  options: settings of this kind alone."""
+    merge patches becomes one token; `VisionSpec` checks it.  options: settings of this kind alone.  folder: of a whole
+    model in Hugging Face's format, from which all of these and first weights come."""
 
     kind: str = "mlp"
     merge: int = VisionSpec.merge
     options: dict[str, Any] = field(default_factory=dict)
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,14 @@ class Connector(ABC):
     def token_elements(self, sizes: Sizes, options: Any) -> int:
         """Numbers that the backward pass needs of one token."""
 
+    def shapes(self, sizes: Sizes, options: Any) -> list[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of every parameter of the module."""
+        with torch.device("meta"):
+            return [(name, tuple(each.shape)) for name, each in self.build(sizes, options).named_parameters()]
+
     def parameters(self, sizes: Sizes, options: Any) -> int:
         """Of the module."""
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in self.build(sizes, options).parameters())
+        return sum(math.prod(shape) for _, shape in self.shapes(sizes, options))
 
     def read(self, options: dict[str, Any]) -> Any:
         """Typed options.  Raises ValueError, naming the key, for one that is unknown, missing or of another type."""

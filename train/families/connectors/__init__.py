@@ -1,0 +1,49 @@
+"""Families of connectors in Hugging Face's format, one module each: what stands between encoder and language model in a
+folder of a whole model.  A module that is added here is a family without an edit elsewhere.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tandem.train.families.connectors.base import ConnectorFamily
+from tandem.train.families.folder import Folder
+from tandem.train.models.connectors.base import ConnectorConfig, Sizes
+from tandem.train.registry import Registry
+
+FAMILIES: Registry[ConnectorFamily] = Registry(__name__, __path__, "FAMILY", "model_type")
+
+
+def settings_of(folder: str | Path) -> dict[str, Any]:
+    """The keys of `model.connector` that a folder decides.  Raises ValueError, naming the folder."""
+    family, said = _of_folder(folder)
+    return {"kind": family.kind, "merge": family.merge(said), "options": dict(family.options)}
+
+
+def open_folder(folder: str | Path, config: ConnectorConfig, sizes: Sizes) -> Folder:
+    """The weights in a folder.  Raises ValueError where it is not a connector of these settings and sizes."""
+    for key, value in settings_of(folder).items():
+        if (ours := getattr(config, key)) != value:
+            raise ValueError(
+                f"model.connector.{key}={ours}, but model.connector.folder={folder} has {value}: leave "
+                f"model.connector.{key} out"
+            )
+    family, _ = _of_folder(folder)
+    try:
+        return Folder(folder, family, sizes, family.prefixes)
+    except ValueError as error:
+        raise ValueError(f"model.connector.folder={error}") from error
+
+
+def of_model(config: ConnectorConfig) -> ConnectorFamily | None:
+    """A family that can hold this connector."""
+    found = (FAMILIES.find(name) for name in FAMILIES.names())
+    return next((each for each in found if (each.kind, each.options) == (config.kind, dict(config.options))), None)
+
+
+def _of_folder(folder: str | Path) -> tuple[ConnectorFamily, dict]:
+    try:
+        said = json.loads((Path(folder) / "config.json").read_text())
+        return FAMILIES.find(said.get("model_type")), said
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"model.connector.folder={folder}: {error}") from error
