@@ -227,6 +227,26 @@ def test_layouts_train_alike(name, layout, trained):
             assert found[norm] == pytest.approx(expected[norm], rel=1e-4), norm
 
 
+def go_on(runs: dict[str, str], overrides: list[str], out: str) -> None:
+    """One more step on one rank, with the weights and moments of each run."""
+    for place, run in runs.items():
+        load = [f"checkpoint.load_from={run}", "checkpoint.load_optimizer=true"]
+        train_run("stage1", [*load, *overrides], f"{out}/{place}")
+        destroy_grid()
+
+
+@pytest.mark.parametrize("name", models_of("pp2.vpp2.dp2"))
+def test_a_checkpoint_of_stages_and_replicas_goes_on_elsewhere(name, trained, folders, corpus, tmp_path):
+    """Both copies of a tied embedding and the routers' biases are one tensor each."""
+    runs = {place: str(trained[layout] / name) for place, layout in (("one", "one rank"), ("other", "pp2.vpp2.dp2"))}
+    overrides = [*SMALL, "train.steps=1", "optim.lr=1e-3", f"model.llm.folder={folders}/{name}"]
+    run_world(go_on, 1, runs, [*overrides, *corpus_overrides(corpus)], str(tmp_path), timeout=180)
+    (one,), (other,) = (read_metrics(tmp_path / place) for place in runs)
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for norm in NORMS:
+        assert other[norm] == pytest.approx(one[norm], rel=1e-4), norm
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_exported_is_what_came_in(name, trained, tmp_path):
     """To the bit, and transformers opens it as the same class."""
