@@ -85,7 +85,7 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
     for part in ("llm", "encoder", "connector"):
         if folder := OmegaConf.select(out, f"model.{part}.folder"):
             said = {f"model.{part}.{key}": value for key, value in _of_folder(out, part, folder).items()}
-            for key in said.keys() - {override.key_or_group for override in parsed}:  # `families.check` compares
+            for key in said.keys() - {override.key_or_group for override in parsed}:  # contradictions: `open_folder`
                 OmegaConf.update(out, key, said[key], merge=False)
     return out
 
