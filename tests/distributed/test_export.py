@@ -25,9 +25,9 @@ from tandem.train.input.dataset import open_data
 from tandem.train.input.rows import row_prefetcher
 from tests.data.videos import make_video
 from tests.distributed.runs import train_run
-from tests.distributed.test_families import COMMON, OWN
 from tests.distributed.world import run_world
 from tests.support import ROOT, settings, write_tar
+from tests.train.folders import write_qwen3_moe
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (16, 16, 4), dtype=np.uint8)
 
@@ -107,12 +107,8 @@ def overrides(files: Path, llm: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def run(files, tmp_path_factory) -> Path:
     """A run of sixty steps from a language model of transformers."""
-    import transformers
-
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
-    config = transformers.AutoConfig.for_model("qwen3_moe", **COMMON, **OWN["qwen3_moe"])
-    transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder / "llm")
+    write_qwen3_moe(folder / "llm")
     run_world(train_run, 1, "stage1", overrides(files, folder / "llm"), str(folder / "run"), timeout=180)
     return folder / "run"
 

@@ -9,9 +9,9 @@ import torch
 from tandem.train import families
 from tandem.train.checkpoints import checkpoint
 from tests.distributed.runs import train_run
-from tests.distributed.test_families import COMMON, OWN
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, settings
+from tests.train.folders import write_qwen3_moe
 
 SMALL = ["train.seq_length=128", "train.global_batch_size=4", "data.max_patches=64", "optim.lr=1e-2", "train.steps=1"]
 
@@ -19,13 +19,9 @@ SMALL = ["train.seq_length=128", "train.global_batch_size=4", "data.max_patches=
 @pytest.fixture(scope="module")
 def places(corpus, tmp_path_factory) -> Path:
     """Folders `one` and `other` of language models, and a run in fp32 that started from the first."""
-    import transformers
-
     root = tmp_path_factory.mktemp("places")
-    config = transformers.AutoConfig.for_model("qwen3_moe", **COMMON, **OWN["qwen3_moe"])
     for seed, name in enumerate(("one", "other")):
-        torch.manual_seed(seed)
-        transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(root / name)
+        write_qwen3_moe(root / name, seed)
     run_world(train_run, 1, "stage1", common(corpus, root), str(root / "run"), timeout=180)
     return root
 

@@ -55,3 +55,14 @@ def saved_models(tmp_path_factory, models, change=lambda model: None):
         return folder, model
 
     return of
+
+
+def write_qwen3_moe(folder, seed=0):
+    """A tiny language model of random weights, as transformers writes it."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
+    config = transformers.Qwen3MoeConfig(**sizes, vocab_size=384, norm_topk_prob=True, initializer_range=0.1)
+    transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)

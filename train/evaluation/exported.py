@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tandem.data.dataset import Data
 from tandem.data.formats.in_place import find_format
 from tandem.data.media.turns import KIND_OF, Turn, checked_turns, media_of
 from tandem.data.reading.jobs import KINDS
@@ -20,7 +21,6 @@ from tandem.data.shards.index import ShardIndex
 from tandem.data.shards.storage import open_range
 from tandem.train.config.schema import Config
 from tandem.train.evaluation.answers import Score
-from tandem.train.input.dataset import Data
 from tandem.train.models.pretrained.hugging_face import first_line, transformers_for
 
 ASKED = "assistant"  # whose turns are generated
