@@ -55,6 +55,7 @@ def text_job(lease, path, contents: list[bytes], length: int) -> Job:
         "offset_M": np.cumsum(sizes) - sizes,
         "size_M": sizes,
         "crc_M": np.array([zlib.crc32(content) for content in contents], np.uint32),
+        "plain_M": np.zeros(count, np.uint16),
         "source_M": np.zeros(count, np.int64),
         "out_M": np.arange(count) * length,
         "length_M": np.full(count, length),
@@ -63,7 +64,8 @@ def text_job(lease, path, contents: list[bytes], length: int) -> Job:
         "first_M1": np.zeros(count + 1, np.int64),
         **{name: np.zeros(0, np.int64) for name in ("media_I", "time_I", "tokens_I", "start_I")},
     }
-    words = {"kind": "texts", "slot": lease.address, "patches": 0, "positions": count * length, "paths": [str(path)]}
+    words = {"kind": "texts", "slot": lease.address, "patches": 0, "positions": count * length}
+    words |= {"paths": [str(path)], "formats": [["turns", None]]}
     return Job(words, arrays)
 
 
