@@ -77,8 +77,8 @@ def run(config: Config) -> str:
     launcher = follow_launcher()
     with watchdog.watch(config.watchdog.timeout_s, config.watchdog.patience_s) as heartbeat:
         find(config.task).check_folders(config)
+        data = open_data(config)  # grows the vocabulary of an LLM of a folder
         origins = open_origins(config)
-        data = open_data(config)
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         device = local_device()

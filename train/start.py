@@ -109,6 +109,10 @@ def restore(
     readers = [origin.source for origin in origins if isinstance(origin.source, checkpoint.Reader)]
     if config.checkpoint.load_optimizer and readers:
         _check_moments(config, readers[0])
+    origins = [origin.grown(data.reader.tokenizer, config.model.llm.width) for origin in origins]
+    if added := data.reader.tokenizer.added:
+        names = ", ".join(f"{name} ({place})" for name, place in added.items())
+        told.append(f"added to the vocabulary of data.tokenizer={config.data.tokenizer}: {names}")
     for origin in origins:
         if isinstance(origin.source, checkpoint.Reader):
             given = set(origin.parts or find(config.task).parts) & origin.source.modules

@@ -132,6 +132,14 @@ class Tokenizer:
         """One more than the largest id, so that it can size an embedding even where ids have gaps."""
         return self._encoder.vocab_size
 
+    def id_of(self, token: str) -> int | None:
+        """Id of a token of the vocabulary, or None."""
+        return self._encoder.token_id(token)
+
+    def is_file(self, raw: bytes) -> bool:
+        """Whether these are the bytes of its tokenizer.json."""
+        return raw == self._files.raw
+
     def _digest(self, files: TokenizerFiles) -> str:
         """That of the file alone where nothing else decides."""
         if self.is_ours and not files.added and not self.added:

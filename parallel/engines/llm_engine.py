@@ -240,7 +240,7 @@ class LLMEngine:
         """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor."""
         for shard in self._shards:
             for kind in KINDS if optimizer and self.trainable and shard.trained else KINDS[:1]:
-                whole = torch.empty(shard.local.shape, dtype=torch.float32)
+                whole = (torch.zeros if shard.padded else torch.empty)(shard.local.shape, dtype=torch.float32)
                 for piece in shard.pieces:
                     part = piece.of_local(whole)
                     part.copy_(read(shard.name, kind, piece.corner(part.dim()), tuple(part.shape)))

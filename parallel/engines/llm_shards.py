@@ -14,7 +14,7 @@ Initial weights and checkpoints both go through this map, so they are the same w
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 
 from tandem.parallel.engines.state import Piece
 
+VOCABULARY = {"embedding.word_embeddings.weight", "output_layer.weight"}  # tensors with a row for each token
 ROUTER_BIAS = ".router.expert_bias"
 EXPERT = re.compile(
     r"(?P<layer>.+\.experts\.)"
@@ -48,6 +49,12 @@ class Shard:
         return isinstance(self.parameter, torch.nn.Parameter)
 
     @property
+    def padded(self) -> bool:
+        """Whether entries here are no part of the whole tensor."""
+        dim = self.pieces[0].dim
+        return sum(piece.length for piece in self.pieces) < self.local.shape[dim]
+
+    @property
     def local(self) -> torch.Tensor:
         """The values here, a view of the parameter."""
         whole = self.parameter.detach()
@@ -69,7 +76,8 @@ def shards_of(chunk: torch.nn.Module) -> Iterator[Shard]:
         else:
             dim = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
             size = parallel_state.get_tensor_model_parallel_world_size()
-            yield _shard(name, parameter, dim, size, parallel_state.get_tensor_model_parallel_rank())
+            shard = _shard(name, parameter, dim, size, parallel_state.get_tensor_model_parallel_rank())
+            yield _without_padding(shard, chunk.words) if name in VOCABULARY else shard
     for name, buffer in chunk.named_buffers():
         if name.endswith(ROUTER_BIAS):
             yield _shard(_in_whole_pipeline(chunk, name), buffer, -1, 1, 0)
@@ -101,6 +109,13 @@ def _shard(name: str, parameter, dim: int, size: int, rank: int, entry: int | No
     return Shard(name, tuple(shape), pieces, parameter, entry)
 
 
+def _without_padding(shard: Shard, words: int) -> Shard:
+    """The shard of a tensor of `words` rows whose parameters have more, in the last ranks."""
+    (piece,) = shard.pieces
+    length = min(piece.length, words - piece.start)
+    return replace(shard, shape=(words, *shard.shape[1:]), pieces=(replace(piece, length=length),))
+
+
 @torch.no_grad()
 def initialize(chunk: torch.nn.Module, seed: int, std: float, layers: int) -> None:
     """Weights normal(0, std), those that write to the residual stream std / sqrt(2 layers), norms one, biases zero.
@@ -115,6 +130,8 @@ def initialize(chunk: torch.nn.Module, seed: int, std: float, layers: int) -> No
         to_residual = shard.name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         scale = std / (2 * layers) ** 0.5 if to_residual else std
         whole = torch.randn(shard.shape, generator=generator) * scale
+        if shard.padded:
+            shard.local.zero_()
         for piece in shard.pieces:
             piece.of_local(shard.local).copy_(piece.of_global(whole))
 

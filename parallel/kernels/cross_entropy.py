@@ -31,15 +31,20 @@ def linear_cross_entropy(
     *,
     sequence_parallel: bool = False,
     tile: int = TILE,
+    words: int | None = None,
 ) -> torch.Tensor:
     """Loss of every token, fp32 [S] (fp64 for fp64 inputs), equal on all ranks of the tensor-parallel `group`.
 
     hidden_SD: all S tokens, or with `sequence_parallel` this rank's S / tp of them.  weight_VD: this rank's words, the
     group's in order of rank; no group (None): the whole vocabulary.  labels_S: int64 over the whole vocabulary; a label
-    outside of it counts as a word of logit 0.  Products are in the inputs' dtype, softmax and sums in fp32.  One
-    collective in the forward (two numbers a token and rank) besides the gathering of hidden states.
+    outside of it counts as a word of logit 0.  words: of the whole vocabulary, where the last ranks' rows pad it: each
+    rank has at least one, and padding has no logit and a zero gradient.  Products are in the inputs' dtype, softmax and
+    sums in fp32.  One collective in the forward (two numbers a token and rank) besides the gathering of hidden states.
     """
-    return _LinearCrossEntropy.apply(hidden_SD, weight_VD, labels_S, group, sequence_parallel, tile)
+    here = weight_VD.shape[0]
+    if words is not None:
+        here = min(here, words - here * (0 if group is None else dist.get_rank(group)))
+    return _LinearCrossEntropy.apply(hidden_SD, weight_VD, labels_S, group, sequence_parallel, tile, here)
 
 
 def peak_bytes(tokens: int, width: int, words: int, itemsize: int, tile: int = TILE) -> int:
@@ -67,9 +72,10 @@ def block_of(tokens: int, words: int, tile: int) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_SD, weight_VD, labels_S, group, sequence_parallel, tile):
+    def forward(ctx, hidden_SD, padded_VD, labels_S, group, sequence_parallel, tile, words):
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        labels_S = labels_S - rank * weight_VD.shape[0]
+        labels_S = labels_S - rank * padded_VD.shape[0]
+        weight_VD = padded_VD[:words]
         whole_SD = _gather(hidden_SD, group) if sequence_parallel and ranks > 1 else hidden_SD
         log_sum_S = label_S = labels_S  # of no block yet
         for first, weight_BD in _blocks(weight_VD, whole_SD.shape[0], tile):
@@ -82,19 +88,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_sum_S, label_S = torch.logsumexp(all_R2S[:, 0], 0), all_R2S[:, 1].sum(0)
         loss_S = log_sum_S - label_S
         kept_SV = logits_SB if logits_SB.shape[1] == weight_VD.shape[0] else None
-        ctx.save_for_backward(hidden_SD, weight_VD, labels_S, log_sum_S, loss_S, kept_SV)
-        ctx.group, ctx.ranks, ctx.tile = group, ranks, tile
+        ctx.save_for_backward(hidden_SD, padded_VD, labels_S, log_sum_S, loss_S, kept_SV)
+        ctx.group, ctx.ranks, ctx.tile, ctx.words = group, ranks, tile, words
         ctx.sequence_parallel = sequence_parallel and ranks > 1
         return loss_S
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_S):
-        hidden_SD, weight_VD, labels_S, log_sum_S, loss_S, kept_SV = ctx.saved_tensors
+        hidden_SD, padded_VD, labels_S, log_sum_S, loss_S, kept_SV = ctx.saved_tensors
+        weight_VD = padded_VD[: ctx.words]
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         whole_SD = _gather(hidden_SD, ctx.group) if ctx.sequence_parallel else hidden_SD
         sums_SD = torch.empty_like(whole_SD, dtype=log_sum_S.dtype) if to_hidden else None
-        grad_VD = torch.empty_like(weight_VD) if to_weight else None
+        grad_VD = torch.empty_like(padded_VD) if to_weight else None
+        if to_weight:
+            grad_VD[ctx.words :] = 0
         label_slope_S = torch.expm1(-loss_S) * grad_S
         for first, weight_BD in _blocks(weight_VD, whole_SD.shape[0], ctx.tile):
             slopes_SB = whole_SD @ weight_BD.T if kept_SV is None else kept_SV.clone()
@@ -106,13 +115,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_product(sums_SD, slopes_SB, weight_BD, begin=first == 0)
             del slopes_SB  # before the next block's logits are made
         if sums_SD is None:
-            return None, grad_VD, None, None, None, None
+            return None, grad_VD, None, None, None, None, None
         grad_SD = sums_SD.to(hidden_SD.dtype)
         if ctx.sequence_parallel:
             grad_SD = _scatter_sum(grad_SD, ctx.group, ctx.ranks)
         elif ctx.ranks > 1:
             dist.all_reduce(grad_SD, group=ctx.group)
-        return grad_SD, grad_VD, None, None, None, None
+        return grad_SD, grad_VD, None, None, None, None, None
 
 
 def _blocks(weight_VD, tokens, tile):

@@ -217,6 +217,30 @@ SURVIVORS = (
 
 DATA = (
     Mutation(
+        "roles_of_a_template_are_trained",
+        "data/media/chat_format.py",
+        "ChatFormat._ids",
+        "trained_T[low:high] |= whole_T | ~marked_T[low:high]",
+        "trained_T[low:high] = True",
+        ("tests/data/test_chat.py",),
+    ),
+    Mutation(
+        "turns_do_not_train_their_end",
+        "data/media/chat_format.py",
+        "ChatFormat._ids",
+        "trained_T[high : stop[0] + 1] = True",
+        "trained_T[high : stop[0]] = True",
+        ("tests/data/test_chat.py",),
+    ),
+    Mutation(
+        "text_begins_as_a_whole_string",
+        "data/media/encoding.py",
+        "Encoder._marked",
+        "self._marks[match[0]]",
+        "match[0]",
+        ("tests/data/test_chat.py",),
+    ),
+    Mutation(
         "order_is_the_same_in_every_epoch",
         "data/planning/order.py",
         "permutation",
@@ -474,6 +498,14 @@ PARALLEL = (
         "router._maintain_float32_expert_bias()",
         "None",
         ("tests/train/test_llm_spec.py::test_a_stored_bias_is_not_rounded",),
+    ),
+    Mutation(
+        "padding_of_the_vocabulary_has_logits",
+        "parallel/kernels/cross_entropy.py",
+        "linear_cross_entropy",
+        "here = min(here, words - here * (0 if group is None else dist.get_rank(group)))",
+        "pass",
+        ("tests/parallel/test_cross_entropy.py",),
     ),
     Mutation(
         "balance_shortest_image_first",
@@ -790,6 +822,14 @@ TRAIN = (
         "t, y, x = positions",
         "t, x, y = positions",
         ("tests/train/test_rope.py",),
+    ),
+    Mutation(
+        "added_tokens_keep_rows_of_no_token",
+        "train/families/vocabulary.py",
+        "GrownFolder.read",
+        "(id_R >= self._rows) | ",
+        "(id_R >= self._rows) & ",
+        ("tests/train/test_vocabulary.py",),
     ),
     Mutation(
         "clip_norm_is_0_for_encoder",

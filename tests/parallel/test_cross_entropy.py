@@ -4,6 +4,7 @@ fp64 inputs agree to 1e-12: sums in another order.  bf16 is compared with the pl
 so that what remains is rounding of the gradient's tiles to bf16 (2^-9 of each, as the plain backward rounds them).
 """
 
+import functools
 import weakref
 
 import pytest
@@ -49,6 +50,18 @@ def test_equals_the_plain_one(tile, tokens):
     given = inputs(tokens)
     for mine, theirs in zip(loss_and_gradients(ours(tile), *given), loss_and_gradients(plain, *given), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_rows_that_pad_the_vocabulary_never_win(tile):
+    """Equal to the bit without them, and their gradient is zero, whatever they hold."""
+    hidden_SD, weight_VD, labels_S, grad_S = inputs(23)
+    padded_VD = torch.cat([weight_VD, 100 * torch.ones(5, 12, dtype=torch.float64)])
+    words = functools.partial(linear_cross_entropy, group=None, tile=tile, words=300)
+    mine = loss_and_gradients(words, hidden_SD, padded_VD, labels_S, grad_S)
+    theirs = loss_and_gradients(ours(tile), hidden_SD, weight_VD, labels_S, grad_S)
+    assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+    assert torch.equal(mine[2][:300], theirs[2]) and not mine[2][300:].any()
 
 
 @pytest.mark.parametrize("tile", TILES)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from tandem.data.media.text import Tokenizer
 from tandem.parallel.engines.encoder_engine import EncoderEngine
 from tandem.parallel.engines.llm_engine import LLMEngine
 from tandem.train import families
@@ -21,6 +22,7 @@ from tandem.train.config.schema import Config
 from tandem.train.config.settings import resumed
 from tandem.train.families import connectors, encoders
 from tandem.train.families.folder import Folder
+from tandem.train.families.vocabulary import GrownFolder
 from tandem.train.models.connectors import between
 from tandem.train.tasks import find
 from tandem.train.tasks.base import Engines
@@ -31,12 +33,12 @@ class Origin:
     """A place and the setting that names it.  parts: taken from it; None for all that it and the model share."""
 
     setting: str
-    source: Reader | Folder
+    source: Reader | Folder | GrownFolder
     parts: list[str] | None
 
     def load(self, config: Config, engines: Engines, saver: Saver) -> list[str]:
         """Takes the weights into the engines (collective); the parts that were taken."""
-        if isinstance(self.source, Folder):
+        if not isinstance(self.source, Reader):
             assert self.parts is not None, "a folder gives one part"
             self._load_folder(self.parts[0], self.source, engines, saver)
             return self.parts
@@ -47,7 +49,15 @@ class Origin:
         saver.keep_frozen(self.source.read, taken)
         return taken
 
-    def _load_folder(self, part: str, folder: Folder, engines: Engines, saver: Saver) -> None:
+    def grown(self, tokenizer: Tokenizer, width: int) -> "Origin":
+        """The origin with a row of the LLM's vocabulary for each token that was added to the tokenizer."""
+        if not isinstance(self.source, Folder) or self.parts != ["llm"]:
+            return self
+        rows = families.settings_of(self.source.path)["vocab_size"]
+        added = range(tokenizer.known, tokenizer.vocab_size) if tokenizer.added else range(0)
+        return replace(self, source=GrownFolder(self.source, rows, width, tokenizer.known, added))
+
+    def _load_folder(self, part: str, folder: Folder | GrownFolder, engines: Engines, saver: Saver) -> None:
         def read(name: str, *box: Any) -> torch.Tensor:
             return folder.read(name.removeprefix(f"{part}."), *box)
 
@@ -108,7 +118,7 @@ def told(origins: list[Origin], taken: list[list[str]], parts: tuple[str, ...]) 
         return []
     place_of: dict[str, str] = {}
     for origin, names in zip(origins, taken, strict=True):
-        place = origin.source.told if isinstance(origin.source, Folder) else str(origin.source.path)
+        place = str(origin.source.path) if isinstance(origin.source, Reader) else origin.source.told
         place_of |= dict.fromkeys(names, place)
     by_place: dict[str, list[str]] = {}
     for part in parts:

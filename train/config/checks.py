@@ -145,8 +145,8 @@ def _check_loading(config: Config, task: Task) -> None:
             may = f"must name {', '.join(task.must_train)} and may name {others}"
         raise ValueError(f"train.trainable={list(config.train.trainable)}: {may}")
     modules = config.checkpoint.load_modules
-    if config.checkpoint.other_tokenizer and config.checkpoint.load_from is None:
-        raise ValueError("checkpoint.other_tokenizer=true: has no use without checkpoint.load_from")
+    if config.checkpoint.other_tokenizer and not (config.checkpoint.load_from or config.model.llm.folder):
+        raise ValueError("checkpoint.other_tokenizer=true: has no use without checkpoint.load_from or model.llm.folder")
     _check_places(config.checkpoint, task.parts)
     if unknown := sorted(set(config.checkpoint.allow_changed) - architecture(config).keys()):
         raise ValueError(

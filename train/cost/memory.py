@@ -154,7 +154,7 @@ def stage_parameters(config: "LLMConfig", layout: Layout, stage: int) -> StagePa
     others = (sparse + dense) * layer + sparse * fixed + dense * 3 * d * config.ffn_width // layout.tp
     ends = (stage == 0) + (stage == layout.pp - 1)
     ends -= config.tied_embeddings and layout.pp == 1  # more stages have a copy each
-    others += ends * config.vocab_size * d // layout.tp + d * (stage == layout.pp - 1)
+    others += ends * config.padded_vocab(layout.tp) * d // layout.tp + d * (stage == layout.pp - 1)
     return StageParameters(experts, others)
 
 
@@ -245,7 +245,7 @@ def stage_memory(
                 for count, sparse in zip(kinds, (True, False), strict=True)
                 if count
             ),
-            last * peak_bytes(tokens * layout.tp, config.width, config.vocab_size // layout.tp, element),
+            last * peak_bytes(tokens * layout.tp, config.width, config.padded_vocab(layout.tp) // layout.tp, element),
         ),
         buffers=2 * rows,
     )

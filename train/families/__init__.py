@@ -3,6 +3,7 @@ tensors are which rows of ours.  `language/` has one module each.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from tandem.train.families import language
@@ -34,18 +35,21 @@ def settings_of(folder: str | Path, key: str = "model.llm.folder") -> dict:
 
 
 def open_folder(config: LLMConfig, key: str = "model.llm.folder") -> Folder:
-    """The weights in `config.folder`, which the setting `key` names.
+    """The weights in `config.folder`, which the setting `key` names, without tokens that the model has more
+    (`train.families.vocabulary`).
 
     Raises ValueError where it is not a model of these settings.
     """
     assert config.folder is not None, "asked for where a folder is named"
     family, _ = of_folder(config.folder, key)
-    for name, value in settings_of(config.folder, key).items():
-        if (ours := getattr(config, name)) != value:
+    found = settings_of(config.folder, key)
+    for name, value in found.items():
+        ours = getattr(config, name)
+        if ours != value and not (name == "vocab_size" and ours > value):
             hint = f": leave model.llm.{name} out" if key == "model.llm.folder" else ""
             raise ValueError(f"model.llm.{name}={ours}, but {key}={config.folder} has {value}{hint}")
     try:
-        return Folder(config.folder, family, config)
+        return Folder(config.folder, family, replace(config, vocab_size=found["vocab_size"]))
     except ValueError as error:
         raise ValueError(f"{key}={error}") from error
 

@@ -9,10 +9,24 @@ from tandem.data.planning.stream import Stream, StreamConfig
 from tandem.data.reading.reader import ShardReader
 from tandem.parallel.comm.transfer import pin, unpin
 from tandem.train.config.schema import Config
+from tandem.train.families.vocabulary import check_vocabulary
 from tandem.train.input.prefetcher import BATCHES_HELD
 from tandem.train.tasks import find
 
 IMAGES = "images"  # the format without texts
+
+
+def _grow_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """Gives the LLM of a folder a row for each token that was added to the tokenizer.
+
+    Raises ValueError where the folder has a tokenizer of another vocabulary.
+    """
+    llm = config.model.llm
+    assert llm.folder is not None, "asked for where a folder is named"
+    if not config.checkpoint.other_tokenizer:
+        check_vocabulary(llm.folder, tokenizer)
+    if tokenizer.added:
+        llm.vocab_size = max(llm.vocab_size, tokenizer.vocab_size)
 
 
 def open_data(config: Config) -> Data:
@@ -20,6 +34,8 @@ def open_data(config: Config) -> Data:
     data = config.data
     tokenizer = Tokenizer(data.tokenizer, data.special_tokens, data.chat)
     task = find(config.task)
+    if task.has_llm and config.model.llm.folder:
+        _grow_vocabulary(config, tokenizer)
     known = getattr(config.model, task.vocabulary).vocab_size
     if tokenizer.vocab_size > known:
         raise ValueError(

@@ -17,11 +17,15 @@ from tandem.train.models.language.rope import Rope
 
 
 class VisualGPT(GPTModel):
-    """GPTModel whose embedding output takes visual rows at given places, and whose loss never has a row's logits."""
+    """GPTModel whose embedding output takes visual rows at given places, and whose loss never has a row's logits.
 
-    def __init__(self, *args, rope: Rope, **kwargs):
+    words: rows of the vocabulary that there are; what pads it to a multiple of tp is zero, gets no gradient, no logit
+    and no place in a checkpoint.
+    """
+
+    def __init__(self, *args, rope: Rope, words: int, **kwargs):
         super().__init__(*args, position_embedding_type="none", **kwargs)
-        self.rope = rope
+        self.rope, self.words = rope, words
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Marks the first and the last stage's copy of a tied embedding.
@@ -58,8 +62,10 @@ class VisualGPT(GPTModel):
 
     def _postprocess(self, hidden_states, labels, **others):
         """The loss in place of Megatron-core's, which makes all logits first."""
-        if not self.post_process or labels is None:
+        if not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)
+        if labels is None:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **others)[..., : self.words]
         tied = self.share_embeddings_and_output_weights
         losses_S = linear_cross_entropy(
             hidden_states[:, 0],
@@ -67,5 +73,6 @@ class VisualGPT(GPTModel):
             labels[0],
             self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,
+            words=self.words,
         )
         return losses_S[None]

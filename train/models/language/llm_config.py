@@ -72,6 +72,10 @@ class LLMConfig:
     first_dense_layers: int = 0
     moe_every: int = 1
 
+    def padded_vocab(self, tp: int) -> int:
+        """Rows of the embedding over all tp ranks, each with as many."""
+        return -(-self.vocab_size // tp) * tp
+
     @property
     def rope(self) -> Rope:
         sections = None if self.mrope_sections is None else tuple(self.mrope_sections)
@@ -188,7 +192,6 @@ class LLMConfig:
         rules = (
             ("model.llm.heads", self.heads, "parallel.tp", layout.tp),
             ("model.llm.kv_heads", self.kv_heads, "parallel.tp", layout.tp),
-            ("model.llm.vocab_size", self.vocab_size, "parallel.tp", layout.tp),
             ("model.llm.layers", self.layers, "parallel.pp*vpp", layout.pp * layout.vpp),
         )
         if self.num_experts:
@@ -202,5 +205,10 @@ class LLMConfig:
         for key, value, by, divisor in rules:
             if value % divisor:
                 raise ValueError(f"{key}={value} is not divisible by {by}={divisor}")
+        if self.vocab_size <= layout.tp * (layout.tp - 1):
+            raise ValueError(
+                f"model.llm.vocab_size={self.vocab_size} is too small for parallel.tp={layout.tp}: the last rank would "
+                "have no token"
+            )
         if not self.num_experts and layout.ep > 1:
             raise ValueError(f"parallel.ep={layout.ep} with model.llm.num_experts=0: there are no experts to divide")

@@ -154,7 +154,8 @@ def build_chunk(config: LLMConfig, megatron: LLMTransformerConfig, *, vp_stage: 
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=layers, layer_norm=layers[0].submodules.input_layernorm
         ),
-        vocab_size=config.vocab_size,
+        vocab_size=config.padded_vocab(megatron.tensor_model_parallel_size),
+        words=config.vocab_size,
         max_sequence_length=0,
         pre_process=first,
         post_process=last,
