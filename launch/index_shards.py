@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file of a checkout, which need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -106,10 +107,10 @@ def tokenizer_settings(path: str, chosen: list[str]) -> str:
     """Settings of the tokenizer, as JSON.  chosen: KEY=VALUE as below `data` in a run.  Raises ValueError."""
     parts = OmegaConf.structured({"special_tokens": SpecialTokens, "chat": ChatConfig})
     try:
-        chosen_parts = OmegaConf.to_object(OmegaConf.merge(parts, OmegaConf.from_dotlist(chosen)))
+        merged: Any = OmegaConf.to_object(OmegaConf.merge(parts, OmegaConf.from_dotlist(chosen)))
     except OmegaConfBaseException as error:
         raise ValueError(f"--set {' '.join(chosen)}: {str(error).splitlines()[0]}") from error
-    tokenizer = Tokenizer(path, chosen_parts["special_tokens"], chosen_parts["chat"])
+    tokenizer = Tokenizer(path, merged["special_tokens"], merged["chat"])
     if tokenizer.added:
         print(f"{path} lacks {', '.join(tokenizer.added)}: they get the ids from {tokenizer.known} on", flush=True)
     return json.dumps(tokenizer.settings)

@@ -133,7 +133,7 @@ class ChatTemplate:
                 begin = end - len(left.lstrip())
             elif end is None and begin is not None:
                 end = begin + len(core[: _shared(written.text[begin:], core)].rstrip())
-            if begin is None or (core and begin == end):
+            if begin is None or end is None or (core and begin == end):
                 raise LostTurnError(f"leaves out a turn of the {turns[run.turn][0]}")
             begin -= len(before) * (written.text[:begin].endswith(before))
             end += len(behind) * (written.text[end:].startswith(behind))
@@ -143,7 +143,7 @@ class ChatTemplate:
     # ---- messages
 
     def _messages(self, turns: Sequence[Turn], spelled: Mapping[str, str]) -> list[dict]:
-        messages = []
+        messages: list[dict] = []
         for role, pieces in turns:
             if role not in self.parts:
                 messages.append({"role": role, "content": _joined(pieces, spelled)})

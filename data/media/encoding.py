@@ -72,7 +72,7 @@ class Encoder:
         places_T2 = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         return self._meant[raw_T], raw_T >= self.vocab_size, places_T2
 
-    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool) -> str:
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
 

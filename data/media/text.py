@@ -222,7 +222,9 @@ def _add_missing(inner: tokenizers.Tokenizer, names: Iterable[str], what: str) -
     for name in names:
         if name not in special and name not in missing:
             raise ValueError(f"{what} holds {name} but not as a special token: text could spell it")
-    return {name: inner.token_to_id(name) for name in missing}
+    vocabulary = inner.get_added_tokens_decoder().items()
+    place = {token.content: number for number, token in vocabulary}
+    return {name: place[name] for name in missing}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

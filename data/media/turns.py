@@ -5,7 +5,7 @@ A backslash before a placeholder or box tag makes it text (`split_marks`).
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tandem.data.media.encoding import RESERVED
 
@@ -105,7 +105,7 @@ def _checked_role_and_text(item: object, what: str, reason: str) -> tuple[str, l
     """Role and pieces."""
     if not isinstance(item, dict) or item.get("role") not in ROLES:
         raise SampleError(reason, f"{what} without a role out of {', '.join(ROLES)}")
-    text = item.get("text")
+    text: Any = item.get("text")
     check_text(text, f"{what} with a text", reason)
     if RESERVED in text:
         raise SampleError(reason, f"{what} with a text that holds U+{ord(RESERVED):04X}, which is no character")

@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -77,7 +77,7 @@ def shards_of(chunk: torch.nn.Module) -> Iterator[Shard]:
             dim = getattr(parameter, "partition_dim", -1) if getattr(parameter, "tensor_model_parallel", False) else -1
             size = parallel_state.get_tensor_model_parallel_world_size()
             shard = _shard(name, parameter, dim, size, parallel_state.get_tensor_model_parallel_rank())
-            yield _without_padding(shard, chunk.words) if name in VOCABULARY else shard
+            yield _without_padding(shard, cast(int, chunk.words)) if name in VOCABULARY else shard
     for name, buffer in chunk.named_buffers():
         if name.endswith(ROUTER_BIAS):
             yield _shard(_in_whole_pipeline(chunk, name), buffer, -1, 1, 0)
