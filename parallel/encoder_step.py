@@ -80,11 +80,11 @@ def encoder_step(
             encoder.backward(outputs, _of_chunk(outputs, gradients, first=index == 0, counts=chunk.counts))
     with timer.phase("update"):
         numbers = torch.stack([share.detach().double(), *(value.detach().double() for value in report.values())])
-        norms, (loss, *values), stop = reduce_step_stats(
-            encoder.part_names, encoder.squared_grad_norms(), numbers, stop
-        )
-        total, applied = update([encoder], loss, norms, clip_norm, accept)
-    return StepOutput(dict(zip(report, values, strict=True)), loss, total, norms, applied, stop)
+        stats = reduce_step_stats(encoder.part_names, encoder.squared_grad_norms(), numbers, stop)
+        loss, *values = stats.report
+        total, applied = update([encoder], loss, stats.norms, clip_norm, accept)
+    values = dict(zip(report, values, strict=True))
+    return StepOutput(values, loss, total, stats.norms, applied, stats.stop, stats.memory_bytes)
 
 
 def _as_tuple(outputs: torch.Tensor | Outputs) -> Outputs:

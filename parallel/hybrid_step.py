@@ -14,6 +14,7 @@ Legend: V visual rows of a chunk, N rows of its output, U rows this rank's leave
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from tandem.parallel.comm.exchange import Dispatch, DispatchPlan, Exchange
+from tandem.parallel.engines.balance import ExpertBalance, ExpertLoad
 from tandem.parallel.engines.encoder_engine import EncoderEngine
 from tandem.parallel.engines.llm_engine import Leaf, LLMEngine
 from tandem.parallel.grid import Grid
@@ -61,7 +63,8 @@ class StepInput:
 class StepOutput:
     """Equal on all ranks.  report: what the micro-batches or the objective report, summed over the world.  loss: mean
     over the trained tokens of the global batch.  Norms are of the whole gradients before clipping; `applied` is False
-    where every rank skipped the update; stop: any rank wished to stop."""
+    where every rank skipped the update; stop: any rank wished to stop.  memory_bytes: most that was ever allocated on
+    the device of a rank, None on a CPU; experts: None without experts."""
 
     report: Any
     loss: float
@@ -69,6 +72,23 @@ class StepOutput:
     part_norms: dict[str, float]
     applied: bool
     stop: bool
+    memory_bytes: int | None = None
+    experts: ExpertLoad | None = None
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What the host has to know of a step before it updates, over the world.
+
+    norms: gradient norm of every part.  report: sums of what is reported, the loss among it.  stop: whether any rank
+    would stop.  experts: what `ExpertBalance.load` reads.  memory_bytes: as of StepOutput.
+    """
+
+    norms: dict[str, float]
+    report: list[float]
+    stop: bool
+    experts: list[float]
+    memory_bytes: int | None
 
 
 def hybrid_step(
@@ -95,7 +115,7 @@ def hybrid_step(
     encoder, llm, exchange = engines.encoder, engines.llm, engines.exchange
 
     with timer.phase("encode"):
-        kept, dispatch = encode(engines, batch, keep=not replay)
+        kept, dispatch = encode(engines, batch, keep=encoder.trainable and not replay)
 
     with timer.phase("dispatch"):
         leaf_UD = dispatch.leaves()
@@ -107,21 +127,26 @@ def hybrid_step(
     with timer.phase("combine"):
         grad_UD = llm.leaf_gradient(leaves, leaf_UD)
         del leaves, leaf_UD
-        gradients = exchange.combine(grad_UD, batch.dispatch_plan)
+        gradients = exchange.combine(grad_UD, batch.dispatch_plan) if encoder.trainable else None
     with timer.phase("encoder_backward"):
-        _encoder_backward(encoder, batch.chunks, kept, gradients)
+        if gradients is not None:
+            _encoder_backward(encoder, batch.chunks, kept, gradients)
 
     with timer.phase("update"):
         report = torch.zeros(report_shape, dtype=torch.float64, device=engines.grid.device)
         if reports and engines.grid.place.tp == 0:  # ranks of a tensor-parallel group hold equal reports
             report += torch.stack(reports).sum(dim=0)
         squares = torch.cat([encoder.squared_grad_norms(), llm.squared_grad_norm()[None]])
-        norms, numbers, stop = reduce_step_stats([*encoder.part_names, "llm"], squares, report.flatten(), stop)
-        summed = np.array(numbers).reshape(report_shape)
+        names = [*encoder.part_names, "llm"]
+        stats = reduce_step_stats(names, squares, report.flatten(), stop, balance=llm.balance)
+        summed = np.array(stats.report).reshape(report_shape)
         loss = float(summed[0].sum()) / max(batch.trained_tokens, 1)
         learnt = batch.trained_tokens > 0  # else an update would be weight decay and momentum alone
-        total, applied = update([encoder, llm], loss, norms, clip_norm, lambda *said: learnt and accept(*said))
-    return StepOutput(summed, loss, total, norms, applied, stop)
+        total, applied = update([encoder, llm], loss, stats.norms, clip_norm, lambda *said: learnt and accept(*said))
+    experts = None
+    if llm.balance is not None:
+        experts = llm.balance.load(stats.experts, len(batch.micro_batches) * engines.grid.layout.dp)
+    return StepOutput(summed, loss, total, stats.norms, applied, stats.stop, stats.memory_bytes, experts)
 
 
 @torch.no_grad()
@@ -175,19 +200,33 @@ def _encoder_backward(
 
 
 def reduce_step_stats(
-    names: Sequence[str], squares_P: torch.Tensor, report_R: torch.Tensor, stop: bool
-) -> tuple[dict[str, float], list[float], bool]:
-    """What the host has to know of a step, over the world: the gradient norm of every part, the sums of what is
-    reported, the loss among it, all non-finite where any value is; and whether any rank would stop.
+    names: Sequence[str],
+    squares_P: torch.Tensor,
+    report_R: torch.Tensor,
+    stop: bool,
+    balance: ExpertBalance | None = None,
+) -> StepStats:
+    """Sums over the world, non-finite where any value is.
 
-    One reduction and one read for all of it: the only place in a step where the host waits for the device.
+    One reduction and one read for all of it: the only place in a step where the host waits for the device.  What the
+    experts counted is made a few numbers by layer before that.
     names: of the parts; squares_P: this rank's share of their squared norms, report_R: of the report, both fp64.
     """
-    sums = torch.cat([squares_P, report_R, report_R.new_full((1,), float(stop))])
+    counts = report_R[:0] if balance is None else balance.take()
+    memory_W = report_R[:0]
+    if report_R.is_cuda:
+        memory_W = report_R.new_zeros(dist.get_world_size())
+        memory_W[dist.get_rank()] = torch.cuda.max_memory_allocated()
+    shares = [squares_P, report_R, report_R.new_full((1,), float(stop)), memory_W, counts]
+    sums = torch.cat(shares)
     dist.all_reduce(sums)
-    *numbers, wishes = sums.tolist()
-    norms = {name: math.sqrt(square) for name, square in zip(names, numbers, strict=False)}
-    return norms, numbers[len(norms) :], wishes > 0
+    *sums, memory_W, counts = sums.split([len(share) for share in shares])
+    read = [*sums, memory_W.amax(0, keepdim=True) if report_R.is_cuda else memory_W]
+    read.append(counts if balance is None else balance.digest(counts))
+    numbers = iter(torch.cat(read).tolist())
+    squares, report, (wishes,), memory, experts = (list(islice(numbers, len(part))) for part in read)
+    norms = {name: math.sqrt(square) for name, square in zip(names, squares, strict=True)}
+    return StepStats(norms, report, wishes > 0, experts, int(memory[0]) if memory else None)
 
 
 def update(

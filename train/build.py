@@ -1,5 +1,6 @@
 """What computes in a run: world, grid, and the two engines with equal weights on every layout."""
 
+import functools
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ from tandem.parallel.grid import Grid, build_grid
 from tandem.parallel.hybrid_step import Engines
 from tandem.parallel.kernels import attention, compilation
 from tandem.parallel.layout import Layout
-from tandem.train.config.schema import Config
+from tandem.train.config.schema import Config, LrScaleConfig
 from tandem.train.models.language import llm_spec
 from tandem.train.models.layers.initial import initialize
 from tandem.train.models.towers import vision_tower
@@ -96,9 +97,20 @@ def build_encoder_engine(config: Config, tower: nn.Module, device: torch.device)
         zero_stage=config.parallel.encoder.zero_stage,
         precision=config.train.precision,
         adam=_adam_settings(config),
-        lr_scale=lambda name: layer_lr_scale(name, config.model.encoder.depth, config.optim.layer_decay),
+        lr_scale=functools.partial(tower_lr_scale, config=config),
         ema=config.optim.ema,
     )
+
+
+def tower_lr_scale(name: str, config: Config) -> float:
+    """Factor of the learning rate of a tower's parameter: that of its part times that of its layer."""
+    of_layer = layer_lr_scale(name, config.model.encoder.depth, config.optim.layer_decay)
+    return config.optim.lr_scale.of(name.partition(".")[0]) * of_layer
+
+
+def llm_lr_scale(name: str, scale: LrScaleConfig) -> float:
+    """Factor of the learning rate of an LLM's parameter."""
+    return scale.of("router" if ".router." in name else "llm")
 
 
 def layer_lr_scale(name: str, depth: int, decay: float) -> float:
@@ -147,4 +159,6 @@ def _llm_engine(config: Config, grid: Grid, forward, loss) -> LLMEngine:
         loss=loss,
         trainable="llm" in config.train.trainable,
         adam=_adam_settings(config),
+        lr_scale=functools.partial(llm_lr_scale, scale=config.optim.lr_scale),
+        bias_update=model.balance.bias_update,
     )

@@ -7,9 +7,10 @@ Only rank 0 writes.  `StepMetrics` turns a step's results into the numbers; redu
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tandem.data.reading.reader import Failure
+from tandem.parallel.engines.balance import ExpertLoad
 from tandem.parallel.grid import Grid
 from tandem.parallel.hybrid_step import StepOutput
 from tandem.train.config.schema import Config
@@ -30,6 +32,8 @@ from tandem.train.reliability.stopping import launch_id
 from tandem.train.start import Position, RunPaths
 from tandem.train.tasks.base import StepFacts
 
+PACE_STEPS = 50  # newest steps of which the time left is reckoned
+
 
 class StepMetrics:
     """The numbers of one step, equal on all ranks."""
@@ -38,6 +42,7 @@ class StepMetrics:
         peak = config.logger.peak_tflops or device_peak_tflops(grid.device)
         self._peak_flops = peak * 1e12 * grid.layout.world
         self._skipped = 0
+        self._lr_scale = {part: config.optim.lr_scale.of(part) for part in config.trained_parts}
 
     def numbers(
         self, step: int, lr: float, seconds: float, prepared: PreparedStep, output: StepOutput, facts: StepFacts
@@ -48,6 +53,7 @@ class StepMetrics:
             "step": step,
             "loss": output.loss,
             "lr": lr,
+            **{f"lr_{part}": lr * factor for part, factor in self._lr_scale.items()},
             "grad_norm": output.grad_norm,
             **{f"grad_norm_{part}": norm for part, norm in output.part_norms.items()},
             "applied": output.applied,
@@ -61,8 +67,21 @@ class StepMetrics:
             "refused": sum(prepared.plan.state_after["refused"].values()),
             "bytes_read": prepared.bytes_read,
             "skipped": self._skipped,
+            **(_of_experts(output.experts) if output.experts else {}),
+            **({} if output.memory_bytes is None else {"gpu_memory_gib": output.memory_bytes / 2**30}),
             **facts.more,
         }
+
+
+def _of_experts(load: ExpertLoad) -> dict:
+    """Lists are by layer, null where a layer has no experts."""
+    return {
+        "expert_load_max_over_mean": load.max_over_mean,
+        "expert_load_highest": load.highest,
+        "dead_experts": load.dead,
+        "aux_loss": load.aux_loss,
+        "z_loss": load.z_loss,
+    }
 
 
 class Logger:
@@ -96,15 +115,13 @@ class Logger:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
         self._progress.start()
-        self._bar = self._progress.add_task(
-            config.label, total=config.train.steps, completed=position.step, loss=float("nan"), speed=0.0
-        )
+        self._bar = self._progress.add_task(config.label, total=config.train.steps, completed=position.step)
+        self._seconds: deque[float] = deque(maxlen=PACE_STEPS)
 
     def log(self, numbers: dict, phases: dict[str, float]) -> None:
         """Writes one step."""
@@ -116,18 +133,13 @@ class Logger:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._last, self._steps = line, self._steps + 1
-        self._progress.update(self._bar, advance=1, loss=numbers["loss"], speed=numbers["tokens_per_s"])
-        done = numbers["step"] + 1
-        if not self._console.is_terminal and (
-            done % self._config.logger.every == 0 or done == self._config.train.steps
-        ):
-            self._console.print(
-                f"step {done}/{self._config.train.steps}  loss {numbers['loss']:.4f}  "
-                f"grad norm {numbers['grad_norm']:.3f}  {numbers['tokens_per_s']:,.0f} tokens/s  "
-                f"{numbers['step_time_s']:.2f} s" + ("" if numbers["applied"] else "  skipped")
-            )
+        self._progress.update(self._bar, advance=1)
+        self._seconds.append(numbers["step_time_s"])
+        done, steps = numbers["step"] + 1, self._config.train.steps
+        if done % self._config.logger.every == 0 or done == steps:
+            self.say(console_line(numbers, steps, sum(self._seconds) / len(self._seconds)))
         if self._wandb:
-            self._wandb.log({k: v for k, v in line.items() if v is not None}, step=numbers["step"])
+            self._wandb.log(_charts(line), step=numbers["step"])
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
@@ -220,6 +232,37 @@ class Logger:
         staged.write_text("".join(kept))
         staged.replace(path)  # whoever dies here leaves the old file or the new one
         return path.open("a"), len(whole) - len(kept)
+
+
+def console_line(numbers: dict, steps: int, pace_s: float) -> str:
+    """One step for the person who watches, of `steps`, which take `pace_s` each."""
+    done = numbers["step"] + 1
+    load = f"load {numbers['encoder_load_max_over_mean']:.2f} encoder"
+    if "expert_load_highest" in numbers:
+        load += f", {numbers['expert_load_highest']:.2f} experts"
+    parts = [
+        f"step {done}/{steps}",
+        f"loss {numbers['loss']:.4f}",
+        f"grad norm {numbers['grad_norm']:.3f}",
+        f"lr {numbers['lr']:.2e}",
+        f"{numbers['step_time_s']:.2f} s",
+        f"{numbers['tokens_per_s']:,.0f} tokens/s",
+        f"MFU {numbers['mfu']:.1%}",
+        load,
+        *([f"{numbers['gpu_memory_gib']:.1f} GiB"] if "gpu_memory_gib" in numbers else []),
+        f"{timedelta(seconds=round(pace_s * (steps - done)))} left",
+        *([] if numbers["applied"] else ["skipped"]),
+    ]
+    return "  ".join(parts)
+
+
+def _charts(value):
+    """What wandb draws: numbers under names, a list's by place, and nothing that is missing."""
+    if isinstance(value, list):
+        value = {f"layer_{place:03d}": inner for place, inner in enumerate(value)}
+    if isinstance(value, dict):
+        return {name: _charts(inner) for name, inner in value.items() if inner is not None}
+    return value
 
 
 def _finite(value):

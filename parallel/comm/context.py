@@ -31,6 +31,7 @@ from tandem.parallel.comm.transfer import host_to_device
 from tandem.parallel.kernels.attention import Segments, attention
 from tandem.parallel.layout import Layout
 from tandem.parallel.plan.routes import local_positions, place_of
+from tandem.parallel.plan.tokens import RowTokens
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,15 @@ class PackedRow:
     """What attention needs of one micro-batch on one cp rank.
 
     positions_S: of this rank's tokens inside their samples, [S] or, on three axes, [S, 3].  segments: of the whole row,
-    or with `all_gather` of this rank's queries and of the keys that they see.  keys_X: with `all_gather`, the place of
-    each such key in the order of the gathered ones, else None.  tables_2SK: rotary cosines and sines, made in the
-    forward, for one micro-batch at a time.  `qkv_format` is Megatron-core's word for an extra batch dimension of one.
+    or with `all_gather` of this rank's queries and of the keys that they see.  tokens: what routers have to know, None
+    where nothing is counted.  keys_X: with `all_gather`, the place of each such key in the order of the gathered ones,
+    else None.  tables_2SK: rotary cosines and sines, made in the forward, for one micro-batch at a time.  `qkv_format`
+    is Megatron-core's word for an extra batch dimension of one.
     """
 
     positions_S: torch.Tensor
     segments: Segments
+    tokens: RowTokens | None = None
     keys_X: torch.Tensor | None = None
     tables_2SK: tuple[torch.Tensor, torch.Tensor] | None = None
     qkv_format: str = "thd"
@@ -62,7 +65,8 @@ def pack_row(lengths_N, positions_R: np.ndarray, layout: Layout, cp: int, device
     q_lengths_N, k_lengths_N, keys_X = _seen_keys(np.asarray(lengths_N), layout, cp)
     rank_X, tp_X, index_X = place_of(keys_X, layout, row)
     gathered_X = (rank_X * layout.tp + tp_X) * (row // layout.cp // layout.tp) + index_X
-    return PackedRow(mine_S, Segments.of(q_lengths_N, k_lengths_N, device), host_to_device(gathered_X, device))
+    segments = Segments.of(q_lengths_N, k_lengths_N, device)
+    return PackedRow(mine_S, segments, keys_X=host_to_device(gathered_X, device))
 
 
 def _seen_keys(lengths_N: np.ndarray, layout: Layout, cp: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ micro-batch is a sum over its trained tokens; `forward_backward` makes the gradi
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tandem.parallel.engines import optimizers
+from tandem.parallel.engines.balance import ExpertBalance
 from tandem.parallel.engines.llm_shards import Shard, shards_of
 from tandem.parallel.engines.state import KINDS, AdamSettings, StateChunk
 from tandem.parallel.grid import Grid
@@ -42,6 +43,8 @@ class LLMEngine:
 
     build(vp_stage, first, last) returns an initialised chunk; forward(chunk, micro_batch, leaf) its output, the
     per-token losses on the last stage; loss(losses, micro_batch) the pair (sum over trained tokens, report).
+    lr_scale: factor of the learning rate by a parameter's name in a chunk (None: 1), and so of the weight decay, which
+    is learning rate times decay.  bias_update: rate at which the biases of routers that have one are moved.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class LLMEngine:
         loss: Callable,
         trainable: bool,
         adam: AdamSettings,
+        lr_scale: Callable[[str], float] | None = None,
+        bias_update: float = 0.0,
     ):
         self.config, self.grid = config, grid
         self._forward, self._loss = forward, loss
@@ -62,12 +67,13 @@ class LLMEngine:
         for chunk in self.chunks:
             chunk.requires_grad_(trainable)
         self._models = [Float16Module(config, chunk) if config.bf16 else chunk for chunk in self.chunks]
-        for router in (module for chunk in self.chunks for module in chunk.modules() if isinstance(module, TopKRouter)):
-            router._maintain_float32_expert_bias()  # Float16Module has rounded it
         self._shards = [shard for chunk in self.chunks for shard in shards_of(chunk)]
+        self.balance = None
+        if config.num_moe_experts:
+            self.balance = ExpertBalance(config, self.chunks, bias_update, grid.device)
         self._optimizer: Any = None  # Megatron-core's, where something is trained
         if trainable:
-            self._wrap(adam)
+            self._wrap(adam, lr_scale)
 
     def _chunk(self, build, vp_stage):
         virtual = vp_stage is not None
@@ -75,7 +81,7 @@ class LLMEngine:
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=not virtual, vp_stage=vp_stage)
         return build(vp_stage, first, last).to(self.grid.device)
 
-    def _wrap(self, adam: AdamSettings):
+    def _wrap(self, adam: AdamSettings, lr_scale: Callable[[str], float] | None):
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self._models = [
             DistributedDataParallel(self.config, ddp, model, disable_bucketing=place > 0)
@@ -93,7 +99,8 @@ class LLMEngine:
             bf16=self.config.bf16,
             params_dtype=self.config.params_dtype,
         )
-        self._optimizer = get_megatron_optimizer(settings, self._models, use_gloo_process_groups=False)
+        overrides = get_standard_config_overrides(settings) | self._lr_overrides(lr_scale)
+        self._optimizer = get_megatron_optimizer(settings, self._models, overrides, use_gloo_process_groups=False)
         self._weight_decay = adam.weight_decay
         self.config.finalize_model_grads_func = finalize_model_grads
         for part in self._parts():  # of Transformer Engine or Apex where Megatron-core finds one, else of torch
@@ -101,6 +108,19 @@ class LLMEngine:
             optimizers.create_state(part.optimizer)
         self.set_lr(adam.lr)
         self.discard()
+
+    def _lr_overrides(self, lr_scale: Callable[[str], float] | None) -> dict[ParamKey, dict[str, float]]:
+        """Parameter groups of Megatron-core for the parameters whose rate has a factor."""
+        if lr_scale is None:
+            return {}
+        factors = {lr_scale(name) for model in self._models for name, _ in model.named_parameters()}
+
+        def having(factor: float) -> ParamKey:
+            return ParamKey(
+                with_name_predicate=ParamWithNamePredicate(f"lr x {factor}", lambda _, name: lr_scale(name) == factor)
+            )
+
+        return {having(factor): {"lr_mult": factor} for factor in factors - {1.0}}
 
     @property
     def trainable(self) -> bool:
@@ -177,6 +197,8 @@ class LLMEngine:
         if gradients:  # a rank may own nothing
             torch._foreach_mul_(gradients, scale)
         self._optimizer.step_with_ready_grads()
+        if self.balance is not None:
+            self.balance.update()
         self.discard()
 
     def discard(self) -> None:
@@ -187,7 +209,7 @@ class LLMEngine:
             self._optimizer.zero_grad()
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of the next step; biases and norms stay exempt from weight decay."""
+        """Learning rate of the next step, where its factor is 1; biases and norms stay exempt from weight decay."""
         for group in self._groups():
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self._weight_decay * group.get("wd_mult", 1.0)
@@ -236,9 +258,18 @@ class LLMEngine:
         """Shapes of the whole model's tensors of which this rank holds a part."""
         return {shard.name: shard.shape for shard in self._shards}
 
-    def load(self, read: Callable, optimizer: bool) -> None:
-        """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor."""
+    def load(self, read: Callable, optimizer: bool, has: Callable[[str], bool] = lambda name: True) -> None:
+        """Takes weights, and with `optimizer` the moments, from read(name, kind, start, shape) -> CPU tensor.
+
+        has: whether `read` knows a tensor, by its name; a router's bias that it does not know begins at zero, that of
+        visual tokens at the other.
+        """
         for shard in self._shards:
+            if not shard.trained and not has(shard.name):
+                shard = replace(shard, name=shard.name.removesuffix("_visual"))
+                if not has(shard.name):
+                    shard.local.zero_()
+                    continue
             for kind in KINDS if optimizer and self.trainable and shard.trained else KINDS[:1]:
                 whole = (torch.zeros if shard.padded else torch.empty)(shard.local.shape, dtype=torch.float32)
                 for piece in shard.pieces:

@@ -20,10 +20,9 @@ from typing import Any, cast
 import torch
 from megatron.core import parallel_state
 
-from tandem.parallel.engines.state import Piece
+from tandem.parallel.engines.state import ROUTER_BIAS, Piece
 
 VOCABULARY = {"embedding.word_embeddings.weight", "output_layer.weight"}  # tensors with a row for each token
-ROUTER_BIAS = ".router.expert_bias"
 EXPERT = re.compile(
     r"(?P<layer>.+\.experts\.)"
     r"(?:local_experts\.(?P<own>\d+)\.(?P<own_part>\w+)\.weight|(?P<te_part>\w+)\.weight(?P<te>\d+)|(?P<stacked_part>\w+))"
@@ -45,10 +44,6 @@ class Shard:
     entry: int | None = None
 
     @property
-    def trained(self) -> bool:
-        return isinstance(self.parameter, torch.nn.Parameter)
-
-    @property
     def padded(self) -> bool:
         """Whether entries here are no part of the whole tensor."""
         dim = self.pieces[0].dim
@@ -59,6 +54,10 @@ class Shard:
         """The values here, a view of the parameter."""
         whole = self.parameter.detach()
         return whole if self.entry is None else whole[self.entry]
+
+    @property
+    def trained(self) -> bool:
+        return isinstance(self.parameter, torch.nn.Parameter)
 
     @property
     def begin(self) -> int:
@@ -79,7 +78,7 @@ def shards_of(chunk: torch.nn.Module) -> Iterator[Shard]:
             shard = _shard(name, parameter, dim, size, parallel_state.get_tensor_model_parallel_rank())
             yield _without_padding(shard, cast(int, chunk.words)) if name in VOCABULARY else shard
     for name, buffer in chunk.named_buffers():
-        if name.endswith(ROUTER_BIAS):
+        if ROUTER_BIAS.fullmatch(name):
             yield _shard(_in_whole_pipeline(chunk, name), buffer, -1, 1, 0)
 
 
@@ -124,7 +123,7 @@ def initialize(chunk: torch.nn.Module, seed: int, std: float, layers: int) -> No
     """
     for shard in shards_of(chunk):
         if shard.local.dim() == 1:
-            shard.local.fill_(0.0 if shard.name.endswith("bias") else 1.0)
+            shard.local.fill_(0.0 if shard.name.endswith("bias") or not shard.trained else 1.0)
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{shard.name}".encode()))
         to_residual = shard.name.endswith(("linear_proj.weight", "linear_fc2.weight"))

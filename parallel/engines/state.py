@@ -9,12 +9,14 @@ global tensors, which any other layout can be cut from.  `StateChunk.boxes` turn
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
+ROUTER_BIAS = re.compile(r".+\.router\.expert_bias(_visual)?")  # names of the tensors of an LLM that no optimizer moves
 EMA = "ema"  # the average of the weights over the updates, where the encoder's engine keeps one
 
 

@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer around the experts: fp32 routing, and tokens to their experts and back.
+"""The Mixture-of-Experts layer around the experts: tokens to their experts and back.
 
 Megatron-core's layer and all-to-all dispatcher, with two parts of its own:
 
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from tandem.parallel.kernels.fusion import fused
@@ -151,54 +150,3 @@ class SortedMoELayer(MoELayer):
         self.token_dispatcher = SortedDispatcher(
             self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
         )
-
-
-class RouterLogits(torch.autograd.Function):
-    """x [T, D] times w [E, D] transposed, in fp32.
-
-    bf16 factors are multiplied as they are on CUDA: their products are exact in fp32, in which they are summed, so
-    nothing is lost against a product of fp32 copies, at several times its speed.  A gradient in fp32 is the exact sum
-    of three bf16 numbers, which become three times as many experts.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TD, w_ED):
-        ctx.save_for_backward(x_TD, w_ED)
-        if _takes_bf16(x_TD, w_ED):
-            return torch.mm(x_TD, w_ED.t(), out_dtype=torch.float32)
-        return torch.mm(x_TD.float(), w_ED.float().t())
-
-    @staticmethod
-    def backward(ctx, gradient_TE):
-        x_TD, w_ED = ctx.saved_tensors
-        to_x, to_w = ctx.needs_input_grad
-        if not _takes_bf16(x_TD, w_ED):
-            return (
-                torch.mm(gradient_TE, w_ED.float()).to(x_TD.dtype) if to_x else None,
-                torch.mm(gradient_TE.t(), x_TD.float()).to(w_ED.dtype) if to_w else None,
-            )
-        parts_TE3 = torch.cat(bf16_parts(gradient_TE), 1)
-        x_gradient_TD = torch.mm(parts_TE3, w_ED.repeat(3, 1)) if to_x else None
-        if not to_w:
-            return x_gradient_TD, None
-        parts_3ED = torch.mm(parts_TE3.t(), x_TD, out_dtype=torch.float32).unflatten(0, (3, -1))
-        return x_gradient_TD, parts_3ED.sum(0).to(w_ED.dtype)
-
-
-def bf16_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three bf16 tensors whose sum is the fp32 tensor `x`: three times 8 bits of a mantissa of 24."""
-    first = x.bfloat16()
-    rest = x - first
-    second = rest.bfloat16()
-    return first, second, (rest - second).bfloat16()
-
-
-def _takes_bf16(x_TD, w_ED) -> bool:
-    return x_TD.is_cuda and x_TD.dtype == w_ED.dtype == torch.bfloat16
-
-
-class Fp32Router(TopKRouter):
-    """Megatron-core's router, with its losses, whose logits are `RouterLogits`."""
-
-    def gating(self, input):
-        return RouterLogits.apply(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])

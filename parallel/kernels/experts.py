@@ -28,8 +28,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from tandem.parallel.kernels.dispatch import Fp32Router, SortedMoELayer
+from tandem.parallel.kernels.dispatch import SortedMoELayer
 from tandem.parallel.kernels.fusion import fused
+from tandem.parallel.kernels.router import Router
 
 PADDING = 100_000  # multiply-adds with zeros that are worth one call less of a product, on a CPU
 ALIGNMENT = 8  # entries of 2 bytes, of grouped_mm's strides
@@ -38,11 +39,11 @@ log = logging.getLogger(__name__)
 
 
 def moe_spec(config: TransformerConfig) -> ModuleSpec:
-    """The layer of these experts, `parallel.kernels.dispatch` and an fp32 router; Megatron-core's shared experts."""
+    """The layer of these experts, `parallel.kernels.dispatch` and `Router`; Megatron-core's shared experts."""
     spec = get_moe_module_spec_for_backend(LocalSpecProvider(), num_experts=config.num_moe_experts)
     spec.module = SortedMoELayer
     spec.submodules.experts = GroupedExperts
-    spec.submodules.router = Fp32Router
+    spec.submodules.router = Router
     return spec
 
 

@@ -35,8 +35,13 @@ def write(path: Path, value: dict) -> None:
 
 
 def golden_part(line: dict) -> dict:
-    """The numbers of a line of metrics.jsonl that do not depend on time."""
-    return {key: value for key, value in line.items() if key in EXACT or key.startswith(tuple(TOLERANCE))}
+    """The numbers of a line of metrics.jsonl that do not depend on time; rates by part are multiples of the rate."""
+    kept = tuple(TOLERANCE)
+    return {
+        key: value
+        for key, value in line.items()
+        if key in EXACT or (key.startswith(kept) and not key.startswith("lr_"))
+    }
 
 
 def saved_norms(run_dir: Path) -> dict[str, float]:

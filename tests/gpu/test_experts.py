@@ -16,8 +16,8 @@ from megatron.core.transformer.spec_utils import build_module
 
 from benchmarks.workloads.language import World
 from tandem.parallel.engines.llm_shards import shards_of
-from tandem.parallel.kernels.dispatch import RouterLogits
 from tandem.parallel.kernels.experts import Grouped, GroupedExperts, Looped, arrange, moe_spec
+from tandem.parallel.kernels.router import RouterLogits
 from tandem.train.models.language.llm_spec import build_chunk
 from tests.parallel.test_experts import config_of
 

@@ -9,6 +9,7 @@ from tests.mutants.source import Mutation
 LANGUAGE = "tests/reference/test_language.py"
 VISION = "tests/reference/test_vision.py"
 METRICS = "tests/train/test_metrics_values.py"
+ROUTER = "tests/parallel/test_router.py"
 EVALUATION = "tests/train/test_evaluation_values.py"
 REACH = "tests/train/test_settings_reach.py"
 UPDATES = f"{REACH}::test_updates_are_those_of_the_formula"
@@ -750,6 +751,130 @@ PARALLEL = (
     ),
 )
 
+# Balance of experts, rates by part, and what the console says of a step.
+BALANCE = (
+    Mutation(
+        "rate_of_llm_has_no_factor",
+        "train/build.py",
+        "_llm_engine",
+        "lr_scale=functools.partial(llm_lr_scale, scale=config.optim.lr_scale)",
+        "lr_scale=None",
+        (UPDATES,),
+    ),
+    Mutation(
+        "router_rate_is_the_llms",
+        "train/build.py",
+        "llm_lr_scale",
+        '"router" if ".router." in name else "llm"',
+        '"llm"',
+        (UPDATES,),
+    ),
+    Mutation(
+        "layer_decay_without_the_parts_factor",
+        "train/build.py",
+        "tower_lr_scale",
+        'config.optim.lr_scale.of(name.partition(".")[0]) * of_layer',
+        "of_layer",
+        (UPDATES,),
+    ),
+    Mutation(
+        "reported_rate_has_no_factor",
+        "train/metrics.py",
+        "StepMetrics.numbers",
+        "lr * factor",
+        "lr",
+        (f"{METRICS}::test_numbers_of_a_step",),
+    ),
+    Mutation(
+        "bias_moves_with_refused_steps",
+        "parallel/engines/llm_engine.py",
+        "LLMEngine.discard",
+        "if self.trainable:",
+        "if self.balance is not None:\n            self.balance.update()\n        if self.trainable:",
+        (EFFECT.format("model.llm.balance.bias_update"),),
+    ),
+    Mutation(
+        "padding_moves_the_bias",
+        "parallel/engines/balance.py",
+        "ExpertBalance.update",
+        "text_E + visual_E",
+        "self._count_LME[layer].sum(0)",
+        (f"{ROUTER}::test_biases_move_towards_the_mean",),
+    ),
+    Mutation(
+        "bias_falls_where_it_should_rise",
+        "parallel/engines/balance.py",
+        "ExpertBalance._move",
+        "count_E.sum() - count_E * len(count_E)",
+        "count_E * len(count_E) - count_E.sum()",
+        (f"{ROUTER}::test_biases_move_towards_the_mean",),
+    ),
+    Mutation(
+        "bias_update_is_not_passed_on",
+        "train/build.py",
+        "_llm_engine",
+        "bias_update=model.balance.bias_update",
+        "bias_update=0.0",
+        (EFFECT.format("model.llm.balance.bias_update"),),
+    ),
+    Mutation(
+        "visual_tokens_have_the_bias_of_text",
+        "parallel/kernels/router.py",
+        "Router._bias",
+        "tokens.kind_T == VISUAL",
+        "tokens.kind_T > VISUAL",
+        (f"{ROUTER}::test_visual_tokens_may_have_their_own_bias",),
+    ),
+    Mutation(
+        "weights_have_the_bias_too",
+        "parallel/kernels/router.py",
+        "Router.get_replay_topk",
+        "score_TE.gather(1, top_TK), top_TK",
+        "biased_TE.gather(1, top_TK), top_TK",
+        (f"{ROUTER}::test_the_bias_moves_choices_and_not_weights",),
+    ),
+    Mutation(
+        "recomputed_layers_count_twice",
+        "train/models/language/llm_recompute.py",
+        "RecomputedLayer._routed",
+        "router.pass_ = RouterPass(None)",
+        "torch.is_grad_enabled() and router.count(routed)\n        router.pass_ = RouterPass(None)",
+        (f"{ROUTER}::test_a_layer_that_is_computed_again_counts_once",),
+    ),
+    Mutation(
+        "samples_weigh_alike_whatever_their_length",
+        "parallel/plan/tokens.py",
+        "RowTokens.of",
+        "np.maximum(length_N, 1)[number_R]",
+        "(np.maximum(length_N, 1)[number_R] ** 2)",
+        (f"{ROUTER}::test_each_sample_is_balanced_by_itself",),
+    ),
+    Mutation(
+        "visual_tokens_count_as_text",
+        "train/input/batch.py",
+        "_row_tokens",
+        "plan.tokens_I[first:last])] = VISUAL",
+        "plan.tokens_I[first:last])] = TEXT",
+        (f"{LANGUAGE}::test_balanced_experts_follow_the_reference[seq_aux_loss]",),
+    ),
+    Mutation(
+        "dead_experts_are_of_one_rank",
+        "parallel/hybrid_step.py",
+        "reduce_step_stats",
+        "balance.digest(counts)",
+        "balance.digest(shares[-1])",
+        (f"{LANGUAGE}::test_balanced_experts_follow_the_reference[seq_aux_loss]",),
+    ),
+    Mutation(
+        "time_left_counts_steps_done",
+        "train/metrics.py",
+        "console_line",
+        "pace_s * (steps - done)",
+        "pace_s * done",
+        (f"{METRICS}::test_a_line_of_the_console",),
+    ),
+)
+
 TRAIN = (
     Mutation(
         "tied_embedding_counted_twice",
@@ -1294,4 +1419,4 @@ LAUNCH = (
     ),
 )
 
-MUTATIONS = (*SURVIVORS, *DATA, *PARALLEL, *TRAIN, *LAUNCH)
+MUTATIONS = (*SURVIVORS, *DATA, *PARALLEL, *BALANCE, *TRAIN, *LAUNCH)

@@ -20,8 +20,9 @@ from megatron.core.transformer.spec_utils import build_module
 
 from tandem.parallel.engines.llm_shards import initialize, shards_of
 from tandem.parallel.kernels import experts
-from tandem.parallel.kernels.dispatch import FromPlaces, Order, RouterLogits, ToPlaces, WeightsToPlaces, bf16_parts
+from tandem.parallel.kernels.dispatch import FromPlaces, Order, ToPlaces, WeightsToPlaces
 from tandem.parallel.kernels.experts import Grouped, GroupedExperts, Looped, Padded, moe_spec
+from tandem.parallel.kernels.router import RouterLogits, bf16_parts
 from tandem.train.models.language import llm_spec
 from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.models.language.llm_spec import build_chunk, transformer_config

@@ -5,7 +5,12 @@
 
 with p the softmax over all E experts, n_e how many of the T tokens of the micro-batch chose expert e among their K, and
 n_e without gradient (Switch: Fedus et al. 2021, section 2.2; z-loss: Zoph et al. 2022, section 3.2).  Padding is routed
-like any token.
+like any token.  With `seq_aux_loss` the first term is a sum over samples i instead (DeepSeek-V3, equations 17 to 20),
+
+    aux * E / (K T') * sum_i 1 / T_i * sum_e n_ie sum_(t in i) p_te        T': tokens of all samples, without padding
+
+A bias b moves choices, to the K experts of largest p + b.  After a step b_e += rate * sign(mean n - n_e), where n is
+what was chosen, without padding (Wang et al. 2024, arXiv:2408.15664).
 
 Legend: T tokens of a micro-batch, D width, H heads, G groups of heads that share a key, K head width, V visual rows.
 """
@@ -45,30 +50,66 @@ def attention(w: Weights, prefix: str, x_TD, positions_T, lengths: Sequence[int]
     return seen.flatten(1) @ w[f"{prefix}.linear_proj.weight"].T
 
 
-def feed_forward(w: Weights, prefix: str, x_TD: torch.Tensor, llm) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output [T, D], router losses): the K largest logits, softmax over these, beside a shared expert if there is one.
+def feed_forward(w: Weights, prefix: str, x_TD: torch.Tensor, llm, row: Mapping, seen: dict) -> tuple:
+    """(output [T, D], router losses): the K largest scores, softmax over their logits, beside a shared expert if there
+    is one.
 
-    A dense model has one MLP and nothing to route.
+    A dense model has one MLP and nothing to route.  seen: gets, by prefix, choices of text and visual tokens [2, E]
+    and both losses without coefficients, added up.
     """
     if not llm.num_experts:
         return swiglu(w, prefix, x_TD), x_TD.new_zeros(())
     logits_TE = x_TD @ w[f"{prefix}.router.weight"].T
-    top, chosen_TK = logits_TE.topk(llm.top_k, dim=-1)
-    weight_TE = torch.zeros_like(logits_TE).scatter(1, chosen_TK, top.softmax(-1))
+    score_TE, visual_T = logits_TE.softmax(-1), visual_tokens(row)
+    ranked_TE, bias_E = logits_TE, w.get(f"{prefix}.router.expert_bias")
+    if bias_E is not None:
+        bias_TE = torch.where(visual_T[:, None], w.get(f"{prefix}.router.expert_bias_visual", bias_E), bias_E)
+        ranked_TE = score_TE.detach() + bias_TE
+    chosen_TK = ranked_TE.topk(llm.top_k, dim=-1).indices
+    weight_TE = torch.zeros_like(logits_TE).scatter(1, chosen_TK, logits_TE.gather(1, chosen_TK).softmax(-1))
     output = swiglu(w, f"{prefix}.shared_experts", x_TD) if llm.shared_expert_width else torch.zeros_like(x_TD)
     for expert in range(llm.num_experts):
         output = output + weight_TE[:, expert, None] * swiglu(w, f"{prefix}.experts.local_experts.{expert}", x_TD)
-    count_E = torch.zeros_like(logits_TE).scatter(1, chosen_TK, 1.0).sum(0)
-    share = (count_E * logits_TE.softmax(-1).sum(0)).sum() / len(x_TD) ** 2
-    balance = llm.aux_loss * llm.num_experts / llm.top_k * share
-    return output, balance + llm.z_loss * logits_TE.logsumexp(-1).square().mean()
+    best_TE = torch.zeros_like(logits_TE).scatter(1, logits_TE.topk(llm.top_k, dim=-1).indices, 1.0)
+    balance, z = balancing(score_TE, best_TE, row, llm), logits_TE.logsumexp(-1).square().mean()
+    map_TE, filled_T = torch.zeros_like(logits_TE).scatter(1, chosen_TK, 1.0), filled_tokens(row)
+    count_2E = torch.stack([map_TE[filled_T & (visual_T == visual)].double().sum(0) for visual in (False, True)])
+    before = seen.get(prefix, (0, 0, 0))
+    seen[prefix] = tuple(a + b.detach() for a, b in zip(before, (count_2E, balance, z), strict=True))
+    return output, llm.aux_loss * balance + llm.z_loss * z
 
 
-def hidden_states(w: Weights, row: Mapping, rows_VD: torch.Tensor | None, llm) -> tuple[torch.Tensor, torch.Tensor]:
+def balancing(score_TE: torch.Tensor, best_TE: torch.Tensor, row: Mapping, llm) -> torch.Tensor:
+    """The balancing loss without its coefficient."""
+    factor = llm.num_experts / llm.top_k
+    if llm.balance.aux_loss_type == "aux_loss":
+        return factor * (best_TE.sum(0) * score_TE.sum(0)).sum() / len(score_TE) ** 2
+    total, whole, begin = 0.0, int(filled_tokens(row).sum()), 0
+    for length in row["lengths"]:
+        here = slice(begin, begin + length)
+        begin += length
+        if filled_tokens(row)[here].any():
+            total = total + (best_TE[here].sum(0) * score_TE[here].sum(0)).sum() / length / whole
+    return factor * total
+
+
+def filled_tokens(row: Mapping) -> torch.Tensor:
+    """Which tokens belong to a sample, bool [T]."""
+    return row.get("domain", torch.zeros(len(row["tokens"]))) >= 0
+
+
+def visual_tokens(row: Mapping) -> torch.Tensor:
+    """Which tokens come from the encoder, bool [T]."""
+    return torch.zeros(len(row["tokens"]), dtype=torch.bool).index_fill(0, row.get("at_V", torch.arange(0)), True)
+
+
+def hidden_states(w: Weights, row: Mapping, rows_VD: torch.Tensor | None, llm, seen: dict | None = None) -> tuple:
     """(last hidden states [T, D], router losses of all layers) of one micro-batch.
 
-    row: tokens [T], positions [T] in the sample, lengths of the samples; visual rows go to places at_V.
+    row: tokens [T], positions [T] in the sample, lengths of the samples; visual rows go to places at_V; domain [T], -1
+    on padding.  seen: see `feed_forward`.
     """
+    seen = {} if seen is None else seen
     x = w["llm.embedding.word_embeddings.weight"][row["tokens"]]
     if rows_VD is not None:
         x = x.index_copy(0, row["at_V"], rows_VD)
@@ -78,7 +119,7 @@ def hidden_states(w: Weights, row: Mapping, rows_VD: torch.Tensor | None, llm) -
         normed = rms_norm(w, f"{place}.input_layernorm", x, llm.norm_eps)
         x = x + attention(w, f"{place}.self_attention", normed, row["positions"], row["lengths"], llm)
         normed = rms_norm(w, f"{place}.pre_mlp_layernorm", x, llm.norm_eps)
-        out, losses = feed_forward(w, f"{place}.mlp", normed, llm)
+        out, losses = feed_forward(w, f"{place}.mlp", normed, llm, row, seen)
         x, router = x + out, router + losses
     return rms_norm(w, "llm.decoder.final_layernorm", x, llm.norm_eps), router
 
@@ -100,13 +141,20 @@ class Trainer:
     def __init__(self, weights: optim.Tensors, settings: SimpleNamespace):
         self.settings, optimizer = settings, settings.optim
         self.weights = dict(weights)
-        trained = {name: w for name, w in self.weights.items() if name.split(".")[0] in settings.trainable}
+        trained = {
+            name: w
+            for name, w in self.weights.items()
+            if name.split(".")[0] in settings.trainable and ".expert_bias" not in name
+        }
         self.adam = optim.AdamW(
             trained,
             betas=optimizer.betas,
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-            lr_scale=lambda name: optim.layer_factor(name, settings.encoder["depth"], optimizer.layer_decay),
+            lr_scale=lambda name: (
+                optim.layer_factor(name, settings.encoder["depth"], optimizer.layer_decay)
+                * optim.part_factor(name, optimizer.lr_scale)
+            ),
         )
 
     def step(self, step: int, batch: Mapping) -> dict:
@@ -115,10 +163,10 @@ class Trainer:
         trained = {name: w.detach().clone().requires_grad_() for name, w in self.adam.weights.items()}
         w = {**self.weights, **trained}
         rows_VD = visual_rows(w, batch["images"], settings.encoder, settings.merge) if batch["images"] else None
-        total, router, by_domain, counts = 0.0, 0.0, {}, {}
+        total, router, by_domain, counts, seen = 0.0, 0.0, {}, {}, {}
         for row in batch["rows"]:
             mine = rows_VD[row["rows_V"]] if rows_VD is not None else None
-            hidden, losses = hidden_states(w, row, mine, settings.llm)
+            hidden, losses = hidden_states(w, row, mine, settings.llm, seen)
             logits = hidden @ w["llm.output_layer.weight"].T
             token_T = logits.logsumexp(-1) - logits.gather(1, row["labels"][:, None])[:, 0]
             total, router = total + (token_T * row["mask"]).sum(), router + losses
@@ -141,6 +189,7 @@ class Trainer:
         )
         self.adam.step(optim.clipped(gradients, optimizer.clip_norm), lr)
         self.weights.update(self.adam.weights)
+        self.move_biases(seen)
         parts = {f"grad_norm_{part}": optim.norm(gradients, f"{part}.") for part in ("encoder", "adapter", "llm")}
         return {
             "loss": loss.item(),
@@ -148,4 +197,26 @@ class Trainer:
             "lr": lr,
             "grad_norm": optim.norm(gradients),
             **parts,
+            **experts(seen, len(batch["rows"])),
         }
+
+    def move_biases(self, seen: Mapping) -> None:
+        """By the choices of a step."""
+        rate = self.settings.llm.balance.bias_update
+        for prefix, (count_2E, *_) in seen.items() if rate else ():
+            text, visual = f"{prefix}.router.expert_bias", f"{prefix}.router.expert_bias_visual"
+            moved = (
+                dict(zip((text, visual), count_2E, strict=True)) if visual in self.weights else {text: count_2E.sum(0)}
+            )
+            for name, count_E in moved.items():
+                self.weights[name] = self.weights[name] + rate * torch.sign(count_E.mean() - count_E).float()
+
+
+def experts(seen: Mapping, micro_batches: int) -> dict:
+    """How the tokens of a step were spread, as metrics.jsonl names it."""
+    by_layer = [seen[name] for name in sorted(seen, key=lambda name: int(name.split(".")[3]))]
+    groups = {"all": lambda c: c.sum(0), "text": lambda c: c[0], "visual": lambda c: c[1]}
+    loads = {group: [(of(c).max() / of(c).mean()).item() for c, *_ in by_layer] for group, of in groups.items()}
+    dead = {group: [(of(c) == 0).double().mean().item() for c, *_ in by_layer] for group, of in groups.items()}
+    aux, z = (sum(layer[i].item() for layer in by_layer) / len(by_layer) / micro_batches for i in (1, 2))
+    return {"expert_load_max_over_mean": loads, "dead_experts": dead, "aux_loss": aux, "z_loss": z}

@@ -54,6 +54,16 @@ def layer_factor(name: str, depth: int, decay: float) -> float:
     return decay ** (depth - int(words[2])) if words[:2] == ["encoder", "blocks"] else 1.0
 
 
+def part_factor(name: str, scale) -> float:
+    """Factor of a parameter's learning rate by the part it is in; the router's stands on top of the LLM's."""
+    part = name.split(".")[0]
+    if part in ("encoder", "adapter"):
+        return getattr(scale, part)
+    if part in ("llm", "decoder", "embedding", "output_layer"):
+        return scale.llm * (scale.router if "router" in name.split(".") else 1.0)
+    return 1.0
+
+
 def direction(
     w: torch.Tensor,
     m: torch.Tensor,

@@ -7,6 +7,8 @@ zero in exact arithmetic (the key biases of the encoder), so that no such roundi
 to be left out.
 """
 
+import shutil
+
 import pytest
 import torch
 
@@ -40,12 +42,22 @@ COMMON = [
     "model.llm.z_loss=0.1",
     "model.llm.init_std=0.05",
 ]
+
+
+def rates(**of_parts: float) -> str:
+    """The override that sets these factors of the learning rate, and 1 for all else."""
+    factors = {"encoder": 1.0, "adapter": 1.0, "llm": 1.0, "router": 1.0} | of_parts
+    return f"optim.lr_scale={{{', '.join(f'{part}: {factor}' for part, factor in factors.items())}}}"
+
+
+COMMON.append(rates(encoder=0.5, adapter=1.5, llm=0.8, router=1.25))
 LAYOUTS = {
     "one": (1, []),
     "tp2.pp2.ep2": (4, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]),
     "cp2.pp2.vpp2": (4, ["parallel.cp=2", "parallel.pp=2", "parallel.vpp=2"]),
     "dp2.zero3": (2, ["parallel.encoder.zero_stage=3"]),
 }
+TP_CP = (4, ["parallel.tp=2", "parallel.cp=2", "parallel.ep=2", "parallel.cp_comm_type=all_gather"])
 NUMBERS = ("loss", "grad_norm", "grad_norm_encoder", "grad_norm_adapter", "grad_norm_llm")
 WITHIN = {"param": 1e-5, "exp_avg": 1e-6, "exp_avg_sq": 1e-6}
 
@@ -59,7 +71,7 @@ def follow(recipe, overrides, start, *, trainer=None):
 
 def real(recipe, overrides, layout, tmp_path_factory):
     """(metrics, tensors of the last checkpoint, run directory) of the real loop."""
-    world, more = LAYOUTS[layout]
+    world, more = TP_CP if layout == "tp2.cp2" else LAYOUTS[layout]
     run_dir = tmp_path_factory.mktemp(f"{recipe}-{layout}")
     run_world(train_run, world, recipe, [*overrides, *more], str(run_dir), timeout=180)
     return read_metrics(run_dir), saved(run_dir), run_dir
@@ -178,7 +190,7 @@ def test_stage2_goes_on_with_the_moments_of_stage1(run_of, overrides, stage1, tm
 
 @pytest.mark.parametrize("layout", ["one", "tp2.pp2.ep2"])
 def test_stage0_trains_the_adapter_alone(layout, overrides, start, tmp_path_factory):
-    zeros = [*overrides, "model.encoder.drop_path=0"]
+    zeros = [*overrides, "model.encoder.drop_path=0", rates(adapter=2.0)]
     metrics, tensors, _ = real("stage0", zeros, layout, tmp_path_factory)
     weights, batches = start
     still = [{**batch, "images": {**batch["images"], "keep_LI": None}} for batch in batches]
@@ -187,6 +199,119 @@ def test_stage0_trains_the_adapter_alone(layout, overrides, start, tmp_path_fact
     for name, weight in weights.items():
         if not name.startswith("adapter."):
             assert torch.equal(tensors[name, "param"], weight), f"{name} is frozen"
+    assert_same_tensors(tensors, tensors_of(trainer))
+
+
+BALANCED = {  # layout and more settings, by ways of balancing
+    "bias": ("cp2.pp2.vpp2", ["train.recompute=full"]),
+    "bias.by_modality.seq_aux_loss": ("tp2.pp2.ep2", ["train.recompute=selective"]),
+    "seq_aux_loss": ("tp2.cp2", []),
+}
+FEW_TOKENS = {kind: 3 * most for kind, most in WITHIN.items()}  # of an expert with few, gradients round more
+LOADS = ("expert_load_max_over_mean", "dead_experts")
+
+
+def balance(name: str) -> list[str]:
+    """The overrides of a way of balancing; a rate so high that experts soon have no token."""
+    uneven = ["model.llm.init_std=0.1", f"train.steps={BALANCED_STEPS}"]
+    return uneven + [
+        f"model.llm.balance.{setting}"
+        for word, setting in (
+            ("bias", "bias_update=0.1"),
+            ("by_modality", "by_modality=true"),
+            ("seq_aux_loss", "aux_loss_type=seq_aux_loss"),
+        )
+        if word in name.split(".")
+    ]
+
+
+BALANCED_STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def uneven_start(overrides):
+    return run_world(language_start, 1, "stage1", [*overrides, *balance("bias.by_modality")], BALANCED_STEPS)[0]
+
+
+def start_of(name: str, uneven_start):
+    """Initial weights and batches of a way of balancing, which has none, one or two biases per layer."""
+    weights, batches = uneven_start
+    lacking = (".expert_bias_visual",) if "by_modality" not in name else ()
+    lacking += (".expert_bias",) if "bias" not in name.split(".") else ()
+    return {key: w for key, w in weights.items() if not key.endswith(lacking)}, batches
+
+
+@pytest.fixture(scope="module")
+def balanced(overrides, uneven_start, tmp_path_factory):
+    """balanced(name): what the reference and the real run give, once."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            layout, more = BALANCED[name]
+            settings = [*overrides, *balance(name), *more, "checkpoint.every=2", "checkpoint.keep=2"]
+            done[name] = (
+                follow("stage1", settings, start_of(name, uneven_start)),
+                real("stage1", settings, layout, tmp_path_factory),
+            )
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_balanced_experts_follow_the_reference(name, balanced, uneven_start):
+    """Biases to the bit, and what the metrics say of the experts: choices of all ranks, without padding."""
+    (trainer, numbers), (metrics, tensors, _) = balanced(name)
+    assert_same_numbers(metrics, numbers, uneven_start[1][0]["domains"])
+    assert_same_tensors(tensors, tensors_of(trainer), FEW_TOKENS)
+    biases = [key for key in tensors if "expert_bias" in key[0]]
+    assert len(biases) == 4 * sum(word in name.split(".") for word in ("bias", "by_modality"))
+    for key in biases:
+        assert torch.equal(tensors[key], trainer.weights[key[0]]) and tensors[key].any(), key[0]
+    for mine, reference in zip(metrics, numbers, strict=True):
+        for key in LOADS:
+            for group, loads in reference[key].items():
+                assert mine[key][group] == pytest.approx(loads, rel=1e-9), (key, group)
+        for key in ("aux_loss", "z_loss"):
+            assert mine[key] == pytest.approx(reference[key], rel=1e-4), key
+    dead = max(max(step["dead_experts"]["visual"]) for step in numbers)
+    assert dead > 0 or name != "bias", "no expert is dead, nothing is tested"
+
+
+def test_biases_go_on_in_another_layout(balanced, overrides, tmp_path_factory):
+    """From the checkpoint after step 2 of four ranks, one rank takes the third step."""
+    name = "bias.by_modality.seq_aux_loss"
+    (trainer, numbers), (*_, run_dir) = balanced(name)
+    resumed = tmp_path_factory.mktemp("resumed")
+    shutil.copytree(run_dir / "checkpoints" / "step-00000002", resumed / "checkpoints" / "step-00000002")
+    run_world(train_run, 1, "stage1", [*overrides, *balance(name), "checkpoint.resume=true"], str(resumed))
+    (last,), tensors = read_metrics(resumed), saved(resumed)
+    loads = numbers[-1]["expert_load_max_over_mean"]["visual"]
+    assert last["expert_load_max_over_mean"]["visual"] == pytest.approx(loads, rel=1e-9)
+    assert_same_tensors(tensors, tensors_of(trainer), FEW_TOKENS)
+    for (key, _), tensor in tensors.items():
+        assert "expert_bias" not in key or torch.equal(tensor, trainer.weights[key]), key
+
+
+FROZEN = {  # what learns, where, and the factors of its rates; nothing goes back to a frozen encoder and adapter
+    "llm": ("tp2.pp2.ep2", rates(llm=0.5)),
+    "encoder": ("dp2.zero3", rates(encoder=0.5)),
+}
+
+
+@pytest.mark.parametrize("part", FROZEN)
+def test_any_part_may_be_frozen(part, overrides, start, tmp_path_factory):
+    """Only its own weights move, as in the reference."""
+    layout, factors = FROZEN[part]
+    three = [*overrides, "model.encoder.drop_path=0", "train.steps=3", f"train.trainable=[{part}]", factors]
+    metrics, tensors, _ = real("stage1", three, layout, tmp_path_factory)
+    weights, batches = start
+    still = [{**batch, "images": {**batch["images"], "keep_LI": None}} for batch in batches[:3]]
+    trainer, numbers = follow("stage1", three, (weights, still))
+    assert_same_numbers(metrics, numbers, batches[0]["domains"])
+    for name, weight in weights.items():
+        assert torch.equal(tensors[name, "param"], weight) != name.startswith(f"{part}."), name
     assert_same_tensors(tensors, tensors_of(trainer))
 
 

@@ -4,7 +4,7 @@
     AdamW    w -= lr * f * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * w)
     LAMB     the same, times |w| / |update| for each decayed tensor
 
-with f the factor of a layer of the encoder, and decay 0 for biases, norms and learned vectors.
+with f the factors of a part and of a layer of the encoder, and decay 0 for biases, norms and learned vectors.
 """
 
 import itertools
@@ -124,7 +124,9 @@ def update_error(run: Followed, engine: str, steps: int | None = None, **changed
         for name, kind in after:
             if kind != "param" or (name, "exp_avg") not in after:
                 continue
-            factor = plain.layer_factor(name, depth, optim.layer_decay) if engine == "encoder" else 1.0
+            factor = plain.part_factor(name, optim.lr_scale)
+            if engine == "encoder":
+                factor *= plain.layer_factor(name, depth, optim.layer_decay)
             wanted = -lr * factor * _direction(before, after, name, optim, step + 1)
             found = (after[name, "param"].double() - before[name, "param"].double()) - wanted
             worst = max(worst, float(found.norm() / (wanted.norm() + 1e-6 * wanted.numel() ** 0.5)))

@@ -9,7 +9,7 @@ import math
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +29,8 @@ from tandem.parallel.engines.llm_shards import shards_of
 from tandem.parallel.grid import build_grid, destroy_grid
 from tandem.parallel.kernels import attention, compilation
 from tandem.parallel.layout import Layout
+from tandem.parallel.plan.tokens import PADDING, TEXT, RowTokens
+from tandem.parallel.runtime.phases import PhaseTimer
 from tandem.train.build import build_engines
 from tandem.train.config.checks import check_config
 from tandem.train.cost.flops import llm_parameters
@@ -369,9 +371,48 @@ def router_losses(lab):
         assert (router_ED.grad.norm() > 1e-4) == (aux + z > 0)
 
 
-def micro_batch(tokens_T, engines) -> MicroBatch:
-    places_T = np.arange(len(tokens_T), dtype=np.int32)
-    row = pack_row([len(tokens_T)], places_T, engines.grid.layout, 0, CPU)
+@effect("model.llm.balance.aux_loss_type")
+def sequence_loss(lab):
+    """With a loss of 0 the router's gradient is that of the balance within each of two samples, padding left out."""
+    setting = "model.llm.balance.aux_loss_type=seq_aux_loss"
+    config, engines = language("model.llm.init_std=0.3", "model.llm.aux_loss=0.1", "model.llm.z_loss=0", setting)
+    llm, lengths, domains = config.model.llm, [9, 11, 4], [0] * 20 + [-1] * 4
+    tokens_T = torch.randint(llm.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    samples_T = np.repeat(np.arange(3), lengths)
+    kinds_T = np.where(np.array(domains) < 0, PADDING, TEXT)
+    batch = micro_batch(tokens_T, engines, lengths)
+    tokens = RowTokens.of(kinds_T, samples_T, engines.grid.layout, engines.grid.place, CPU)
+    batch = replace(batch, row=replace(batch.row, tokens=tokens))
+    leaf = Leaf(torch.zeros(0, llm.width), torch.zeros(0, dtype=torch.long))
+    engines.llm.forward_backward([batch], [leaf], scale=0.0)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    row = {"tokens": tokens_T, "positions": positions, "lengths": lengths, "domain": torch.tensor(domains)}
+    weights = weights_of(engines.llm)
+    router_ED = weights[f"decoder.layers.{llm.layers - 1}.mlp.router.weight"].requires_grad_()
+    plain_llm.hidden_states({f"llm.{name}": w for name, w in weights.items()}, row, None, llm)[1].backward()
+    last = engines.llm.chunks[0].decoder.layers[-1].mlp.router.weight
+    assert (last.main_grad - router_ED.grad).norm() <= 1e-3 * router_ED.grad.norm() > 1e-6
+
+
+@effect("model.llm.balance.bias_update", "model.llm.balance.by_modality")
+def bias_update(lab):
+    """Every bias is a step of the rate above or below zero after a step that is applied, and zero after another."""
+    assert not any("expert_bias" in name for name in weights_of(language()[1].llm))
+    for by_modality in (False, True):
+        own = f"model.llm.balance.by_modality={str(by_modality).lower()}"
+        stage, _, batch = lab.first("stage1", "model.llm.balance.bias_update=0.25", own)
+        for applied in (False, True):
+            stage.step(batch, timer=PhaseTimer(CPU), stop=False, accept=lambda *_, applied=applied: applied)
+            biases = {name: w for name, w in weights_of(stage.engines.llm).items() if "expert_bias" in name}
+            assert set(torch.cat(list(biases.values())).tolist()) == ({-0.25, 0.25} if applied else {0.0})
+        visual = {name for name in biases if name.endswith("_visual")}
+        assert len(biases) == (2 if by_modality else 1) * stage.engines.llm.config.num_layers
+        assert not visual or any((biases[name] != biases[name.removesuffix("_visual")]).any() for name in visual)
+
+
+def micro_batch(tokens_T, engines, lengths=(TOKENS,)) -> MicroBatch:
+    places_T = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    row = pack_row(lengths, places_T, engines.grid.layout, 0, CPU)
     zeros_1T = torch.zeros(1, len(tokens_T), dtype=torch.long)
     return MicroBatch(tokens_T[None], zeros_1T, zeros_1T + 1, zeros_1T, row, len(tokens_T))
 

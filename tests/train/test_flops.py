@@ -178,7 +178,7 @@ def test_other_patches_and_blocks_are_counted(patch_size, merge):
     patches_NP = np.zeros((144, patch_size**2 * 3), np.uint8)
     images = PackedImages.of(patches_NP, vision.positions(grids), [72, 72], torch.device("cpu"))
     step = step_flops(vision, config.model.llm, [], grids, 128, np.array([128]))
-    assert counted(lambda: tower(images)) == step.encoder + step.adapter // 3
+    assert counted(lambda: tower(images)) == step.encoder + step.adapter
 
 
 def test_step_adds_up_what_each_stage_trains():
@@ -196,6 +196,7 @@ def test_step_adds_up_what_each_stage_trains():
     assert (everything.encoder, everything.llm) == (3 * encoder_flops(vit, grids_I2), 3 * forward)
     assert (adapter.encoder, adapter.llm) == (encoder_flops(vit, grids_I2), 2 * forward + attention)
     assert everything.adapter == adapter.adapter == 3 * vision.connector_flops(20)
+    assert step(["llm"]).adapter == vision.connector_flops(20) == step(["encoder"]).adapter // 2
     assert adapter.total == adapter.encoder + adapter.adapter + adapter.llm
 
 

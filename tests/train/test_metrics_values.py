@@ -6,15 +6,18 @@ that it meets, attention four a pair and channel, and training three times the f
 
 import json
 import math
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tandem.parallel.engines.balance import ExpertLoad
+from tandem.parallel.hybrid_step import StepOutput
 from tandem.train import metrics
 from tandem.train.checkpoints.checkpoint import Reader, resolve
 from tandem.train.config.schema import Config
-from tandem.train.metrics import Logger, StepMetrics
+from tandem.train.metrics import Logger, StepMetrics, console_line
 from tandem.train.reliability.guards import Record
 from tandem.train.start import Position, RunPaths
 from tandem.train.tasks.base import StepFacts
@@ -187,16 +190,21 @@ def test_the_summary_ends_as_the_metrics_do(language):
 def test_numbers_of_a_step(monkeypatch):
     """24 ranks of 2 TFLOP/s; a step of 4 s with 1,000 tokens and 48 TFLOP is a quarter of what they can do."""
     grid = SimpleNamespace(device=torch.device("cpu"), layout=SimpleNamespace(world=24))
-    made = StepMetrics(settings("stage1", "logger.peak_tflops=2"), grid)
+    factors = [f"optim.lr_scale.{name}" for name in ("adapter=2", "llm=0.5", "router=0.5")]
+    made = StepMetrics(settings("stage1", "logger.peak_tflops=2", *factors), grid)
     plan = SimpleNamespace(tokens_I=[3, 4, 5], state_after={"refused": {"a": 2, "b": 1}})
     prepared = SimpleNamespace(plan=plan, skipped=[1, 2], bytes_read=77)
-    output = SimpleNamespace(loss=0.5, grad_norm=5.0, part_norms={"encoder": 3.0, "llm": 4.0}, applied=True)
+    output = StepOutput(None, 0.5, 5.0, {"encoder": 3.0, "llm": 4.0}, True, False, memory_bytes=3 * 2**29)
     facts = StepFacts(1000, 48 * 10**12, 12 * 10**12, 1.25, {"cut": 9})
     for skipped_so_far in (2, 4):
         assert made.numbers(7, 0.01, 4.0, prepared, output, facts) == {
             "step": 7,
             "loss": 0.5,
             "lr": 0.01,
+            "lr_encoder": 0.01,
+            "lr_adapter": 0.02,
+            "lr_llm": 0.005,
+            "lr_router": 0.0025,
             "grad_norm": 5.0,
             "grad_norm_encoder": 3.0,
             "grad_norm_llm": 4.0,
@@ -211,10 +219,65 @@ def test_numbers_of_a_step(monkeypatch):
             "refused": 3,
             "bytes_read": 77,
             "skipped": skipped_so_far,
+            "gpu_memory_gib": 1.5,
             "cut": 9,
         }
     measured = StepMetrics(settings("stage1"), grid)
     assert measured.numbers(0, 0.0, 1.0, prepared, output, facts)["mfu"] > 0
+
+
+NUMBERS = {
+    "step": 4,
+    "loss": 1.25,
+    "grad_norm": 2.5,
+    "lr": 2.5e-4,
+    "step_time_s": 2.0,
+    "tokens_per_s": 12345.6,
+    "mfu": 0.4321,
+    "encoder_load_max_over_mean": 1.02,
+    "applied": True,
+}
+
+
+def test_a_line_of_the_console():
+    """On a GPU, of a model with experts; 3 steps of 40 s are left."""
+    line = console_line(NUMBERS | {"expert_load_highest": 1.375, "gpu_memory_gib": 61.04}, 8, 40.0)
+    assert line == (
+        "step 5/8  loss 1.2500  grad norm 2.500  lr 2.50e-04  2.00 s  12,346 tokens/s  MFU 43.2%  "
+        "load 1.02 encoder, 1.38 experts  61.0 GiB  0:02:00 left"
+    )
+    assert console_line(NUMBERS | {"applied": False}, 5, 1.0).endswith("load 1.02 encoder  0:00:00 left  skipped")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_every_line_is_printed_with_and_without_a_terminal(terminal, tmp_path, clock, monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    logger = logger_of(settings("stage1", "logger.wandb=disabled", "train.steps=4"), tmp_path)
+    for step in range(4):
+        log(logger, step, 10.0)
+    logger.finish("finished", 4, None)
+    printed = capsys.readouterr().out
+    assert "0:00:30 left" in printed and all(f"step {step}/4  loss 1.0000" in printed for step in range(1, 5))
+
+
+def test_the_time_left_follows_the_newest_steps(tmp_path, clock, capsys):
+    logger = logger_of(settings("stage1", "logger.wandb=disabled", "train.steps=1000"), tmp_path)
+    for step, seconds in enumerate([100.0] * 3 + [2.0] * metrics.PACE_STEPS):
+        log(logger, step, seconds)
+    assert f"{timedelta(seconds=2 * (1000 - step - 1))} left" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_numbers_of_the_experts():
+    """Layer 1 is dense; what wandb draws has a name for each layer."""
+    load = ExpertLoad({"all": [1.5, None, 2.0]}, {"all": [0.0, None, 0.25]}, 1.1, None)
+    found = metrics._of_experts(load)
+    assert found["expert_load_highest"] == 2.0 and found["dead_experts"] == {"all": [0.0, None, 0.25]}
+    assert metrics._charts(found) == {
+        "expert_load_max_over_mean": {"all": {"layer_000": 1.5, "layer_002": 2.0}},
+        "dead_experts": {"all": {"layer_000": 0.0, "layer_002": 0.25}},
+        "expert_load_highest": 2.0,
+        "aux_loss": 1.1,
+    }
 
 
 @pytest.fixture
@@ -232,7 +295,8 @@ def logger_of(config: Config, run_dir, step: int = 0, attempt: int = 0, cause: s
 
 
 def log(logger: Logger, step: int, seconds: float, applied: bool = True) -> None:
-    numbers = {"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0}
+    numbers = {"step": step, "loss": 1.0, "grad_norm": 1.0, "tokens_per_s": 1.0, "lr": 0.1, "mfu": 0.5}
+    numbers["encoder_load_max_over_mean"] = 1.0
     logger.log(numbers | {"step_time_s": seconds, "applied": applied}, {"llm": 0.1234567})
 
 

@@ -8,6 +8,7 @@ A setting that is in no table fails a test: whoever adds one says here what it d
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -32,14 +33,17 @@ OPTIM = [
     f"optim.clip_norm={CLIP}",
     "optim.layer_decay=0.6",
     "optim.ema=0.28",
+    "optim.lr_scale.encoder=0.4",
     "train.steps=6",
 ]
+SCALED = {"encoder": 0.4, "adapter": 2.0, "llm": 0.5, "router": 3.0}
+SCALES = [f"optim.lr_scale.{part}={factor}" for part, factor in SCALED.items()]
 CONSTANT = ["optim.schedule=constant", "optim.clip_norm=0", "optim.lr=1e-3"]
 WEIGHTS = ["objective.contrastive.siglip_weight=0.5", "objective.contrastive.superclass_weight=2.0"]
 PAIRS = ["objective.omni.pairs=['frames:sound','audio:visual']"]
 PAIRS += ["objective.omni.matching_weight=0.3", "objective.omni.caption_weight=0.7"]
 RUNS = {
-    "stage1": ("stage1", ["train.global_batch_size=4", *OPTIM], 4),
+    "stage1": ("stage1", ["train.global_batch_size=4", *OPTIM, *SCALES], 4),
     "constant": ("stage1", ["train.global_batch_size=4", *CONSTANT], 3),
     "lamb": ("vit_contrastive", ["optim=lamb", *OPTIM, *WEIGHTS], 3),
     "default weights": ("vit_contrastive", [], 1),
@@ -64,6 +68,7 @@ TOYS = {  # what a run with OPTIM must not look as if it had
     "layer_decay": 1.0,
 }
 OF_RUNS = {f"optim.{key}" for key in (*TOYS, "name", "clip_norm", "ema")} | {"train.steps"}
+OF_RUNS |= {f"optim.lr_scale.{part}" for part in SCALED}
 OF_RUNS |= {f"objective.contrastive.{key}_weight" for key in ("siglip", "superclass")}
 OF_RUNS |= {f"objective.omni.{key}" for key in ("pairs", "matching_weight", "caption_weight")}
 OF_EFFECTS = [key for key in settings_effects.EFFECTS if "." in key]
@@ -121,6 +126,15 @@ def test_updates_are_not_those_of_another_value(key, run, engine, runs):
     of_encoder_alone = key == "layer_decay" and engine == "llm"
     error = update_error(runs[run], engine, **{key: TOYS[key]})
     assert (error > 1e-2) != (falls_nowhere or of_encoder_alone), error
+
+
+@pytest.mark.parametrize("part", SCALED)
+@pytest.mark.parametrize("engine", ["encoder", "llm"])
+def test_each_part_has_its_own_rate(engine, part, runs):
+    """The router's on top of the LLM's; layers of the encoder have their decay besides."""
+    scale = SimpleNamespace(**SCALED | {part: 1.0})
+    held = (part in ("llm", "router")) == (engine == "llm")
+    assert (update_error(runs["stage1"], engine, lr_scale=scale) > 1e-2) == held
 
 
 @pytest.mark.parametrize("engine", ["encoder", "llm"])
@@ -192,14 +206,17 @@ REFUSED = {
     "stage1": """optim.name=sgd optim.lr=-1 optim.lr=.nan optim.min_lr=-1 optim.warmup_steps=-1 optim.schedule=linear
         optim.betas=[0.9] optim.betas=[0.9,1.0] optim.eps=-1 optim.eps=.inf optim.weight_decay=-0.1 optim.clip_norm=-1
         optim.layer_decay=0 optim.layer_decay=1.5 optim.ema=1.0 optim.ema=-0.1
+        optim.lr_scale.encoder=0 optim.lr_scale.router=-1 optim.lr_scale.llm=.inf
         model.encoder.width=66 model.encoder.width=0 model.encoder.depth=0 model.encoder.heads=3
         model.encoder.drop_path=1.0 model.llm.layers=0 model.llm.width=0 model.llm.heads=3 model.llm.kv_heads=0
         model.llm.head_width=15 model.llm.vocab_size=0 model.llm.num_experts=-1 model.llm.top_k=1 model.llm.top_k=9
         model.llm.expert_width=0 model.llm.shared_expert_width=-1 model.llm.rope_scaling.rope_type=ntk
         model.llm.rotary_fraction=0 model.llm.rotary_fraction=1.5 model.llm.output_bias=true
         model.llm.qk_norm_whole=true model.llm.window=-1 model.llm.window_from=1 model.llm.router_score=tanh
-        model.llm.expert_bias=true model.llm.routed_scaling=0 model.llm.router_groups=3 model.llm.router_top_groups=2
+        model.llm.routed_scaling=0 model.llm.router_groups=3 model.llm.router_top_groups=2
         model.llm.first_dense_layers=4 model.llm.first_dense_layers=-1 model.llm.moe_every=0 model.llm.moe_every=5
+        model.llm.balance.bias_update=-0.1 model.llm.balance.bias_update=.inf model.llm.balance.by_modality=true
+        model.llm.balance.aux_loss_type=global_aux_loss
         train.steps=0 train.global_batch_size=0 train.micro_batch_size=3 train.seq_length=0 train.precision=fp16
         train.recompute=some train.trainable=[] train.trainable=[adapter,mim]
         parallel.tp=2 parallel.pp=2 parallel.vpp=2 parallel.ep=2 parallel.etp=2 parallel.cp=2 parallel.cp_comm_type=ring

@@ -8,7 +8,6 @@ from tandem.train import tasks
 from tandem.train.checkpoints.checkpoint import task_of
 from tandem.train.config.checks import check_config
 from tandem.train.config.settings import composed, read_config
-from tandem.train.tasks.language import LanguageTask
 from tests.support import ROOT, settings
 
 OF_RECIPES = {
@@ -54,7 +53,25 @@ def test_a_renamed_recipe_trains_the_same(tmp_path):
     assert mine == settings("vit_contrastive")
 
 
-def test_a_task_without_a_part_that_it_needs_is_refused():
-    with pytest.raises(ValueError, match=r"train.trainable=\['encoder', 'pool'\]: must name adapter"):
+def test_a_part_that_the_task_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"train.trainable=\['encoder', 'pool'\]: must name one or more of encoder, "):
         check_config(settings("stage1", "train.trainable=[encoder,pool]"), 1)
-    assert LanguageTask.must_train == ("adapter",)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "why"),
+    [
+        ("stage0", "optim.lr_scale.llm=0.1", "trains no llm"),
+        ("vit_contrastive", "optim.lr_scale.adapter=2", "trains no adapter"),
+        ("stage1", "optim.lr_scale.router=0", "to freeze a part, leave it out of train.trainable"),
+    ],
+)
+def test_a_factor_of_a_rate_that_nothing_has_is_refused(recipe, override, why):
+    with pytest.raises(ValueError, match=why):
+        check_config(settings(recipe, override), 1)
+
+
+def test_a_dense_model_has_no_router_to_scale():
+    dense = ("model.llm.num_experts=0", "model.llm.ffn_width=96")
+    with pytest.raises(ValueError, match=r"optim.lr_scale.router=2.0: this run trains no router"):
+        check_config(settings("stage1", *dense, "optim.lr_scale.router=2"), 1)

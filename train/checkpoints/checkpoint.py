@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from tandem.parallel.engines.state import EMA
+from tandem.parallel.engines.state import EMA, ROUTER_BIAS
 from tandem.parallel.layout import Layout
 from tandem.parallel.runtime import random_state
 from tandem.train.checkpoints.tensors import crc32_of
@@ -305,7 +305,9 @@ def load(reader: Reader, engines: "Engines", *, optimizer: bool, modules: Collec
             encoder = cast("EncoderEngine", engine)
             encoder.load(reader.read, optimizer, parts_of[name], lambda tensor: EMA in reader.tensors[tensor]["kinds"])
         elif parts_of[name]:
-            engine.load(lambda tensor, *box, of=name: reader.read(f"{of}.{tensor}", *box), optimizer)
+            has = lambda tensor, of=name: f"{of}.{tensor}" in reader.tensors  # noqa: E731
+            read = lambda tensor, *box, of=name: reader.read(f"{of}.{tensor}", *box)  # noqa: E731
+            cast("LLMEngine", engine).load(read, optimizer, has=has)
         if optimizer and engine.trainable and parts_of[name]:
             engine.optimizer_steps = reader.state.optimizer_steps[name]
     return sorted(taken)
@@ -329,6 +331,8 @@ def _differences(reader: Reader, engines: "Engines", taken: set[str]) -> Iterato
         model = {tensor: shape for tensor, shape in model.items() if tensor.split(".")[0] in taken}
         for tensor, shape in model.items():
             there = reader.tensors.get(tensor, {}).get("shape")
+            if there is None and ROUTER_BIAS.fullmatch(tensor):
+                continue  # it begins at zero
             if there != shape:
                 yield f"{tensor} has shape {there}, in this model {shape}" if there else f"it has no {tensor}"
         if name == "encoder":  # every rank holds all of its tensors
@@ -343,6 +347,9 @@ def _differences(reader: Reader, engines: "Engines", taken: set[str]) -> Iterato
             ):
                 if count != here:
                     yield f"its {name} has {count} {what}, this model {here}"
+            for bias in sorted(tensor for tensor in reader.tensors if ROUTER_BIAS.fullmatch(tensor)):
+                if not getattr(model_config, bias.rpartition(".")[2]):
+                    yield f"it has {bias}, which this model lacks: see model.llm.expert_bias and model.llm.balance"
 
 
 def _counted(reader: Reader, word: str) -> int:

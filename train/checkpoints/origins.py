@@ -62,7 +62,7 @@ class Origin:
             return folder.read(name.removeprefix(f"{part}."), *box)
 
         if part == "llm":
-            cast(LLMEngine, engines.by_name["llm"]).load(read, optimizer=False)
+            cast(LLMEngine, engines.by_name["llm"]).load(read, optimizer=False, has=folder.has)
         else:
             cast(EncoderEngine, engines.by_name["encoder"]).load(read, optimizer=False, parts={part})
         saver.keep_frozen(read, [part])

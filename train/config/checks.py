@@ -60,6 +60,7 @@ def check_config(config: Config, world: int) -> Layout:
     _check_parallel(config, layout)
     _check_choices(config)
     _check_loading(config, task)
+    _check_lr_scale(config)
     if config.watchdog.patience_s < config.watchdog.timeout_s:
         raise ValueError(
             f"watchdog.patience_s={config.watchdog.patience_s} is shorter than watchdog.timeout_s="
@@ -135,15 +136,28 @@ def _check_choices(config: Config) -> None:
         raise ValueError(f"optim.ema={config.optim.ema}: must be from 0 to below 1")
 
 
+def _check_lr_scale(config: Config) -> None:
+    """Factors are positive, and of parts that this run trains."""
+    for part, factor in vars(config.optim.lr_scale).items():
+        if not 0 < factor < math.inf:
+            raise ValueError(
+                f"optim.lr_scale.{part}={factor}: must be a finite number above 0; to freeze a part, leave it out of "
+                "train.trainable"
+            )
+        if factor != 1 and part not in config.trained_parts:
+            raise ValueError(
+                f"optim.lr_scale.{part}={factor}: this run trains no {part} (task={config.task}, train.trainable="
+                f"{list(config.train.trainable)}), set it to 1"
+            )
+
+
 def _check_loading(config: Config, task: Task) -> None:
     """What is trained, and what is taken from another checkpoint."""
-    trainable, needed = set(config.train.trainable), set(task.must_train)
-    if trainable - set(task.parts) or needed - trainable or not trainable:
-        may = f"must name one or more of {', '.join(task.parts)}"
-        if needed:
-            others = ", ".join(part for part in task.parts if part not in needed)
-            may = f"must name {', '.join(task.must_train)} and may name {others}"
-        raise ValueError(f"train.trainable={list(config.train.trainable)}: {may}")
+    trainable = set(config.train.trainable)
+    if trainable - set(task.parts) or not trainable:
+        raise ValueError(
+            f"train.trainable={list(config.train.trainable)}: must name one or more of {', '.join(task.parts)}"
+        )
     modules = config.checkpoint.load_modules
     if config.checkpoint.other_tokenizer and not (config.checkpoint.load_from or config.model.llm.folder):
         raise ValueError("checkpoint.other_tokenizer=true: has no use without checkpoint.load_from or model.llm.folder")

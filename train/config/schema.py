@@ -103,11 +103,26 @@ class TrainConfig:
 
 
 @dataclass
+class LrScaleConfig:
+    """Factors of the learning rate of a part of the model; the router's is on top of the LLM's."""
+
+    encoder: float = 1.0
+    adapter: float = 1.0
+    llm: float = 1.0
+    router: float = 1.0
+
+    def of(self, part: str) -> float:
+        """The whole factor of a part; 1 for parts without a key."""
+        of_parts = {"encoder": self.encoder, "adapter": self.adapter, "llm": self.llm, "router": self.llm * self.router}
+        return of_parts.get(part, 1.0)
+
+
+@dataclass
 class OptimConfig:
     """name: adamw, or lamb where no LLM is trained.  lr rises over warmup_steps and then follows `schedule` (cosine or
     constant) to min_lr.  clip_norm: joint over all modules, 0 for none.  layer_decay: factor of the learning rate from
-    each layer of the encoder to the one below, 1 for none.  ema: decay of the running mean of encoder weights that is
-    kept beside them, 0 for none."""
+    each layer of the encoder to the one below, 1 for none.  lr_scale: factors of lr and min_lr by part.  ema: decay of
+    the running mean of encoder weights that is kept beside them, 0 for none."""
 
     name: str
     lr: float
@@ -119,6 +134,7 @@ class OptimConfig:
     weight_decay: float
     clip_norm: float
     layer_decay: float
+    lr_scale: LrScaleConfig
     ema: float
 
 
@@ -302,3 +318,9 @@ class Config:
     def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of one step in one replica."""
         return self.train.global_batch_size // (layout.dp * self.train.micro_batch_size)
+
+    @property
+    def trained_parts(self) -> list[str]:
+        """What learns, with `router` where that is in it."""
+        routed = "llm" in self.train.trainable and self.model.llm.num_experts > 0
+        return [*self.train.trainable, *(["router"] if routed else [])]

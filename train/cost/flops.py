@@ -147,12 +147,17 @@ class StepFlops:
 def step_flops(
     vision: VisionSpec, llm: "LLMConfig", trainable, grid_hw_I2: np.ndarray, tokens: int, lengths_N: np.ndarray
 ) -> StepFlops:
-    """FLOPs of forward and backward; the adapter always learns, so gradients always pass through the LLM."""
+    """FLOPs of forward and backward of a step that trains these parts.
+
+    The backward of a trained part costs two forwards.  That of a frozen part through which gradients pass costs one,
+    and two of its attention, which has no weights.
+    """
     visual_tokens, pairs = int(vision.tokens(grid_hw_I2).sum()), llm_pairs(llm, lengths_N)
     forward, attention = llm_flops(llm, tokens, pairs), llm_flops(llm, 0, pairs)
+    to_encoder = "encoder" in trainable
     return StepFlops(
-        encoder=int(vision.encoder_flops(grid_hw_I2).sum()) * (3 if "encoder" in trainable else 1),
-        adapter=int(vision.connector_flops(visual_tokens)) * 3,
+        encoder=int(vision.encoder_flops(grid_hw_I2).sum()) * (3 if to_encoder else 1),
+        adapter=int(vision.connector_flops(visual_tokens)) * (3 if "adapter" in trainable else 2 if to_encoder else 1),
         llm=3 * forward if "llm" in trainable else 2 * forward + attention,
     )
 

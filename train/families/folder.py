@@ -82,6 +82,10 @@ class Folder:
         parts = (f"without {', '.join(names[:3])}{' ...' * (len(names) > 3)}: {why}" for why, names in reasons.items())
         return "; ".join((str(self.path), *parts))
 
+    def has(self, name: str) -> bool:
+        """Whether the family has a tensor of ours."""
+        return name in self._tensors
+
     def read(self, name: str, kind: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """The box of `size` at `start` of a tensor of ours, fp32 on the CPU; weights alone, so kind is "param"."""
         if kind != "param" or name not in self.tensors:

@@ -6,6 +6,7 @@ micro-batch.  Attention never crosses samples, so the length of a micro-batch is
 Legend: S positions of one row, T = b * S positions of a micro-batch, I images of the step.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from tandem.data.planning.plan import (
     StepPlan,
+    ranges,
     row_cu_seqlens,
     row_domains,
     row_labels,
@@ -25,6 +27,7 @@ from tandem.parallel.comm.context import PackedRow, elements_sent, pack_row
 from tandem.parallel.comm.transfer import host_to_device
 from tandem.parallel.layout import Coordinates, Layout
 from tandem.parallel.plan.routes import VisualPlan, local_positions
+from tandem.parallel.plan.tokens import PADDING, TEXT, VISUAL, RowTokens
 from tandem.train.config.schema import Config
 from tandem.train.models.layers.masking import drop_path_factors
 
@@ -125,6 +128,7 @@ def micro_batch_of(
     else:
         positions_T = np.concatenate([row_positions_thw(plan, row, mrope) for row in rows])
     packed = pack_row(lengths[lengths > 0], positions_T, layout, place.cp, device)
+    packed = dataclasses.replace(packed, tokens=_row_tokens(plan, rows, layout, place, device))
     row_tokens = len(positions_T)
     if text is None:
         return MicroBatch(None, None, None, None, packed, row_tokens)
@@ -141,6 +145,19 @@ def micro_batch_of(
         row=packed,
         row_tokens=row_tokens,
     )
+
+
+def _row_tokens(
+    plan: StepPlan, rows: np.ndarray, layout: Layout, place: Coordinates, device: torch.device
+) -> RowTokens:
+    """What the tokens of a micro-batch are; marks around an image are text."""
+    sample_RP = row_samples(plan, rows)
+    kind_RP = np.where(sample_RP < 0, PADDING, TEXT)
+    for kind_P, row in zip(kind_RP, rows, strict=True):
+        first, last = np.searchsorted(plan.row_I, [row, row + 1])
+        start_I = plan.start_I[first:last]
+        kind_P[ranges(start_I, start_I + plan.tokens_I[first:last])] = VISUAL
+    return RowTokens.of(kind_RP.reshape(-1), sample_RP.reshape(-1), layout, place, device)
 
 
 def context_sentence(config: Config, layout: Layout) -> str:

@@ -74,13 +74,12 @@ class Trainer(Protocol):
 class Task(ABC):
     """One kind of training.
 
-    parts: modules of the model, in order.  must_train: those of them without which nothing could be learnt.
+    parts: modules of the model, in order; any of them may be frozen, not all.
     has_llm: whether rows of packed samples go through an LLM; else each sample is a row of its own, for the encoder.
     vocabulary: the part of `model` whose vocab_size the tokenizer must fit.  reads_texts: whether the loss needs them.
     """
 
     parts: tuple[str, ...]
-    must_train: tuple[str, ...] = ()
     has_llm: bool
     vocabulary: str
     reads_texts: bool = True

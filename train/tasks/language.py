@@ -81,7 +81,6 @@ class LanguageTrainer:
 
 class LanguageTask(Task):
     parts = ("encoder", "adapter", "llm")
-    must_train = ("adapter",)  # between encoder and LLM: gradients always reach it
     has_llm = True
     vocabulary = "llm"
 

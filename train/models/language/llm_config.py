@@ -1,19 +1,36 @@
 """Sizes and switches of the language model, and what a layout must divide.  Needs no Megatron-core."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tandem.parallel.layout import Layout
 from tandem.train.models.language.rope import Rope, check_scaling, check_sections
 
 # Settings of training and places of weights: two models that differ in these alone are one architecture.
-NOT_OF_THE_MODEL = {"aux_loss", "z_loss", "init_std", "folder"}
+NOT_OF_THE_MODEL = {"aux_loss", "z_loss", "init_std", "folder", "balance"}
 ROUTING = {
     "norm_topk_prob": True, "router_score": "softmax", "expert_bias": False, "routed_scaling": 1.0, "router_groups": 1,
     "router_top_groups": 1, "shared_expert_gate": False, "first_dense_layers": 0, "moe_every": 1,
 }  # fmt: skip
 DENSE = {"num_experts": 0, "top_k": 1, "expert_width": 1, "shared_expert_width": 0, **ROUTING}
 SCORES = ("softmax", "sigmoid")
+
+AUX_LOSSES = ("aux_loss", "seq_aux_loss")
+
+
+@dataclass
+class BalanceConfig:
+    """What evens out the load of experts, beside `aux_loss`.
+
+    bias_update: step of a bias that is added to an expert's score where experts are chosen, 0 for no bias; by_modality:
+    a bias for text and one for visual tokens, each moved by its own tokens.  aux_loss_type: what the balancing loss is
+    of, by Megatron-core's names: aux_loss (a micro-batch) or seq_aux_loss (each sample).
+    """
+
+    bias_update: float = 0.0
+    by_modality: bool = False
+    aux_loss_type: str = "aux_loss"
 
 
 @dataclass
@@ -27,7 +44,8 @@ class LLMConfig:
     that a query sees, its own with them, in the layers from `window_from` on; 0 for all.
 
     Of layers with experts: norm_topk_prob: the weights of the chosen experts sum to one; without, they are those of
-    `router_score` over all experts.  expert_bias: a stored number per expert, added to the scores in the choice alone.
+    `router_score` over all experts.  expert_bias: a stored number per expert, added to the scores in the choice alone;
+    `balance` may move it, and then there is one without this switch too.
     routed_scaling: factor of the weights.  router_groups, router_top_groups: a token's experts come from its best so
     many groups; a group's score is the sum of its top_k / router_top_groups best.  shared_expert_gate: the shared
     expert's output times a sigmoid.  first_dense_layers, moe_every: layers with an MLP of `ffn_width` instead, the
@@ -50,6 +68,7 @@ class LLMConfig:
     rope_base: float
     norm_eps: float
     init_std: float
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     qk_norm: bool = False
     qk_norm_whole: bool = False
     folder: str | None = None
@@ -96,6 +115,11 @@ class LLMConfig:
         return self.layers - self.window_from if self.window else 0
 
     @property
+    def has_expert_bias(self) -> bool:
+        """Whether routers have a bias: a stored one, or one that balancing moves."""
+        return self.expert_bias or self.balance.bias_update > 0
+
+    @property
     def architecture(self) -> dict[str, Any]:
         """Every key that says what the weights are and what they compute; those without a use in this model as they are
         in a model without that part."""
@@ -104,11 +128,32 @@ class LLMConfig:
             return said | DENSE
         return said | ({"ffn_width": 0} if all(self.sparse) else {})
 
+    def _check_balance(self) -> None:
+        """Raises ValueError, naming keys and values, for a way of balancing that cannot be."""
+        balance = self.balance
+        if not 0 <= balance.bias_update < math.inf:
+            raise ValueError(f"model.llm.balance.bias_update={balance.bias_update}: must be a finite number from 0 on")
+        if balance.aux_loss_type not in AUX_LOSSES:
+            raise ValueError(
+                f"model.llm.balance.aux_loss_type={balance.aux_loss_type}: must be one of {', '.join(AUX_LOSSES)}"
+            )
+        if balance.bias_update and not self.num_experts:
+            raise ValueError(
+                f"model.llm.balance.bias_update={balance.bias_update} with model.llm.num_experts=0: there are no "
+                "experts to balance"
+            )
+        if balance.by_modality and not self.has_expert_bias:
+            raise ValueError(
+                "model.llm.balance.by_modality=true: needs model.llm.balance.bias_update above 0, or "
+                "model.llm.expert_bias=true for biases that stay as they are"
+            )
+
     def check(self, layout: Layout) -> None:
         """Raises ValueError, naming keys and values, where this model does not fit the layout."""
         self._check_sizes()
         self._check_switches()
         self._check_routing()
+        self._check_balance()
         self._check_layout(layout)
 
     def _check_sizes(self) -> None:
@@ -159,8 +204,6 @@ class LLMConfig:
             raise ValueError(f"model.llm.router_score={self.router_score}: must be one of {', '.join(SCORES)}")
         if self.router_score == "sigmoid" and not self.norm_topk_prob:
             raise ValueError("model.llm.norm_topk_prob=false: weights of model.llm.router_score=sigmoid sum to one")
-        if self.expert_bias and self.router_score != "sigmoid":
-            raise ValueError("model.llm.expert_bias=true needs model.llm.router_score=sigmoid")
         if self.shared_expert_gate and not self.shared_expert_width:
             raise ValueError("model.llm.shared_expert_gate=true needs model.llm.shared_expert_width above 0")
         if not self.routed_scaling > 0:

@@ -22,6 +22,7 @@ from torch.nn.functional import silu
 from tandem.parallel.kernels import compilation
 from tandem.parallel.kernels.attention_kernels import INSTALL_TE
 from tandem.parallel.kernels.experts import moe_spec
+from tandem.parallel.kernels.router import Router
 from tandem.parallel.layout import Layout
 from tandem.train.models.language.llm import VisualGPT
 from tandem.train.models.language.llm_attention import MarkedRMSNorm, PackedAttention, RotarySelfAttention
@@ -129,12 +130,12 @@ def _experts(config: LLMConfig, kernels: str) -> dict:
         moe_router_topk=config.top_k,
         moe_router_pre_softmax=config.router_score == "softmax" and not config.norm_topk_prob,
         moe_router_score_function=config.router_score,
-        moe_router_enable_expert_bias=config.expert_bias,
-        moe_router_bias_update_rate=0.0,
+        expert_bias=config.has_expert_bias,
+        expert_bias_visual=config.balance.by_modality,
         moe_router_topk_scaling_factor=config.routed_scaling if config.routed_scaling != 1 else None,
         moe_aux_loss_coeff=config.aux_loss,
         moe_z_loss_coeff=config.z_loss or None,
-        moe_router_load_balancing_type="aux_loss",
+        moe_router_load_balancing_type=config.balance.aux_loss_type,
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=kernels == "te",
@@ -188,6 +189,7 @@ def layer_spec(megatron: TransformerConfig, sparse: bool):
     parts.input_layernorm = parts.pre_mlp_layernorm = te.TENorm
     if experts:
         parts.mlp = get_moe_module_spec(use_te=True, num_experts=experts, moe_grouped_gemm=True)
+        parts.mlp.submodules.router = Router
     else:
         parts.mlp.submodules.linear_fc1 = te.TEColumnParallelLinear
         parts.mlp.submodules.linear_fc2 = te.TERowParallelLinear
