@@ -494,10 +494,10 @@ DATA = (
 PARALLEL = (
     Mutation(
         "stored_bias_rounded",
-        "parallel/engines/llm_engine.py",
-        "LLMEngine.__init__",
-        "router._maintain_float32_expert_bias()",
-        "None",
+        "parallel/kernels/router.py",
+        "Router._apply",
+        "bias_E.float()",
+        "bias_E",
         ("tests/train/test_llm_spec.py::test_a_stored_bias_is_not_rounded",),
     ),
     Mutation(
