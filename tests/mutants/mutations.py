@@ -838,7 +838,7 @@ BALANCE = (
         "train/models/language/llm_recompute.py",
         "RecomputedLayer._routed",
         "router.pass_ = RouterPass(None)",
-        "torch.is_grad_enabled() and router.count(routed)\n        router.pass_ = RouterPass(None)",
+        "torch.is_grad_enabled() and router.count(routed)\n            router.pass_ = RouterPass(None)",
         (f"{ROUTER}::test_a_layer_that_is_computed_again_counts_once",),
     ),
     Mutation(

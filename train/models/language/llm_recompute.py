@@ -70,9 +70,10 @@ class RecomputedLayer(TransformerLayer):
             return super().forward(hidden_states, *args, **kwargs)
         router = self.mlp.router
         router.pass_ = routed
-        output = super().forward(hidden_states, *args, **kwargs)
-        router.pass_ = RouterPass(None)  # what it left lives no longer than the layer's graph
-        return output
+        try:
+            return super().forward(hidden_states, *args, **kwargs)
+        finally:  # torch breaks off where all that was saved is there again
+            router.pass_ = RouterPass(None)  # what it left lives no longer than the layer's graph
 
 
 def offload(layers: TransformerBlock) -> None:
