@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tandem.parallel.engines.state import StateChunk
+from tandem.parallel.engines.state import ROUTER_BIAS, StateChunk
 from tandem.parallel.runtime import random_state
 from tandem.train.checkpoints import checkpoint
 from tandem.train.checkpoints.checkpoint import (
@@ -135,6 +135,7 @@ class Saver:
         self.wait()
         chunks, names = self._chunks()
         trained = {name for chunk, name in zip(chunks, names, strict=True) if chunk.kind != "param"}
+        trained |= {name for name in names if ROUTER_BIAS.fullmatch(name)}  # in fp32, and moved without an optimizer
         for chunk, name, view in zip(chunks, names, self._views(chunks), strict=True):
             if name.partition(".")[0] in parts and name not in trained:
                 for corner, values in dataclasses.replace(chunk, tensor_N=view).boxes():

@@ -29,6 +29,7 @@ OF_TRAINING = {
     "model.encoder.feature_layer",
     "model.connector.folder",
     *(f"model.llm.{key}" for key in NOT_OF_THE_MODEL),
+    *(f"model.llm.balance.{key}" for key in ("bias_update", "by_modality", "aux_loss_type")),  # biases are compared
     "model.text.folder",
     "objective.mim.mask_ratio",
     "objective.contrastive.siglip_weight",
