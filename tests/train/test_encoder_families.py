@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tandem.train.checkpoints.checkpoint import Reader
+from tandem.train.config.checks import check_config
 from tandem.train.export import settings as export_settings
 from tandem.train.export.hugging_face import content
 from tandem.train.export.remote import configuration_tandem, modeling_tandem
 from tandem.train.families import encoders
 from tandem.train.families.folder import shapes
-from tandem.train.models.encoders.vit import SeedViT, normalise
+from tandem.train.models.encoders.vit import SeedViT, ViTConfig, normalise
 from tests.support import settings
 from tests.train.folders import write
 from tests.train.vision_models import MODELS, SIDE, features, images, model_of, saved
@@ -266,3 +267,36 @@ def test_our_class_computes_the_same(folders, kind):
     normalised_NP = normalise(packed.patches_NP, config.model.encoder.image_mean, config.model.encoder.image_std)
     with torch.no_grad():
         assert_close(model.eval()(normalised_NP, torch.tensor(GRIDS)).last_hidden_state, encoder(packed))
+
+
+# ---- switches without a folder ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("switches", "words"),
+    [
+        ({"positions": "sinus"}, "model.encoder.positions=sinus: must be one of rotary, learned"),
+        ({"activation": "relu"}, "model.encoder.activation=relu: must be one of gelu_tanh, gelu, quick_gelu, swiglu"),
+        ({"class_token": True}, "class_token=true with model.encoder.positions=rotary"),
+        ({"window": 4, "positions": "learned", "class_token": True}, "class_token=true with model.encoder.window=4"),
+        ({"window": -1}, "model.encoder.window=-1: must be patches a side of a window, or 0"),
+        ({"whole_layers": [0]}, "model.encoder.whole_layers=[0] without model.encoder.window"),
+        (
+            {"window": 4, "whole_layers": [2]},
+            "model.encoder.whole_layers=[2]: must be rising numbers of layers, from 0",
+        ),
+        ({"window": 4, "whole_layers": [1, 0]}, "model.encoder.whole_layers=[1, 0]: must be rising"),
+        ({"feature_layer": -2}, "model.encoder.feature_layer=-2 without model.encoder.folder"),
+        ({"heads": 3}, "model.encoder.width=32 over model.encoder.heads=3: every head needs as many channels"),
+    ],
+)
+def test_switches_that_cannot_be_are_refused(switches, words):
+    with pytest.raises(ValueError) as refused:
+        ViTConfig(**{"width": 32, "depth": 2, "heads": 2} | switches)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_masked_modelling_refuses_what_it_cannot_take_apart():
+    overrides = ["objective.teacher=nowhere", "model.encoder.positions=learned"]
+    with pytest.raises(ValueError, match="model.encoder.positions=learned, .*: task=mim takes patches out of an image"):
+        check_config(settings("vit_mim", *overrides), 1)
