@@ -233,6 +233,10 @@ def open_ours(folder: Path, seq_length: int = 8192, rows: int = 2):
         vision=VisionSpec(MIN_PATCHES, MAX_PATCHES),
         video_budget=seq_length,
         video_levels=(64,),
+        block_samples=1024,
+        window_shards=32,
+        too_long="refuse",
+        audio_seconds=0,
     )
     return Stream(corpus, config, tokenizer.stamp_lengths), lambda: ShardReader(
         corpus, tokenizer, VisionSpec(), MAX_PIXELS, WORKERS

@@ -119,6 +119,8 @@ def plan(folder: Path, size: Size, seq_length: int) -> dict:
         video_levels=(640, 128),
         block_samples=size.block_samples,
         window_shards=size.window_shards,
+        too_long="refuse",
+        audio_seconds=0,
     )
     stream = Stream(corpus, config, lambda times: np.full(len(times), 8))
     middle = 7 * size.shards * size.samples // 10 // config.block_samples * config.block_samples

@@ -167,7 +167,7 @@ class Tokenizer:
         return self._encoder.encode(text)[0].tolist()
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special: bool = False) -> str:
-        return self._encoder.decode(ids, skip_special)
+        return self._encoder.decode(list(ids), skip_special)
 
     def stamp(self, time_ms: int) -> list[int]:
         """Ids of the time of a frame, "[1.5 second]": tenths of a second, rounded half up."""

@@ -107,6 +107,7 @@ def _checked_role_and_text(item: object, what: str, reason: str) -> tuple[str, l
         raise SampleError(reason, f"{what} without a role out of {', '.join(ROLES)}")
     text: Any = item.get("text")
     check_text(text, f"{what} with a text", reason)
+    assert isinstance(text, str), "checked"
     if RESERVED in text:
         raise SampleError(reason, f"{what} with a text that holds U+{ord(RESERVED):04X}, which is no character")
     return item["role"], split_marks(text)

@@ -42,13 +42,13 @@ class StreamConfig:
     rows_per_step: int  # the global batch
     seed: int
     vision: VisionSpec
-    video_budget: int = 81920  # visual tokens of one video
-    video_levels: tuple[int, ...] = (640, 512, 384, 256, 160, 128)  # tokens of a frame, falling
-    block_samples: int = 1024  # lookahead of the packing
-    window_shards: int = 32  # shards of a source shuffled together
-    too_long: str = "refuse"  # or cut
+    video_budget: int  # visual tokens of one video
+    video_levels: tuple[int, ...]  # tokens of a frame, falling
+    block_samples: int  # lookahead of the packing
+    window_shards: int  # shards of a source shuffled together
+    too_long: str  # refuse or cut
+    audio_seconds: float  # heard of each video, at most; 0: no sound is read
     rows: str = "packed"  # or samples: each a row of its own, at most seq_length long
-    audio_seconds: float = 0  # heard of each video, at most; 0: no sound is read
 
     def __post_init__(self):
         levels = self.video_levels
@@ -61,15 +61,15 @@ class StreamConfig:
             )
             least = {"seed": 0}.get(field.name, 1)
             if not isinstance(value, int) or not least <= value < 1 << 62:
-                raise ValueError(f"{key} is {value!r}; it must be a whole number, at least {least}")
+                raise ValueError(f"{key}={value!r}: must be a whole number, at least {least}")
         if not levels or list(levels) != sorted(set(levels), reverse=True) or levels[-1] < 1:
-            raise ValueError(f"data.video.levels is {list(levels)}; it must be tokens of a frame, falling, at least 1")
+            raise ValueError(f"data.video.levels={list(levels)}: must be tokens of a frame, falling, at least 1")
         if self.video_budget < levels[-1]:
             raise ValueError(
-                f"data.video.budget is {self.video_budget}, below the last of data.video.levels, {levels[-1]}"
+                f"data.video.budget={self.video_budget}: is below the last of data.video.levels={list(levels)}"
             )
         if self.too_long not in ("refuse", "cut"):
-            raise ValueError(f"data.too_long is {self.too_long!r}; it must be refuse or cut")
+            raise ValueError(f"data.too_long={self.too_long}: must be one of cut, refuse")
         if self.rows not in ("packed", "samples"):
             raise ValueError(f"rows of {self.rows!r}; they must be packed or samples")
         self._check_sound()
@@ -77,7 +77,7 @@ class StreamConfig:
     def _check_sound(self) -> None:
         seconds = self.audio_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-            raise ValueError(f"data.audio_seconds is {seconds!r}; it must be a number of seconds, 0 for no sound")
+            raise ValueError(f"data.audio_seconds={seconds!r}: must be a number of seconds, 0 for no sound")
         patches = int(sound_grid(seconds * 1000, seconds, self.vision).prod()) if seconds else 0
         if patches > self.vision.max_patches:
             raise ValueError(

@@ -47,7 +47,7 @@ class Resolution:
     vision: VisionSpec
     video_budget: int
     video_levels: tuple[int, ...]
-    audio_seconds: float = 0
+    audio_seconds: float
 
 
 @dataclass(frozen=True)

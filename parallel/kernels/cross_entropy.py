@@ -102,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         whole_SD = _gather(hidden_SD, ctx.group) if ctx.sequence_parallel else hidden_SD
         sums_SD = torch.empty_like(whole_SD, dtype=log_sum_S.dtype) if to_hidden else None
         grad_VD = torch.empty_like(padded_VD) if to_weight else None
-        if to_weight:
+        if grad_VD is not None:
             grad_VD[ctx.words :] = 0
         label_slope_S = torch.expm1(-loss_S) * grad_S
         for first, weight_BD in _blocks(weight_VD, whole_SD.shape[0], ctx.tile):

@@ -7,7 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from tandem.data.planning.corpus import Corpus, SourceSettings
+from tandem.data.planning.stream import StreamConfig
 from tandem.data.shards.index import EVENT, IMAGE, MEDIA, SAMPLE, VIDEO
+
+
+def stream_config(**settings) -> StreamConfig:
+    """A stream's settings, with values for those that a test does not care about."""
+    others = {
+        "video_budget": 81920,
+        "video_levels": (640, 512, 384, 256, 160, 128),
+        "block_samples": 1024,
+        "window_shards": 32,
+        "too_long": "refuse",
+        "audio_seconds": 0,
+    }
+    return StreamConfig(**others | settings)
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from tandem.data.media.image import decode_image, to_patches
 from tandem.data.media.text import Tokenizer
 from tandem.data.media.video import decode_frames
 from tandem.data.planning.corpus import Corpus, SourceSettings
-from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.planning.stream import Stream
 from tandem.data.reading import jobs, slots
 from tandem.data.reading.reader import ShardReader
 from tandem.data.shards.index import VIDEO
 from tandem.data.shards.storage import Section
 from tandem.data.vision import VisionSpec
+from tests.data.synthetic import stream_config
 
-CONFIG = StreamConfig(
+CONFIG = stream_config(
     seq_length=1024, rows_per_step=6, seed=3, vision=VisionSpec(4, 64), video_budget=256, video_levels=(32, 16, 8)
 )
 
@@ -197,7 +198,7 @@ def damaged(make_shard, tokenizer):
         members.append((f"s{n}.json", make_shard.json(f"<{kind}>hi", str(n))))
     shard, _ = make_shard(members)
     corpus = open_corpus([shard], tokenizer)
-    config = StreamConfig(
+    config = stream_config(
         seq_length=256, rows_per_step=1, seed=0, vision=VisionSpec(4, 64), block_samples=5, video_levels=(16,)
     )
     plan = Stream(corpus, config, tokenizer.stamp_lengths).next_step()
@@ -266,7 +267,7 @@ def test_what_the_checksum_cannot_see(damaged, tokenizer, monkeypatch):
 def test_a_shard_that_is_gone(make_shard, tokenizer):
     shard, _ = make_shard([("a.0.png", make_shard.image()), ("a.json", make_shard.json("<image>hi", "yes"))])
     corpus = open_corpus([shard], tokenizer)
-    config = StreamConfig(seq_length=64, rows_per_step=1, seed=0, vision=VisionSpec(4, 64))
+    config = stream_config(seq_length=64, rows_per_step=1, seed=0, vision=VisionSpec(4, 64))
     plan = Stream(corpus, config, tokenizer.stamp_lengths).next_step()
     Path(shard).unlink()
     reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0)

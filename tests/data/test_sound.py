@@ -12,18 +12,18 @@ from tandem.data.media.audio import sound_grid, spectrogram
 from tandem.data.media.image import to_patches
 from tandem.data.planning.corpus import Corpus, SourceSettings
 from tandem.data.planning.plan import AUDIO
-from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.planning.stream import Stream
 from tandem.data.planning.view import NO_SOUND, REASONS, SOUND_CUT
 from tandem.data.reading import jobs
 from tandem.data.reading.reader import ShardReader
 from tandem.data.shards.storage import Section, open_range
 from tandem.data.vision import VisionSpec
 from tests.data.conftest import sound_of
-from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, stamp_lengths
+from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, stamp_lengths, stream_config
 from tests.data.test_view import samples, view_of
 from tests.data.videos import make_video
 
-CONFIG = StreamConfig(
+CONFIG = stream_config(
     seq_length=512, rows_per_step=4, seed=3, vision=VisionSpec(4, 256), rows="samples", audio_seconds=3
 )
 
@@ -100,7 +100,7 @@ def test_samples_without_a_sound_track_are_refused_and_counted():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"audio_seconds": -1}, "data.audio_seconds is -1; it must be a number of seconds"),
+        ({"audio_seconds": -1}, "data.audio_seconds=-1: must be a number of seconds"),
         ({"audio_seconds": float("inf")}, "data.audio_seconds is inf"),
         ({"audio_seconds": True}, "data.audio_seconds is True"),
         (

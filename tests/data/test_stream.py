@@ -16,14 +16,14 @@ from tandem.data.planning.plan import (
     row_positions_thw,
     row_samples,
 )
-from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.planning.stream import Stream
 from tandem.data.reading.sample_layout import lay_out
 from tandem.data.shards.index import VIDEO
 from tandem.data.shards.storage import open_range
 from tandem.data.vision import VisionSpec
-from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, random_shards, stamp_lengths
+from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, random_shards, stamp_lengths, stream_config
 
-CONFIG = StreamConfig(
+CONFIG = stream_config(
     seq_length=512,
     rows_per_step=4,
     seed=3,

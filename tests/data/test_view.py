@@ -18,7 +18,12 @@ from tandem.data.vision import VisionSpec
 from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, random_shards, stamp_lengths
 
 RESOLUTION = Resolution(
-    seq_length=200, too_long="refuse", vision=VisionSpec(4, 64), video_budget=40, video_levels=(9, 4, 1)
+    seq_length=200,
+    too_long="refuse",
+    vision=VisionSpec(4, 64),
+    video_budget=40,
+    video_levels=(9, 4, 1),
+    audio_seconds=0,
 )
 
 

@@ -12,7 +12,7 @@ from tandem.data.media.text import Tokenizer
 from tandem.data.media.video import probe
 from tandem.data.planning.corpus import Corpus, SourceSettings
 from tandem.data.planning.plan import AUDIO
-from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.planning.stream import Stream
 from tandem.data.reading.captions import captions
 from tandem.data.reading.reader import ShardReader
 from tandem.data.shards.index import load_index
@@ -22,6 +22,7 @@ from tandem.data.synthesis.maker import PHOTOGRAPHS, load_sources
 from tandem.data.synthesis.vision import DIGITS, VisionTasks
 from tandem.data.vision import VisionSpec
 from tandem.launch.make_shards import VISION_TASKS
+from tests.data.synthetic import stream_config
 from tests.data.test_make_shards import contents
 
 SPLITS = {"train": 60, "heldout": 16}
@@ -81,7 +82,7 @@ def test_clips_have_sound_and_are_heard_through_the_data_path(corpus, shards):
     media = load_index(f"{corpus}/vision/train/sound-0000.tar", tokenizer.sha256).media
     assert media["audio"].all() and set(media["duration_ms"]) == {1000, 2000, 3000}
     opened = Corpus.open([SourceSettings("sound", (f"{corpus}/vision/train/sound-*.tar",))], tokenizer.sha256)
-    config = StreamConfig(
+    config = stream_config(
         seq_length=512, rows_per_step=60, seed=0, vision=VisionSpec(4, 256), rows="samples", audio_seconds=3
     )
     plan = Stream(opened, config, tokenizer.stamp_lengths).next_step()

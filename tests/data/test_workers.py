@@ -227,13 +227,14 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 from tandem.data.planning.corpus import Corpus, SourceSettings
 from tandem.data.reading.reader import ShardReader
-from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.planning.stream import Stream
+from tests.data.synthetic import stream_config
 from tandem.data.media.text import Tokenizer
 from tandem.data.vision import VisionSpec
 
 tokenizer = Tokenizer({folder!r} + "/tokenizer.json")
 corpus = Corpus.open([SourceSettings(name="main", shards=({folder!r} + "/train/*.tar",))], tokenizer.sha256)
-config = StreamConfig(seq_length=1024, rows_per_step=4, seed=0, vision=VisionSpec(4, 64))
+config = stream_config(seq_length=1024, rows_per_step=4, seed=0, vision=VisionSpec(4, 64))
 stream = Stream(corpus, config, tokenizer.stamp_lengths)
 reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, workers=3)
 print("imported once", flush=True)

@@ -1,14 +1,18 @@
 """Every recipe composes at both scales into settings that a world can run, and says what the report's tables say."""
 
 import dataclasses
+from dataclasses import MISSING, fields
 from operator import attrgetter
 
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
+from tandem.data.planning.corpus import SourceSettings
+from tandem.data.planning.stream import StreamConfig
+from tandem.data.planning.view import Resolution
 from tandem.train.config.checks import check_config
-from tandem.train.config.schema import Config
+from tandem.train.config.schema import Config, DataConfig, SourceConfig, VideoConfig
 from tandem.train.config.settings import composed as compose
 from tandem.train.config.settings import read_config
 from tandem.train.models.encoders.vit import ViTConfig
@@ -198,3 +202,16 @@ def test_unknown_choices_are_refused_with_those_there_are(overrides, words):
 def test_a_forgotten_recipe_is_asked_for():
     with pytest.raises(ValueError, match="task is missing; choose a recipe, as in"):
         read_config(composed("scale=toy"))
+
+
+def test_a_default_of_the_data_stands_in_one_place():
+    """In recipes/data; for the keys of a source, which a recipe may leave out, in SourceSettings."""
+    settings = {field.name for part in (DataConfig, VideoConfig) for field in fields(part)}
+    settings |= {f"video_{field.name}" for field in fields(VideoConfig)}
+    for part in (DataConfig, VideoConfig, StreamConfig, Resolution):
+        for field in fields(part):
+            assert field.default is MISSING or field.name not in settings, f"{part.__name__}.{field.name}"
+    composed_source = OmegaConf.to_object(OmegaConf.merge(SourceConfig, {"shards": ["a.tar"]}))
+    for field in fields(SourceConfig):
+        if field.name not in ("shards", "train_roles"):
+            assert getattr(composed_source, field.name) == getattr(SourceSettings, field.name)

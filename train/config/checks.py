@@ -10,6 +10,7 @@ from tandem.parallel.kernels.compilation import MODES
 from tandem.parallel.layout import Layout
 from tandem.train.config.architecture import architecture
 from tandem.train.config.schema import CheckpointConfig, Config
+from tandem.train.input.dataset import source_settings, stream_config
 from tandem.train.models.language.llm_recompute import RECOMPUTE as LLM_RECOMPUTE
 from tandem.train.models.language.llm_spec import KERNELS
 from tandem.train.models.layers.blocks import RECOMPUTE
@@ -18,9 +19,7 @@ from tandem.train.tasks.base import Task
 
 LEAST = {
     "train.steps": 1,
-    "train.global_batch_size": 1,
     "train.micro_batch_size": 1,
-    "train.seq_length": 1,
     "optim.lr": 0,
     "optim.min_lr": 0,
     "optim.warmup_steps": 0,
@@ -31,7 +30,6 @@ LEAST = {
     "data.workers": 0,
     "data.prefetch": 1,
     "data.max_skip_rate": 0,
-    "data.audio_seconds": 0,
     "model.embedding": 1,
     "checkpoint.every": 0,
     "checkpoint.keep": 1,
@@ -55,6 +53,7 @@ def check_config(config: Config, world: int) -> Layout:
     for key, least in LEAST.items():
         if attrgetter(key)(config) < least:
             raise ValueError(f"{key}={attrgetter(key)(config)}: must be at least {least}")
+    stream_config(config), source_settings(config.data)  # check themselves
     task = find(config.task)
     task.check(config, layout)
     _check_parallel(config, layout)
@@ -66,7 +65,10 @@ def check_config(config: Config, world: int) -> Layout:
             f"watchdog.patience_s={config.watchdog.patience_s} is shorter than watchdog.timeout_s="
             f"{config.watchdog.timeout_s}"
         )
-    _check_data(config)
+    if config.data.video.budget > config.train.seq_length:
+        raise ValueError(
+            f"data.video.budget={config.data.video.budget}: must be at most train.seq_length={config.train.seq_length}"
+        )
     return layout
 
 
@@ -89,29 +91,8 @@ def _check_parallel(config: Config, layout: Layout) -> None:
         )
 
 
-def _check_data(config: Config) -> None:
-    data, video = config.data, config.data.video
-    if not data.sources:
-        raise ValueError("data.sources is empty: name at least one source of shards")
-    for name, source in data.sources.items():
-        if not source.shards:
-            raise ValueError(
-                f"data.sources.{name}.shards is empty: name one or more WebDataset shards (paths or brace "
-                "patterns) or a .catalog file"
-            )
-    levels = list(video.levels)
-    if not levels or levels != sorted(set(levels), reverse=True) or levels[-1] < 1:
-        raise ValueError(f"data.video.levels={levels}: must be tokens of a frame, falling, at least 1")
-    if not levels[-1] <= video.budget <= config.train.seq_length:
-        raise ValueError(
-            f"data.video.budget={video.budget}: must be from {levels[-1]} (the last of data.video.levels) to "
-            f"train.seq_length={config.train.seq_length}"
-        )
-
-
 def _check_choices(config: Config) -> None:
     choices = (
-        ("data.too_long", config.data.too_long, ("cut", "refuse")),
         ("train.precision", config.train.precision, ("fp32", "bf16")),
         ("optim.name", config.optim.name, OPTIMIZERS),
         ("parallel.attention", config.parallel.attention, ATTENTION),
@@ -130,6 +111,8 @@ def _check_choices(config: Config) -> None:
     for key in ("lr", "min_lr", "eps", "weight_decay", "clip_norm"):
         if not math.isfinite(getattr(config.optim, key)):
             raise ValueError(f"optim.{key}={getattr(config.optim, key)}: must be a finite number")
+    if config.optim.min_lr > config.optim.lr:
+        raise ValueError(f"optim.min_lr={config.optim.min_lr}: must be at most optim.lr={config.optim.lr}")
     if not 0 < config.optim.layer_decay <= 1:
         raise ValueError(f"optim.layer_decay={config.optim.layer_decay}: must be above 0, and at most 1 for none")
     if not 0 <= config.optim.ema < 1:

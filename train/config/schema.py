@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tandem.data.media.tokenizer_files import ChatConfig, SpecialTokens
+from tandem.data.planning.corpus import SourceSettings
 from tandem.data.vision import VisionSpec
 from tandem.parallel.layout import Layout, choose_cp_comm_type
 from tandem.train.models.connectors.base import ConnectorConfig
@@ -148,14 +149,14 @@ class SourceConfig:
     have been indexed as, auto for any."""
 
     shards: list[str]
-    weight: float | None = None
-    repeat: float = 1.0
-    max_samples: int | None = None
-    entity_cap: int | None = None
-    rare_domain_copies: int = 1
-    train_roles: list[str] = field(default_factory=lambda: ["assistant"])
-    fps: float = 1.0
-    format: str = "auto"
+    weight: float | None = SourceSettings.weight
+    repeat: float = SourceSettings.repeat
+    max_samples: int | None = SourceSettings.max_samples
+    entity_cap: int | None = SourceSettings.entity_cap
+    rare_domain_copies: int = SourceSettings.rare_domain_copies
+    train_roles: list[str] = field(default_factory=lambda: list(SourceSettings.train_roles))
+    fps: float = SourceSettings.fps
+    format: str = SourceSettings.format
 
 
 @dataclass

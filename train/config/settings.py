@@ -19,7 +19,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 from yaml.error import MarkedYAMLError
 
 from tandem.train import families
@@ -136,9 +142,21 @@ def read_config(settings: DictConfig) -> Config:
         plain = OmegaConf.to_container(settings, resolve=True)
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(Config, plain)))
     except MissingMandatoryValue as error:
-        raise ValueError(f"{error.full_key} is missing; choose a recipe, as in +recipe=stage1") from error
+        of_model = str(error.full_key).startswith("model")
+        choose = "a model, as in model=toy" if of_model else "a recipe, as in +recipe=stage1"
+        raise ValueError(f"{error.full_key} is missing; choose {choose}") from error
+    except InterpolationKeyError as error:
+        missing = str(error).partition("'")[2].partition("'")[0]
+        raise ValueError(f"{missing} is missing: {error.full_key} takes its value") from error
+    except ConfigKeyError as error:
+        raise ValueError(_no_such(str(error.full_key))) from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _no_such(key: str) -> str:
+    near = get_close_matches(key, keys(), n=1, cutoff=0.6)
+    return f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def keys(node: type = Config, prefix: str = "") -> list[str]:
@@ -161,8 +179,7 @@ def one_sentence(error: Exception) -> str:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         named = re.search(r"override '[+~]*([\w.*]+)'", str(error))
         key = named[1] if named else str(cause.full_key)
-        near = get_close_matches(key, keys(), n=1, cutoff=0.6)
-        return f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+        return _no_such(key)
     said = f"{error}".partition("Config search path")[0] + "\n" + f"{cause or ''}".partition("full_key")[0]
     lines = [line for line in said.splitlines() if not line.startswith(("To append", "See http"))]
     said = " ".join(" ".join(lines).split())

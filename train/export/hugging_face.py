@@ -89,9 +89,9 @@ def _encoder_of_family(
 def _whole(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, dict[str, str]]:
     model = config.model
     family, tokenizer = families.of_model(model.llm), _tokenizer(config)
-    parts = encoders.of_model(model.encoder), connectors.of_model(model.connector)
-    if parts[0] and parts[1] and parts[1].architecture == family.architecture:
-        return _whole_of_family(reader, config, family, *parts, dtype)
+    encoder, connector = encoders.of_model(model.encoder), connectors.of_model(model.connector)
+    if encoder and connector and connector.architecture == family.architecture:
+        return _whole_of_family(reader, config, family, encoder, connector, dtype)
     if not tokenizer.is_ours:
         raise ValueError(
             f"--part all: data.tokenizer={config.data.tokenizer} has a chat template or special tokens of its own, "

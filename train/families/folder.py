@@ -84,7 +84,7 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether the family has a tensor of ours."""
-        return name in self._tensors
+        return name in self.tensors
 
     def read(self, name: str, kind: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """The box of `size` at `start` of a tensor of ours, fp32 on the CPU; weights alone, so kind is "param"."""

@@ -34,6 +34,10 @@ class GrownFolder:
         new = f"tokens {self._added.start} to {self._added.stop - 1} start as the mean of the {self._known} before"
         return f"{self._folder.told}; {new}" if self._added else self._folder.told
 
+    def has(self, name: str) -> bool:
+        """As `Folder.has`."""
+        return self._folder.has(name)
+
     def read(self, name: str, kind: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """As `Folder.read`."""
         if name not in PER_ROW:

@@ -108,7 +108,7 @@ class ViT(nn.Module):
         if self.positions is not None:
             x_ND = x_ND + torch.cat([self.positions(*image) for image in zip(grids, places, strict=True)])
         if self.class_token is not None:
-            token_1D = (self.class_token.token + self.positions.weight[0])[None]
+            token_1D = (self.class_token.token + self.positions.weight[0])[None]  # type: ignore[union-attr]  # none without learned positions
             x_ND = torch.cat([part for image in x_ND.split(images) for part in (token_1D, image)])
             images = within = [patches + 1 for patches in images]
         if config.window:

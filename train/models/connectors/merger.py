@@ -19,7 +19,7 @@ NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
 @dataclass(frozen=True)
-class Options:
+class MergerOptions:
     """norm: of each patch, layer or rms."""
 
     norm: str = "rms"
@@ -46,16 +46,16 @@ class PatchMerger(nn.Module):
 
 
 class MergerConnector(Connector):
-    Options = Options
+    Options = MergerOptions
 
-    def build(self, sizes: Sizes, options: Options) -> PatchMerger:
+    def build(self, sizes: Sizes, options: MergerOptions) -> PatchMerger:
         return PatchMerger(sizes, options.norm)
 
-    def token_flops(self, sizes: Sizes, options: Options) -> int:
+    def token_flops(self, sizes: Sizes, options: MergerOptions) -> int:
         block = sizes.merge**2 * sizes.width
         return 2 * block * (block + sizes.llm_width)
 
-    def token_elements(self, sizes: Sizes, options: Options) -> int:
+    def token_elements(self, sizes: Sizes, options: MergerOptions) -> int:
         return 4 * sizes.merge**2 * sizes.width  # features before and after the norm, hidden before and after GELU
 
 

@@ -97,7 +97,7 @@ class LLMConfig:
 
     @property
     def rope(self) -> Rope:
-        sections = None if self.mrope_sections is None else tuple(self.mrope_sections)
+        sections: Any = None if self.mrope_sections is None else tuple(self.mrope_sections)
         width = int(self.head_width * self.rotary_fraction)
         return Rope(width, self.rope_base, self.rope_scaling or {}, sections, self.mrope_interleaved)
 
