@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, whose data.py is not the package
@@ -51,8 +51,10 @@ READ = Size(layers=4, width=256, heads=8, num_experts=8, expert_width=256, vocab
 def main(argv: list[str] | None = None, in_ranks: InRanks = in_ranks) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", help="where to write; a temporary folder if left out")
+    parser.add_argument("--layers", type=int, help="of the language model; 24 make 20 GB")
     options = results.parse(parser, argv)
     size = SIZES[options.size]
+    size = replace(size, layers=options.layers or size.layers)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         measured = make_run(folder / "run", size)
