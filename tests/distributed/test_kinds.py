@@ -43,11 +43,6 @@ def overrides(corpus, sources: dict[str, str], kinds: list[str]) -> list[str]:
     ]
 
 
-def run_all(runs: list[tuple[str, list[str], str]]) -> None:
-    for run in runs:
-        train_run(*run)
-
-
 def test_two_steps_of_every_kind(corpus, sources, tmp_path, capsys):
     said = [kind for kind in KINDS if kind != SILENT]
     captioned = [kind for kind in ("image_and_txt", "img2dataset", "class_folders", "tar_gz")]
@@ -58,8 +53,8 @@ def test_two_steps_of_every_kind(corpus, sources, tmp_path, capsys):
         ("vit_contrastive", [*overrides(corpus, sources, captioned), *start], teacher),
         ("vit_mim", [*overrides(corpus, sources, [SILENT]), f"objective.teacher={teacher}"], str(tmp_path / "vit_mim")),
     ]
-    run_world(run_all, 1, runs, timeout=240)
-    for _, _, folder in runs:
+    for recipe, words, folder in runs:
+        run_world(train_run, 1, recipe, words, folder, timeout=120)
         lines = read_metrics(tmp_path / folder)
         assert len(lines) == 2 and all(np.isfinite(line["loss"]) and line["loss"] > 0 for line in lines), folder
         assert json.loads((tmp_path / folder / "summary.json").read_text())["skipped_samples"] == {}
