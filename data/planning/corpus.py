@@ -35,12 +35,12 @@ class SourceSettings:
     name: str
     shards: tuple[str, ...]  # paths or patterns of shards, or one .catalog file
     weight: float | None = None
-    repeat: float = 1
+    repeat: float = 1.0
     max_samples: int | None = None
     entity_cap: int | None = None
     rare_domain_copies: int = 1
     train_roles: tuple[str, ...] = ("assistant",)
-    fps: float = 1
+    fps: float = 1.0
     format: str = AUTO
 
     def __post_init__(self):

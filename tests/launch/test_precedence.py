@@ -90,8 +90,6 @@ def test_printed_settings_are_those_of_the_run():
     ("override", "sentence"),
     [
         ("train.stpes=3", "train.stpes: there is no such setting; did you mean train.steps?"),
-        ("~model.llm", "model.llm.vocab_size is missing: model.text.vocab_size takes its value"),
-        ("+train.stpes=3", "train.stpes: there is no such setting; did you mean train.steps?"),
         ("trian.steps=3", "trian.steps: there is no such setting; did you mean train.steps?"),
         ("nothing.like.it=3", "nothing.like.it: there is no such setting"),
         ("data.sources.main.shards=[a{0..1}.tar]", "quote braces and brackets twice"),

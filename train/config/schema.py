@@ -210,7 +210,7 @@ class CheckpointConfig:
     load_from: Any
     load_modules: list[str] | None
     load_optimizer: bool
-    other_tokenizer: bool
+    other_tokenizer: bool = False
     allow_changed: list[str] = field(default_factory=list)
 
 
