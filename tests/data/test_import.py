@@ -1,6 +1,7 @@
 """Import: bad records, bad sources, sizes of shards, and interruptions."""
 
 import base64
+import gzip
 import itertools
 import json
 import os
@@ -16,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tandem.data.formats.containers import array, container_of
+from tandem.data.formats.containers import array, container_of, lines
 from tandem.data.formats.records import find_format, formats, likely_format
 from tandem.data.importing import unit as units
 from tandem.data.importing.journal import Journal
 from tandem.data.importing.tar_writer import header
+from tandem.data.media.turns import SampleError
 from tandem.data.shards.index import load_index
 from tandem.launch.import_data import main
 from tests.data.kinds import KINDS, picture
@@ -79,9 +81,9 @@ def test_bad_records_are_left_out_and_counted_by_reason(pictures, tmp_path, toke
         "no object": [1],
         "bad text": said(8, "<image>\ud800"),
     }
-    lines = [json.dumps(record) for record in records.values()] + ["{", '"\xe9"', ""]
+    text_lines = [json.dumps(record) for record in records.values()] + ["{", '"\xe9"', ""]
     source = tmp_path / "a.jsonl"
-    source.write_bytes("\n".join(lines).encode("latin1"))
+    source.write_bytes("\n".join(text_lines).encode("latin1"))
     out = tmp_path / "out"
     arguments = [str(source), "--images", pictures, "--out", str(out), "--tokenizer", tokenizer.path, "--workers", "1"]
     assert main(arguments) == 0
@@ -95,6 +97,25 @@ def test_bad_records_are_left_out_and_counted_by_reason(pictures, tmp_path, toke
     sentences = {reason: each["examples"][0] for reason, each in found["left_out"].items()}
     assert "record 1 of" in sentences["missing image"] and "none.jpg is not in" in sentences["missing image"]
     assert "img2dataset" in sentences["image is a URL"] and r"\<image>" in sentences["<image> surplus"]
+
+
+@pytest.mark.parametrize("most", [1, 3, 10])
+def test_a_line_above_the_limit_is_one_damaged_record(tmp_path, monkeypatch, most):
+    """Ordinals after it do not shift, whichever unit it is in, also in a compressed file and as the last line."""
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(lines, "_BLOCK", 16)
+    texts = [json.dumps({"text": "a" * length}) for length in (1, 300, 2, 51, 52, 3, 400)]
+    assert [len(text) + 1 for text in texts[3:5]] == [64, 65]
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(texts).encode()))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        path = str(tmp_path / name)
+        units = list(lines.CONTAINER.units(path, most))
+        found = [record for unit in units for record in lines.CONTAINER.records(path, unit, unit["first"])]
+        assert [ordinal for ordinal, _ in found] == list(range(len(texts)))
+        assert [ordinal for ordinal, record in found if isinstance(record, SampleError)] == [1, 4, 6]
+        assert {record.reason for _, record in found if isinstance(record, SampleError)} == {"line too long"}
+        assert [record["text"] for _, record in found if isinstance(record, dict)] == ["a", "aa", "a" * 51, "aaa"]
 
 
 def test_media_are_found_in_every_way_that_records_name_them(pictures, tmp_path, tokenizer):

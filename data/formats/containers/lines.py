@@ -16,7 +16,7 @@ from tandem.data.formats.containers.base import Container, Found, not_utf8
 from tandem.data.media.turns import SampleError
 
 _BLOCK = 1 << 20
-_LONGEST = 1 << 28  # bytes of a line
+MAX_LINE_BYTES = 1 << 28
 _PACKED = (".gz", ".zst", ".zstd")
 
 
@@ -53,18 +53,35 @@ class LinesContainer(Container):
             at, ordinal = unit["start"], unit["first"]
             while unit["end"] is None or at < unit["end"]:
                 try:
-                    line = file.readline(_LONGEST)
+                    line, length = _next_line(file)
                 except (OSError, EOFError, ValueError) as error:
-                    raise ValueError(f"{path} cannot be read behind byte {at} of its text: {error}") from error
-                if not line:
+                    message = f"{path} cannot be read after byte {at} of its decompressed data: {error}"
+                    raise ValueError(message) from error
+                if not length:
                     break
-                if ordinal >= start and line.strip():
-                    yield ordinal, parse(line, at)
-                at, ordinal = at + len(line), ordinal + 1
+                if ordinal >= start and (line is None or line.strip()):
+                    yield ordinal, _too_long(length, at) if line is None else parse(line, at)
+                at, ordinal = at + length, ordinal + 1
+
+
+def _next_line(file: IO[bytes]) -> tuple[bytes | None, int]:
+    """(the next line, its bytes): None for a line above MAX_LINE_BYTES, which is skipped to its end."""
+    line = file.readline(MAX_LINE_BYTES + 1)
+    length = len(line)
+    if length <= MAX_LINE_BYTES:
+        return line, length
+    while line and not line.endswith(b"\n"):
+        line = file.readline(_BLOCK)
+        length += len(line)
+    return None, length
+
+
+def _too_long(length: int, at: int) -> SampleError:
+    return SampleError("line too long", f"its line, at byte {at}, has {length} bytes; the limit is {MAX_LINE_BYTES}")
 
 
 def parse(line: bytes, at: int) -> object:
-    """What a line at byte `at` holds, or the SampleError that says why it cannot be read."""
+    """Return the JSON value of the line at byte `at`, or a SampleError if it is not valid."""
     try:
         return json.loads(line.decode("utf-8-sig" if at == 0 else "utf-8"))
     except UnicodeDecodeError as error:
