@@ -9,7 +9,7 @@ import pytest
 from tandem.data.formats.in_place import formats
 from tandem.data.media.turns import escaped, placeholders, split_marks
 from tandem.data.planning.corpus import Corpus, SourceSettings
-from tandem.data.planning.stream import Stream, StreamConfig
+from tandem.data.planning.stream import Stream
 from tandem.data.reading.reader import ShardReader
 from tandem.data.shards.catalog import open_catalog
 from tandem.data.shards.index import load_index
@@ -19,6 +19,7 @@ from tandem.data.shards.tars import TarSamples
 from tandem.data.vision import VisionSpec
 from tandem.launch.index_shards import main
 from tests.data.kinds import caption, picture
+from tests.data.synthetic import stream_config
 from tests.support import write_tar
 
 
@@ -71,7 +72,7 @@ def test_prompt_and_caption_are_read_as_they_were_indexed(tmp_path, tokenizer):
     shard = write_tar(tmp_path / "a.tar", members)
     build_index(shard, tokenizer, prompt="What is <image> here?")
     corpus = Corpus.open([SourceSettings("main", (shard,))], tokenizer.sha256)
-    config = StreamConfig(seq_length=512, rows_per_step=1, seed=0, vision=VisionSpec(), block_samples=3)
+    config = stream_config(seq_length=512, rows_per_step=1, seed=0, vision=VisionSpec(), block_samples=3)
     plan = Stream(corpus, config, tokenizer.stamp_lengths).next_step()
     reader = ShardReader(corpus, tokenizer, VisionSpec(), 1 << 20, 0)
     images, rows = reader.read(plan, range(len(plan.tokens_I)), [0])
