@@ -22,7 +22,7 @@ def settings(recipe: str, *overrides: str) -> Config:
 
 
 def new_tower(config: Config, **sizes):
-    """The tower of a task of the encoder alone, with its first weights."""
+    """The tower of a task of the encoder alone, with its initial weights."""
     return find(config.task).tower(config, **sizes)
 
 

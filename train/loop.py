@@ -117,15 +117,15 @@ def run_in_world(
         keep_every=config.checkpoint.keep_every,
     )
     heartbeat.beat("restore")
-    position, told = restore(config, trainer, data, origins, saver, paths)
+    position, messages = restore(config, trainer, data, origins, saver, paths)
     logger = Logger(config, paths, trainer.engines.grid.rank, position)
     logger.say(f"{config.label} at {config.scale['name']} scale on {layout.world} ranks, run directory {paths.run_dir}")
     if layout.cp > 1:
-        told = [context_sentence(config, layout), *told]
+        messages = [context_sentence(config, layout), *messages]
     for name, engine in trainer.engines.by_name.items():
         if engine.trainable:
             logger.say(f"{name} is updated by {engine.optimizer_name}")
-    for sentence in told:
+    for sentence in messages:
         logger.say(sentence)
     status = train(Run(config, trainer, data, paths, saver, logger, heartbeat), position)
     data.reader.close()

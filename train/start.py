@@ -1,4 +1,4 @@
-"""Where a run lives and where it goes on: its directory, its history so far, and the checkpoint it starts from."""
+"""Start of a run: its directory, its history, and the checkpoint or the initial weights that it starts from."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,8 +10,7 @@ from omegaconf import OmegaConf
 from tandem.data.dataset import Data
 from tandem.data.vision import OLDEST
 from tandem.train.checkpoints import checkpoint, tokenizer
-from tandem.train.checkpoints.origins import Origin
-from tandem.train.checkpoints.origins import told as origins_told
+from tandem.train.checkpoints.origins import Origin, describe_origins
 from tandem.train.checkpoints.saving import Saver
 from tandem.train.config.architecture import check_architecture
 from tandem.train.config.schema import Config
@@ -22,13 +21,16 @@ from tandem.train.tasks import find
 from tandem.train.tasks.base import Trainer
 
 RUNS = Path("runs")
-LOOKED_AT = 20  # newest run directories among which a restarted rank looks for its own
+LOOKED_AT = 20  # a restarted rank searches this many of the newest run directories for its own
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """run_dir has config.yaml and history.jsonl; folder holds the checkpoints.  attempt: starts before this one; cause:
-    why the one before ended.  rollbacks: of all attempts, (to step, where the data went on)."""
+    """run_dir has config.yaml and history.jsonl; folder has the checkpoints.
+
+    attempt: number of earlier starts.  cause: why the previous start ended.  rollbacks: of all attempts, (step, data
+    position to resume from).
+    """
 
     run_dir: Path
     folder: Path
@@ -39,7 +41,7 @@ class RunPaths:
 
 @dataclass(frozen=True)
 class Position:
-    """Where training goes on: steps done, place in the stream, and what the guards remember."""
+    """Where training continues: completed steps, position in the data stream, and the guards' record."""
 
     step: int
     data: dict
@@ -48,9 +50,9 @@ class Position:
 
 
 def agree_on_run_paths(config: Config) -> RunPaths:
-    """Rank 0's paths, on all ranks.
+    """Return rank 0's paths on all ranks.
 
-    Raises ValueError on all of them where the directory cannot be written or belongs to another run.
+    Raises ValueError on all ranks if the directory cannot be written or belongs to another run.
     """
     agreed: list = [None]
     if dist.get_rank() == 0:
@@ -82,7 +84,7 @@ def _paths(config: Config) -> RunPaths:
 
 
 def _of_this_launch() -> Path | None:
-    """The run that this torchrun has started before, so that a restart finds it without a run.dir."""
+    """The run that this torchrun started earlier, so that a restart finds it without run.dir."""
     if launch_id() is None:
         return None
     found = sorted(RUNS.glob(f"*/{history.FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -98,45 +100,46 @@ def restore(
     saver: Saver,
     paths: RunPaths,
 ) -> tuple[Position, list[str]]:
-    """(position to go on from, what to tell about it): resumes, or starts from the origins of first weights."""
+    """Resume from the newest checkpoint, or load the initial weights.  Return (position, messages to print)."""
     newest, damaged = saver.newest_valid()
-    told = [f"DAMAGED, an older one is used: {sentence}" for sentence in damaged]
+    messages = [f"damaged checkpoint, using an older one: {sentence}" for sentence in damaged]
     if newest is not None:
         position = go_back(config, trainer, data, saver, newest, paths.rollbacks)
         if "vision" not in position.data:
-            told.append(f"{newest} does not say its vision settings: those of its time are taken, {OLDEST}")
-        return position, told + silent([checkpoint.Reader(newest)])
+            messages.append(f"{newest} records no vision settings; assuming {OLDEST}")
+        return position, messages + _without_architecture([checkpoint.Reader(newest)])
     readers = [origin.source for origin in origins if isinstance(origin.source, checkpoint.Reader)]
     if config.checkpoint.load_optimizer and readers:
         _check_moments(config, readers[0])
     origins = [origin.grown(data.reader.tokenizer, config.model.llm.width) for origin in origins]
     if added := data.reader.tokenizer.added:
-        names = ", ".join(f"{name} ({place})" for name, place in added.items())
-        told.append(f"added to the vocabulary of data.tokenizer={config.data.tokenizer}: {names}")
+        names = ", ".join(f"{name} ({token_id})" for name, token_id in added.items())
+        messages.append(f"added to the vocabulary of data.tokenizer={config.data.tokenizer}: {names}")
     for origin in origins:
         if isinstance(origin.source, checkpoint.Reader):
-            given = set(origin.parts or find(config.task).parts) & origin.source.modules
-            told += tokenizer.check_start(
-                origin.source, data.reader.tokenizer, given, config.checkpoint.other_tokenizer
+            parts = set(origin.parts or find(config.task).parts) & origin.source.modules
+            messages += tokenizer.check_start(
+                origin.source, data.reader.tokenizer, parts, config.checkpoint.other_tokenizer
             )
-    taken = [origin.load(config, trainer.engines, saver) for origin in origins]
+    loaded = [origin.load(config, trainer.engines, saver) for origin in origins]
     if config.checkpoint.load_optimizer and readers and readers[0].state.task == config.task:
         trainer.load_tensors(readers[0].task_tensors())
-    told += origins_told(origins, taken, find(config.task).parts) + silent(readers)
-    return Position(0, data.stream.state(), Record()), told
+    if (sources := describe_origins(origins, loaded, find(config.task).parts)) is not None:
+        messages.append(sources)
+    return Position(0, data.stream.state(), Record()), messages + _without_architecture(readers)
 
 
-def silent(readers: list[checkpoint.Reader]) -> list[str]:
-    """A line for each checkpoint that is older than the architecture in it."""
+def _without_architecture(readers: list[checkpoint.Reader]) -> list[str]:
+    """A message for each checkpoint that records no architecture."""
     return [
-        f"{reader.path} does not say its architecture: names and shapes alone were compared"
+        f"{reader.path} records no architecture; only names and shapes were compared"
         for reader in readers
         if not reader.state.architecture
     ]
 
 
 def _check_moments(config: Config, reader: checkpoint.Reader) -> None:
-    """Raises ValueError where a checkpoint cannot give the moments that checkpoint.load_optimizer asks for."""
+    """Raise ValueError if a checkpoint lacks the moments that checkpoint.load_optimizer requires."""
     _check_optimizer(config, "checkpoint.load_optimizer=true", reader.path, reader.state)
     if new := set(config.train.trainable) - reader.modules:
         raise ValueError(
@@ -148,10 +151,10 @@ def _check_moments(config: Config, reader: checkpoint.Reader) -> None:
 def go_back(
     config: Config, trainer: Trainer, data: Data, saver: Saver, path: Path, rollbacks: list[tuple[int, dict]]
 ) -> Position:
-    """Takes everything from a checkpoint of this run; the data goes on behind what rollbacks to it left out."""
+    """Restore a checkpoint of this run.  Data resumes after the batches skipped by rollbacks to this checkpoint."""
     reader = checkpoint.Reader(path)
     state = reader.state
-    trainable = state.trainable or list(config.train.trainable)  # older checkpoints do not say
+    trainable = state.trainable or list(config.train.trainable)  # older checkpoints do not record it
     for key, theirs, ours in (
         ("task", state.task, config.task),
         ("train.trainable", sorted(trainable), sorted(config.train.trainable)),

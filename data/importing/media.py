@@ -1,4 +1,4 @@
-"""The bytes of the media that records name: files, data URLs, or bytes in the record itself. Headers are checked."""
+"""Bytes of the media in a record: files, data URLs, or bytes in the record itself. Image headers are checked."""
 
 import base64
 import binascii
@@ -29,7 +29,7 @@ DOWNLOAD = "download the files first, for example with img2dataset, and name the
 
 
 class MediaFiles:
-    """Reads media. folders: in which relative paths are looked for, one after another."""
+    """Reads media. folders: searched in order for relative paths."""
 
     def __init__(self, folders: Sequence[str]):
         self._folders = folders
@@ -74,8 +74,8 @@ class MediaFiles:
                 raise SampleError(f"unreadable {kind}", f"{_shown(name)} cannot be read: {error}") from error
         if url:
             raise SampleError(f"{kind} is a URL", f"{_shown(name)} is a URL; {DOWNLOAD}")
-        places = ", ".join(self._folders)
-        raise SampleError(f"missing {kind}", f"{_shown(name)} is not in {places}; name its folder by --images")
+        folders = ", ".join(self._folders)
+        raise SampleError(f"{kind} file not found", f"{_shown(name)} is not in {folders}; name its folder by --images")
 
 
 def is_url(medium: Medium) -> bool:

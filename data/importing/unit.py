@@ -1,9 +1,9 @@
-"""What a worker does: the records of one unit become parts, each a shard of limited size with its index.
+"""Work of one import worker: the records of a unit are written as parts, each a shard of limited size with its index.
 
     record  --format-->  turns and media  --read, check-->  KEY.json KEY.0.jpg KEY.1.jpg ...  -->  tar
 
-Everything that the parts hold follows from the unit and the settings, so that a part which a killed process left
-half-written is written again alike.
+The parts depend on the unit and the settings alone, so a part that was left half-written by a killed process is written
+again with equal bytes.
 """
 
 import json
@@ -29,9 +29,9 @@ Members = list[tuple[str, bytes]]
 
 @dataclass(frozen=True)
 class UnitTask:
-    """Imports one unit: {"number", "file", "path", "container", "format", "folders", "count", ...} of the pipeline.
+    """Import one unit: a dict made by `pipeline.plan_import`.
 
-    tokenizer: settings, as JSON, of the one with which shards are indexed; None for none.
+    tokenizer: settings, as JSON, of the tokenizer that indexes the shards; None for no index.
     """
 
     out: str
@@ -41,7 +41,7 @@ class UnitTask:
     tokenizer: str | None
 
     def __call__(self, unit: dict) -> int:
-        """Write the parts that are missing; the number of parts. Raises ValueError for a damaged file."""
+        """Write the missing parts and return the total number of parts. Raises ValueError for a damaged file."""
         journal = Journal(self.out)
         parts = journal.parts(unit["number"])
         if parts and parts[-1].last:
@@ -63,7 +63,7 @@ def tokenizer_of(settings: str) -> Tokenizer:
 
 
 class _UnitRun:
-    """The parts of one unit from a record on."""
+    """Writes the parts of one unit, from the record with ordinal `start` on."""
 
     def __init__(self, task: UnitTask, unit: dict, journal: Journal, number: int, start: int):
         self._task, self._unit, self._journal, self._number = task, unit, journal, number
@@ -101,7 +101,7 @@ class _UnitRun:
         return f"shard-{self._unit['number']:05}-{self._number:03}.tar"
 
     def _close(self, last: bool) -> None:
-        """The part is complete: tar, index, journal entry, in this order."""
+        """Finish the part: close its tar, index it, and record it in the journal, in this order."""
         shard = None
         if self._writer:
             self._writer.close()
@@ -124,7 +124,7 @@ class _UnitRun:
         self._tally = left
 
     def _sample(self, ordinal: int, record: Any) -> tuple[Members, Tally]:
-        """The members of one sample, and what to count. Raises SampleError."""
+        """Return the sample's members and its counts. Raises SampleError."""
         if isinstance(record, SampleError):
             raise record
         if self._format is None:
@@ -136,17 +136,17 @@ class _UnitRun:
             sentence = f"it is of format {other.name}, but the file's is {self._format.name}"
             raise SampleError(f"of format {other.name}, not {self._format.name}", sentence)
         try:
-            said = self._format.conversation(record, self._task.prompt)
+            conversation = self._format.conversation(record, self._task.prompt)
         except (KeyError, TypeError, AttributeError) as error:
             raise SampleError("bad record", f"it is not {self._format.what} ({error!r})") from error
-        return self._conversation(ordinal, said)
+        return self._conversation(ordinal, conversation)
 
-    def _conversation(self, ordinal: int, said: Conversation) -> tuple[Members, Tally]:
-        kinds = [medium.kind for medium in said.media]
-        _check_placeholders([kind for turn in said.turns for kind in placeholders(turn["text"])], kinds)
+    def _conversation(self, ordinal: int, conversation: Conversation) -> tuple[Members, Tally]:
+        kinds = [medium.kind for medium in conversation.media]
+        _check_placeholders([kind for turn in conversation.turns for kind in placeholders(turn["text"])], kinds)
         key = f"{self._unit['file']:04}-{ordinal:09}"
-        media = [self._files.read(medium) for medium in said.media]
-        content = {"turns": said.turns, **said.more}
+        media = [self._files.read(medium) for medium in conversation.media]
+        content = {"turns": conversation.turns, **conversation.more}
         if self._task.domain is not None:
             content["domain"] = self._task.domain
         try:
@@ -166,21 +166,25 @@ class _UnitRun:
 
 
 def _check_placeholders(found: list[str], kinds: list[str]) -> None:
-    """Raises SampleError where placeholders and media do not agree one by one."""
+    """Raise SampleError unless placeholders and media have the same kinds in the same order."""
     if found == kinds:
         return
     for kind in ("image", "video"):
-        named, held = found.count(kind), kinds.count(kind)
-        sentence = f"its text has {named} <{kind}> and it names {held} {kind}s"
-        if named < held:
-            raise SampleError(f"<{kind}> missing", f"{sentence}; each needs its placeholder")
-        if named > held:
-            raise SampleError(f"<{kind}> surplus", f"{sentence}; write \\<{kind}> where the text itself is meant")
-    raise SampleError("media in another order", f"its text has <{'>, <'.join(found)}>, it names {', '.join(kinds)}")
+        placed, listed = found.count(kind), kinds.count(kind)
+        sentence = (
+            f"the text has {placed} <{kind}> placeholder{'s' * (placed != 1)} and "
+            f"the record lists {listed} {kind}{'s' * (listed != 1)}"
+        )
+        if placed < listed:
+            raise SampleError(f"no placeholder for {kind}", f"{sentence}; each needs its placeholder")
+        if placed > listed:
+            raise SampleError(f"no {kind} for placeholder", f"{sentence}; write \\<{kind}> for the text <{kind}>")
+    order = f"the text has <{'>, <'.join(found)}>, the record lists {', '.join(kinds)}"
+    raise SampleError("media in another order", order)
 
 
 def first_records(container: str, path: str, unit: dict, most: int) -> Iterator[Any]:
-    """The first records of a unit that can be read, at most `most`."""
+    """Yield the readable ones among the first `most` records of a unit."""
     for _, (_, record) in zip(range(most), find_container(container).records(path, unit, unit["first"]), strict=False):
         if not isinstance(record, SampleError):
             yield record

@@ -1,9 +1,9 @@
-"""Where a tokenizer comes from, a tokenizer.json or a folder of Hugging Face's, and which of its tokens mean what.
+"""Files of a tokenizer, a tokenizer.json or a Hugging Face folder, and the meaning of its special tokens.
 
 tokenizer.json             vocabulary, pre-tokenizer, added tokens
 tokenizer_config.json      named tokens (bos_token, eos_token, pad_token ...), more added tokens, chat_template
 special_tokens_map.json    named tokens, where tokenizer_config.json lists no added tokens (transformers below 4.34)
-chat_template.jinja        goes before chat_template
+chat_template.jinja        takes precedence over chat_template
 """
 
 import json
@@ -18,14 +18,15 @@ from tokenizers import AddedToken
 from tandem.data.vision import VisionSpec
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-OWN_FORMAT = "none"  # of ChatConfig.template
+OWN_FORMAT = "none"  # value of ChatConfig.template
 
 
 @dataclass
 class SpecialTokens:
-    """Which token means what.  null: pad and end_of_turn as the folder or its chat template has them, all others ours.
+    """The special token of each meaning.
 
-    system, user and assistant begin a turn without a chat template, which writes roles itself.
+    null: `pad` and `end_of_turn` default to the folder's, all others to tandem's.  system, user and assistant begin a
+    turn if there is no chat template; a chat template writes the roles itself.
     """
 
     pad: str | None = None
@@ -59,8 +60,8 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass
 class ChatConfig:
-    """template: null for the folder's own, none for our format, or a Jinja file.  date: YYYY-MM-DD, today to a template
-    that asks.  variables: what else the template gets, such as enable_thinking."""
+    """template: null for the folder's own, none for tandem's format, or a Jinja file.  date: value of today's date
+    passed to the template (YYYY-MM-DD).  variables: further variables of the template, such as enable_thinking."""
 
     template: str | None = None
     date: str | None = None
@@ -69,8 +70,8 @@ class ChatConfig:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """raw: bytes of tokenizer.json.  named: tokens by NAMED.  added: that tokenizer_config.json adds to the vocabulary.
-    template: of the chat; None for our format."""
+    """raw: bytes of tokenizer.json.  named: tokens by NAMED.  added: tokens that tokenizer_config.json adds.
+    template: the chat template; None for tandem's format."""
 
     raw: bytes
     named: dict[str, str]
@@ -78,7 +79,7 @@ class TokenizerFiles:
     template: str | None
 
     def build(self) -> tokenizers.Tokenizer:
-        """The tokenizer that transformers would make of these files."""
+        """Build the tokenizer that transformers would build from these files."""
         inner = tokenizers.Tokenizer.from_str(self.raw.decode())
         known = {repr(token) for token in inner.get_added_tokens_decoder().values()}
         inner.add_tokens([token for token in self.added if repr(token) not in known])
@@ -88,7 +89,7 @@ class TokenizerFiles:
 
 
 def read_files(path: str | Path, chat: ChatConfig) -> TokenizerFiles:
-    """Raises ValueError, naming the file, for what cannot be read."""
+    """Read the tokenizer files at `path`.  Raises ValueError, naming the file, if one cannot be read."""
     path = Path(path)
     folder = path.is_dir()
     if folder and not (path / "tokenizer.json").is_file():
@@ -102,10 +103,10 @@ def read_files(path: str | Path, chat: ChatConfig) -> TokenizerFiles:
     if folder and not decoder:
         named |= _json(path / "special_tokens_map.json")
     try:
-        added = tuple(AddedToken(**decoder[place]) for place in sorted(decoder, key=int))
+        added = tuple(AddedToken(**decoder[token_id]) for token_id in sorted(decoder, key=int))
         named = {name: _spelling(named[name]) for name in NAMED if named.get(name)}
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}/tokenizer_config.json names a token that is none: {error}") from error
+        raise ValueError(f"{path}/tokenizer_config.json: invalid token entry: {error}") from error
     return TokenizerFiles(raw, named, added, _template(path, config, chat))
 
 
@@ -123,9 +124,10 @@ def _template(path: Path, config: Mapping, chat: ChatConfig) -> str | None:
 
 
 def resolve(special: SpecialTokens, files: TokenizerFiles) -> dict[str, str]:
-    """Every meaning's token.  Raises ValueError for one that would have no effect, or that means two things.
+    """Return {meaning: token}.
 
-    end_of_turn is missing where the chat template is to say it.
+    With a chat template the roles are absent, and `end_of_turn` is absent if the chat template determines it.  Raises
+    ValueError for a token without an effect and for a token with two meanings.
     """
     chosen = {each.name: getattr(special, each.name) for each in fields(special)}
     default = vars(OURS) | {"pad": files.named.get("pad_token", OURS.pad)}
@@ -144,7 +146,8 @@ def resolve(special: SpecialTokens, files: TokenizerFiles) -> dict[str, str]:
     for key, name in names.items():
         other = first.setdefault(name, key)
         if other != key and {other, key} != {"pad", "end_of_turn"}:
-            raise ValueError(f"data.special_tokens.{key}={name} is data.special_tokens.{other} as well")
+            both = f"data.special_tokens.{key} and .{other} are both {name!r}"
+            raise ValueError(f"{both}; each needs its own token")
     return names
 
 
@@ -174,5 +177,5 @@ def _json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     return found

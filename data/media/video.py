@@ -1,11 +1,12 @@
-"""Which frames a video gives and at what resolution, and decoding just those.
+"""Which frames of a video are sampled, at what resolution, and decoding of these frames alone.
 
-Few frames get many tokens each, many frames get few, the whole video within one budget (Seed1.5-VL section 2.2):
+The tokens per frame fall as the number of frames rises, so that a video stays within its budget (Seed1.5-VL section
+2.2):
 
-    tokens a frame      640   512   384   256   160   128     then 128, with frames spread evenly over the video
+    tokens per frame    640   512   384   256   160   128     then 128, with frames spread evenly over the video
     frames that fit     128   160   213   320   512   640     in 81,920 tokens
 
-Times count in milliseconds from the first frame. Shapes: F frames, H W pixels.
+Times are in milliseconds from the first frame. Shapes: F frames, H W pixels.
 """
 
 import math
@@ -54,10 +55,10 @@ class Probe:
 
 
 def sample_frames(duration_ms: int, fps: float, budget: int, levels: Sequence[int]) -> tuple[np.ndarray, int]:
-    """(times int64 [F] in ms, most visual tokens a frame) of a video sampled at `fps` frames a second.
+    """Return (times int64 [F] in ms, most visual tokens per frame) of a video sampled at `fps` frames per second.
 
-    Takes the first of the falling `levels` at which all frames fit `budget` tokens. Where even the last does not,
-    keeps that level and spreads as many frames as fit evenly over the video.
+    The level is the first of the descending `levels` at which all frames fit `budget` tokens. If none fits, the last
+    level is used and as many frames as fit are spread evenly over the video.
     """
     frames = max(1, math.ceil(duration_ms * fps / 1000 - 1e-6))
     for level in levels:
@@ -72,7 +73,7 @@ def sample_frames(duration_ms: int, fps: float, budget: int, levels: Sequence[in
 
 
 def probe(file: BinaryIO, max_pixels: int = MAX_FRAME_PIXELS) -> Probe:
-    """Read the header and decode the first frame. Raises VideoError for what could not be sampled."""
+    """Read the header and decode the first frame. Raises VideoError if the video cannot be sampled."""
     with opened(file, "video") as (container, stream):
         _limit_pixels(stream, max_pixels)
         duration_ms = _duration_ms(container, stream)
@@ -91,11 +92,10 @@ def probe(file: BinaryIO, max_pixels: int = MAX_FRAME_PIXELS) -> Probe:
 def decode_frames(
     file: BinaryIO, times_ms: Sequence[int] | np.ndarray, max_pixels: int = MAX_FRAME_PIXELS
 ) -> Generator[np.ndarray, None, None]:
-    """The frames shown at ascending times, one at a time, as RGB pixels uint8 [H, W, 3]; rotation is applied.
+    """Yield, for each of the ascending times t, the last frame with start time <= t.
 
-    Shown at t is the last frame that begins at or before t. Frames are decoded in order, and where a keyframe lies
-    between here and the next time wanted, decoding goes on from there. Raises VideoError, also for a video that ends
-    before a time wanted.
+    Frames are RGB pixels uint8 [H, W, 3], with rotation applied. Decoding is sequential, but seeks to a later keyframe
+    if one precedes the next requested time. Raises VideoError, also for a video that ends before a requested time.
     """
     with opened(file, "video") as (container, stream):
         _limit_pixels(stream, max_pixels)
@@ -110,12 +110,12 @@ def decode_frames(
 
 
 class _Frames:
-    """Frames of one stream by rising time: the one last shown, and the one after it."""
+    """Frames of one stream in ascending time: the one last shown, and the one after it."""
 
     def __init__(self, container, stream):
         self._container, self._stream = container, stream
         self._ms = float(1000 * stream.time_base)
-        self._seekable = self._seek(0)  # Matroska loads its table of keyframes at the first seek
+        self._seekable = self._seek(0)  # Matroska loads its index of keyframes at the first seek
         self._frames = container.decode(stream)
         self._next = next(self._frames, None)
         if self._next is None:
@@ -125,7 +125,7 @@ class _Frames:
         self._start = first if stream.start_time is None else min(stream.start_time, first)
 
     def at(self, time_ms: int):
-        """The frame shown at a time not before the last one asked for."""
+        """Return the frame shown at a time, which must not precede the last requested one."""
         if self._seekable and self._keyframe_ahead(time_ms):
             self._jump(time_ms)
         while self._next is not None and self._time(self._next) <= time_ms:
@@ -141,7 +141,7 @@ class _Frames:
         return math.floor((_pts(frame) - self._start) * self._ms + 1e-6)
 
     def _keyframe_ahead(self, time_ms: int) -> bool:
-        """A keyframe lies after the next frame and not after `time_ms`, by the container's table."""
+        """Whether a keyframe lies after the next frame and at or before `time_ms`, by the container's index."""
         entries = self._stream.index_entries
         if self._next is None or self._time(self._next) > time_ms:
             return False
@@ -149,7 +149,7 @@ class _Frames:
         return at >= 0 and entries[at].timestamp > _pts(self._next)
 
     def _jump(self, time_ms: int) -> None:
-        """Go on from the keyframe before `time_ms`; further back where the table was wrong about it."""
+        """Seek to the keyframe before `time_ms`, or further back if the index was inaccurate."""
         for earlier_ms in (0, 2000, 20_000, time_ms):
             if not self._seek(max(0, time_ms - earlier_ms)):
                 break
@@ -171,9 +171,9 @@ class _Frames:
 
 @contextmanager
 def opened(file: BinaryIO, kind: str) -> Iterator[tuple]:
-    """(container, its first track of `kind`, video or audio); what goes wrong inside comes out as a VideoError.
+    """Open a file as (container, its first track of `kind`, "video" or "audio").
 
-    Of sound, all that goes wrong once the file is open is a SoundError.
+    Errors in the body are raised as VideoError; for kind "audio", errors after the file is open as SoundError.
     """
     unusable = VideoError
     try:
@@ -200,12 +200,12 @@ def _limit_pixels(stream, max_pixels: int) -> None:
     codec = stream.codec_context
     if codec.width < 1 or codec.height < 1 or codec.width * codec.height > max_pixels:
         size = f"{codec.width} x {codec.height}"
-        raise VideoError(f"the video declares {size} pixels a frame; the limit is {max_pixels} pixels in all")
-    codec.options = {"max_pixels": str(max_pixels)}  # what the frames themselves declare is held to it too
+        raise VideoError(f"the video declares {size} pixels per frame; the limit is {max_pixels} pixels in all")
+    codec.options = {"max_pixels": str(max_pixels)}  # applies to the sizes that the frames themselves declare too
 
 
 def _duration_ms(container, stream) -> int:
-    """Length of the video track; of the whole file where the track does not tell."""
+    """Duration of the video track; of the whole file if the track declares none."""
     if stream.duration is not None:
         return int(stream.duration * stream.time_base * 1000)
     parts = stream.metadata.get("DURATION", "").split(":")
@@ -224,5 +224,5 @@ def _pts(frame) -> int:
 
 
 def _quarter_turns(frame) -> int:
-    """Quarter turns to the left by which a frame is shown."""
+    """Number of quarter turns to the left that rotate a frame upright."""
     return round(frame.rotation / 90) % 4

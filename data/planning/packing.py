@@ -1,8 +1,8 @@
-"""Packing a block of samples into rows of equal length: best fit, longest first, with one row left open.
+"""Best-fit-decreasing packing of a block of samples into rows of equal length.
 
-The block is the lookahead. Its worst-filled row is not emitted: those samples are carried into the next block, where
-they open the first row, so nearly every emitted row is full and no sample waits more than one block once it can be
-placed (unless a block is too small to open a second row). A sample is never split, and so is no image.
+The emptiest row, if it has room, is not emitted: its samples are carried over as row 0 of the next block. Unless that
+block fits into row 0, the row is emitted with it. So nearly every emitted row is full, and a sample waits for one block
+at most. No sample is split, and therefore no image.
 
 Shapes: N samples of a block.
 """
@@ -16,7 +16,7 @@ def pack_block(length_N: np.ndarray, carried: int, seq_length: int) -> tuple[np.
     """Assign samples to rows.
 
     length_N: tokens of each sample, each at most seq_length; the first `carried` samples come from the last block and
-    share row 0. Returns (row_N int64, the row to carry on or -1). Rows 0..row_N.max() are all non-empty.
+    share row 0. Returns (row_N int64, the row to carry over or -1). Rows 0..row_N.max() are all non-empty.
     """
     row_N = np.zeros(len(length_N), np.int64)
     if len(length_N) == 0:
@@ -28,9 +28,9 @@ def pack_block(length_N: np.ndarray, carried: int, seq_length: int) -> tuple[np.
     fresh = (np.argsort(-length_N[carried:], kind="stable") + carried).tolist()
     rows = []
     for length in (length_N[fresh] << bits).tolist():
-        place = bisect_left(rooms, length)
-        if place < len(rooms):
-            room = rooms.pop(place)
+        index = bisect_left(rooms, length)
+        if index < len(rooms):
+            room = rooms.pop(index)
         else:
             room = seq_length << bits | n_rows
             n_rows += 1
@@ -41,7 +41,7 @@ def pack_block(length_N: np.ndarray, carried: int, seq_length: int) -> tuple[np.
 
 
 def _row_to_carry(rooms: list[tuple[int, int]], first_was_carried: bool) -> int:
-    """The row with the most room, -1 if all are full. A row carried before is carried again only where it is alone."""
+    """The row with the most room, -1 if all are full. A carried row is carried again only if it is the only row."""
     for room, row in reversed(rooms):
         if room and not (row == 0 and first_was_carried and len(rooms) > 1):
             return row

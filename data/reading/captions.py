@@ -3,9 +3,9 @@
     row 0   . . . a b c <eos> . . d e <eos>  pad        ->  a b c <eos> | d e <eos> | f <eos>,  lengths [[4, 3], [2, 0]]
     row 1   . . f <eos>  pad
 
-A run ends with its <eos>, which is trained too. The length is 0, a sample without that caption, where a row has fewer
-runs than asked for, and for a run that is an <eos> alone or does not end with one: it was cut with its row
-(data.too_long=cut) and is no whole caption.
+A run ends with its <eos>, which is trained too. A caption is missing and has length 0 if the row has fewer runs than
+requested, if its run is an <eos> alone, or if its run does not end with one because it was cut with its row
+(data.too_long=cut).
 
 Shapes: R rows, P positions of a row, K captions of a row, X runs, T tokens of all captions.
 """
@@ -16,9 +16,9 @@ import numpy as np
 def captions(
     tokens_RP: np.ndarray, trained_RP: np.ndarray, runs: int, max_tokens: int, eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [T], lengths int32 [R, K]) of the first K = `runs` runs of every row, row by row.
+    """Return (tokens int32 [T], lengths int32 [R, K]) of the first K = `runs` runs of each row, row by row.
 
-    A caption longer than max_tokens, at least 2, loses what stands before its last token, so that its <eos> stays.
+    A caption longer than max_tokens (at least 2) keeps its first max_tokens - 1 tokens and its `<eos>`.
     """
     rows, positions = trained_RP.shape
     edge_RP1 = np.diff(np.pad(trained_RP.astype(np.int8), ((0, 0), (1, 1))), axis=1)

@@ -186,7 +186,7 @@ def _content_of(sample: Sample) -> dict:
     if sample.problem is not None:
         raise sample.problem
     json, format = next(iter(sample.of_kind("json")), None), format_of(sample)
-    if json is None and format is not None and format.lacking:
+    if json is None and format is not None and format.matches_incomplete:
         raise SampleError("no json", f"{sample.name} has no .json member and no .txt member")
     said = {} if json is None else load_json(json.taken, sample.name)
     if not isinstance(said, dict):

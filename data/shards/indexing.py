@@ -206,7 +206,7 @@ class _Builder:
             return self._format.entries(sample)
         except SampleError as error:
             other = format_of(sample)
-            if other in (None, self._format) or other.lacking:
+            if other in (None, self._format) or other.matches_incomplete:
                 raise
             sentence = f"{sample.name} is of format {other.name}, but the shard's is {self._format.name}"
             raise SampleError(f"of format {other.name}, not {self._format.name}", sentence) from error

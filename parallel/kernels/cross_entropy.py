@@ -1,15 +1,16 @@
-"""Cross-entropy straight from the last hidden states: no more than a tile of logits exists at any time.
+"""Cross-entropy computed from the last hidden states: at most one tile of logits exists at a time.
 
     loss(s) = log sum_v exp(h_s . w_v)  -  h_s . w_label(s)
 
-Logits of all tokens against one block of words are made, reduced to two numbers a token, and dropped; the backward
-makes them once more, turns them into their gradient (softmax minus one-hot) and multiplies it out at once.  Where one
-block has all words, its logits are kept instead.  Blocks of words, not of tokens: a block's weight gradient is then one
-product over all tokens and needs no fp32 sum of the size of the weight; only the hidden states' gradient needs one, and
-it is small.  (Recomputed logits: Wijmans et al. 2024, "Cut your losses in large-vocabulary language models"; split
-vocabulary: Megatron-LM, Shoeybi et al. 2019, section 3.)
+Logits of all tokens against one block of vocabulary entries are computed, reduced to two numbers per token, and freed;
+the backward recomputes them, replaces them by their gradient (softmax minus one-hot) and multiplies it out at once.  If
+one block holds the whole vocabulary, its logits are saved for backward instead.  Blocks split the vocabulary and not
+the tokens: a block's weight gradient is then one product over all tokens and needs no fp32 sum of the size of the
+weight; only the hidden states' gradient needs one, and it is small.  (Recomputed logits: Wijmans et al. 2024, "Cut your
+losses in large-vocabulary language models"; split vocabulary: Megatron-LM, Shoeybi et al. 2019, section 3.)
 
-Legend: S tokens of the row on this cp rank, D width, V words of this tensor-parallel rank, B words of a block.
+Legend: S tokens of the row on this cp rank, D width, V vocabulary entries of this tensor-parallel rank, B vocabulary
+entries of a block.
 """
 
 import math
@@ -125,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _blocks(weight_VD, tokens, tile):
-    """(first word, weights) of every block."""
+    """(first vocabulary entry, weights) of every block."""
     size = block_of(tokens, weight_VD.shape[0], tile)
     for first in range(0, weight_VD.shape[0], size):
         yield first, weight_VD[first : first + size]

@@ -1,21 +1,22 @@
-"""The router of a Mixture-of-Experts layer: fp32 logits, the choice of experts, its losses, and what it counts.
+"""The router of a Mixture-of-Experts layer: fp32 logits, the choice of experts, router losses and token counts.
 
     s = softmax(x W^T), or sigmoid        a token goes to the K experts with the largest s + b; its weights come from s
 
-The bias b balances experts without a gradient (Wang et al. 2024, arXiv:2408.15664, section 3); after a step
-`parallel.engines.balance` moves it.  Megatron-core has it for sigmoid scores only, counts a layer that is computed
-again twice, counts padding, and moves b in steps that are then skipped.
+The bias b balances experts without a gradient (Wang et al. 2024, arXiv:2408.15664, section 3);
+`parallel.engines.balance` updates it after a step.  Megatron-core has it for sigmoid scores only, counts recomputed
+layers twice, counts padding, and updates b in skipped steps too.
 
-Losses are of a micro-batch (`aux_loss`: Fedus et al. 2021, section 2.2), or of each sample in it (`seq_aux_loss`:
-DeepSeek-V3, arXiv:2412.19437, equations 17 to 20), each sample weighed by its share of the tokens:
+A balancing loss is computed over a micro-batch (`aux_loss`: Fedus et al. 2021, section 2.2), or over each sample in it
+(`seq_aux_loss`: DeepSeek-V3, arXiv:2412.19437, equations 17 to 20), each sample weighted by its share of the tokens:
 
-    aux_loss        E / (K T^2) * sum_e n_e sum_t s_te                   over all T tokens, padding too
+    aux_loss        E / (K T^2) * sum_e n_e sum_t s_te                   over all T tokens, with padding
     seq_aux_loss    sum over samples i of T_i / T * E / (K T_i^2) * sum_e n_ie sum_(t in i) s_te        without padding
 
-n counts choices by s alone, and has no gradient.  One sample per row and no padding make both equal.
+n_e is the number of tokens whose K largest scores s, without the bias, include expert e; it has no gradient.  The two
+losses are equal for a micro-batch that is one row of one sample without padding.
 
-Legend: T tokens of this rank, E experts, K experts per token, D width, N samples of the micro-batch, padding the last,
-M kinds of tokens.
+Legend: T tokens of this rank (in the formulas above, of the micro-batch), E experts, K experts per token, D width,
+N samples of the micro-batch, padding the last, M kinds of tokens.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from tandem.parallel.plan.tokens import KINDS, VISUAL, RowTokens
 
 @dataclass
 class RouterPass:
-    """One forward of a router: which tokens it sees, None where nobody counts, and what it leaves."""
+    """One forward of a router.  tokens: None to disable counting.  map_TE, aux, z: outputs of the pass."""
 
     tokens: RowTokens | None
     map_TE: torch.Tensor | None = None
@@ -44,10 +45,10 @@ class RouterPass:
 
 
 class Router(TopKRouter):
-    """Megatron-core's router with `RouterLogits`, the bias for any score, and counts of what it chose.
+    """Megatron-core's router with `RouterLogits`, the bias for any score, and counts of the chosen experts.
 
-    `pass_` is set while the layer runs.  totals: since they were last taken, fp64, choices [M * E] by kind of token,
-    then this rank's share of both losses without their coefficients.
+    `pass_` is set while the layer runs.  totals: accumulated since the last reset, fp64: choices [M * E] by kind of
+    token, then this rank's share of both losses without their coefficients.
     """
 
     def __init__(self, config, pg_collection=None):
@@ -59,7 +60,7 @@ class Router(TopKRouter):
             self.register_buffer(name, torch.zeros(self.num_experts) if getattr(config, name) else None)
 
     def _apply(self, fn, recurse=True):
-        """The bias goes where the module goes, and stays in fp32."""
+        """Move the bias with the module, but keep it in fp32."""
         super()._apply(fn, recurse)
         for name, bias_E in self.named_buffers(recurse=False):
             setattr(self, name, bias_E.float())
@@ -69,7 +70,7 @@ class Router(TopKRouter):
         return RouterLogits.apply(input.flatten(0, -2), self.weight).unflatten(0, input.shape[:-1])
 
     def routing(self, logits, padding_mask=None):
-        """(weights, map), both [T, E], of logits [..., E]."""
+        """Return (weights, map), both [T, E], for logits [..., E]."""
         config = self.config
         logits_TE = self.apply_z_loss(logits.view(-1, self.num_experts))
         weight_TE, map_TE = topk_routing_with_score_function(
@@ -90,9 +91,10 @@ class Router(TopKRouter):
         return weight_TE, map_TE
 
     def get_replay_topk(self, score_TE, topk, num_groups, group_topk, choose):
-        """(scores, experts) of the K largest scores plus bias: Megatron-core asks whoever replays choices for them.
+        """Return (scores, experts) [T, K] of the K largest scores plus bias.
 
-        Softmax after the choice passes logits, which are made scores for the choice.
+        Megatron-core's routing-replay hook, used here to add the bias.  With softmax after top-k, Megatron-core passes
+        logits; they are converted to scores for the selection only.
         """
         logits = self.score_function == "softmax" and not self.config.moe_router_pre_softmax
         biased_TE = (score_TE.softmax(-1) if logits else score_TE) + self._bias()
@@ -100,14 +102,14 @@ class Router(TopKRouter):
         return score_TE.gather(1, top_TK), top_TK
 
     def _bias(self) -> torch.Tensor:
-        """[E], or [T, E] where visual tokens have their own."""
+        """The bias: [E], or [T, E] if visual tokens have their own."""
         tokens = self.pass_.tokens
         if self.expert_bias_visual is None or tokens is None:
             return self.expert_bias
         return torch.where((tokens.kind_T == VISUAL)[:, None], self.expert_bias_visual, self.expert_bias)
 
     def apply_z_loss(self, logits, padding_mask=None):
-        """The logits, on whose gradient the z-loss is put."""
+        """Return the logits with the z-loss attached (its gradient is added in backward)."""
         coefficient = self.config.moe_z_loss_coeff
         if not coefficient or not torch.is_grad_enabled():
             return logits
@@ -116,7 +118,7 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(logits, loss)
 
     def attach_and_log_load_balancing_loss(self, activation, aux_loss_coeff, aux_loss, *_, **__):
-        """The weights, on whose gradient the balancing loss is put."""
+        """Return the weights with the balancing loss attached (its gradient is added in backward)."""
         self.pass_.aux = aux_loss.detach() / aux_loss_coeff
         return MoEAuxLossAutoScaler.apply(activation, aux_loss)
 
@@ -136,7 +138,7 @@ class Router(TopKRouter):
 
     @torch.no_grad()
     def count(self, done: RouterPass) -> None:
-        """Adds one pass to `totals`; to be called once per micro-batch, however often the layer is computed."""
+        """Add one pass to `totals`.  Call it once per micro-batch, even if the layer is recomputed."""
         if done.tokens is None or done.map_TE is None:
             return
         map_TE = done.map_TE.float()
@@ -151,9 +153,9 @@ class Router(TopKRouter):
 class RouterLogits(torch.autograd.Function):
     """x [T, D] times w [E, D] transposed, in fp32.
 
-    bf16 factors are multiplied as they are on CUDA: their products are exact in fp32, in which they are summed, so
-    nothing is lost against a product of fp32 copies, at several times its speed.  A gradient in fp32 is the exact sum
-    of three bf16 numbers, which become three times as many experts.
+    On CUDA the forward multiplies bf16 inputs and accumulates in fp32: as products of bf16 numbers are exact in fp32,
+    it is as exact as a GEMM of fp32 copies and several times as fast.  The fp32 gradient is split into three bf16
+    tensors with the same exact sum and concatenated along the expert dimension, so one bf16 GEMM handles all three.
     """
 
     @staticmethod
@@ -181,7 +183,7 @@ class RouterLogits(torch.autograd.Function):
 
 
 def bf16_parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three bf16 tensors whose sum is the fp32 tensor `x`: three times 8 bits of a mantissa of 24."""
+    """Split the fp32 tensor `x` into three bf16 tensors with the same exact sum: its 24-bit mantissa is 3 x 8 bits."""
     first = x.bfloat16()
     rest = x - first
     second = rest.bfloat16()

@@ -231,7 +231,10 @@ def test_a_template_that_cannot_be_trained_with_is_refused(tmp_path, template, m
     [
         ("data.special_tokens.user=<me>: the chat template writes the roles", {"special": {"user": "<me>"}}),
         ("has no <|eot|>: set data.special_tokens.end_of_turn", {"special": {"end_of_turn": "<|eot|>"}}),
-        ("video=</s> is data.special_tokens.image as well", {"special": {"image": "</s>", "video": "</s>"}}),
+        (
+            "data.special_tokens.video and .image are both '</s>'; each needs its own token",
+            {"special": {"image": "</s>", "video": "</s>"}},
+        ),
         ("holds <think> but not as a special token", {"special": {"image": "<think>"}}),
         ("data.chat.date=tomorrow: must be a day", {"chat": {"date": "tomorrow"}}),
         ("none.jinja cannot be read", {"chat": {"template": "none.jinja"}}),
@@ -247,7 +250,7 @@ def test_a_folder_without_a_tokenizer_file_is_refused(tmp_path):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds no JSON object"):
+    with pytest.raises(ValueError, match="is not a JSON object"):
         Tokenizer(tmp_path)
 
 

@@ -69,12 +69,12 @@ def test_bad_records_are_left_out_and_counted_by_reason(pictures, tmp_path, toke
     turns = said(0)["conversations"]
     records = {
         "fine": said(0),
-        "missing image": said(1, image="none.jpg"),
+        "image file not found": said(1, image="none.jpg"),
         "unreadable image": said(2, image="torn.jpg"),
         "image is a URL": said(3, image="https://example.com/a/b.jpg"),
-        "<image> missing": said(4, "no mark"),
-        "<image> surplus": said(5, "<image><image>"),
-        "<video> surplus": said(5, "<image><video>"),
+        "no placeholder for image": said(4, "no mark"),
+        "no image for placeholder": said(5, "<image><image>"),
+        "no video for placeholder": said(5, "<image><video>"),
         "unknown role": said(6, conversations=[{"from": "alien", "value": "<image>"}, *turns[1:]]),
         "bad turn": said(7, conversations=[{"from": "human"}]),
         "of format text, not llava": {"text": "alone"},
@@ -95,8 +95,8 @@ def test_bad_records_are_left_out_and_counted_by_reason(pictures, tmp_path, toke
     assert found["samples"] == found["images"] == 1
     assert all(reason in told for reason in expected)
     sentences = {reason: each["examples"][0] for reason, each in found["left_out"].items()}
-    assert "record 1 of" in sentences["missing image"] and "none.jpg is not in" in sentences["missing image"]
-    assert "img2dataset" in sentences["image is a URL"] and r"\<image>" in sentences["<image> surplus"]
+    assert all(words in sentences["image file not found"] for words in ("record 1 of", "none.jpg is not in"))
+    assert "img2dataset" in sentences["image is a URL"] and r"\<image>" in sentences["no image for placeholder"]
 
 
 @pytest.mark.parametrize("most", [1, 3, 10])
@@ -160,7 +160,7 @@ def test_what_cannot_be_imported_is_one_sentence(pictures, tmp_path, capsys):
     (tmp_path / "d.parquet").write_bytes(b"PAR1 and more")
     assert "is not a whole parquet file" in refused([str(tmp_path / "d.parquet"), *out], capsys)
     pq.write_table(pa.table({"image": [{"bytes": None, "path": "9.jpg"}], "caption": ["a"]}), tmp_path / "e.parquet")
-    assert "missing image" in refused([str(tmp_path / "e.parquet"), *out, "--images", pictures], capsys)
+    assert "image file not found" in refused([str(tmp_path / "e.parquet"), *out, "--images", pictures], capsys)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "x").touch()
     assert "is not empty" in refused([fine, "--out", str(tmp_path / "used"), "--images", pictures], capsys)

@@ -148,7 +148,7 @@ def test_what_is_no_video_is_told_in_one_sentence(data, message):
 def test_sizes_are_checked_before_anything_is_decoded():
     data = make_video(3)
     for use in (probe, lambda file, limit: list(decode_frames(file, [0], limit))):
-        with pytest.raises(VideoError, match="declares 64 x 48 pixels a frame; the limit is 3071 pixels"):
+        with pytest.raises(VideoError, match="declares 64 x 48 pixels per frame; the limit is 3071 pixels"):
             use(io.BytesIO(data), 3071)
         use(io.BytesIO(data), 3072)
 

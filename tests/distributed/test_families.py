@@ -384,7 +384,7 @@ def test_what_the_familys_own_class_does_not_use_is_left_out_by_name(folders, tm
     copy = Path(shutil.copytree(folders / name, tmp_path / "copy"))
     tensors = load_file(copy / "model.safetensors") | {surplus: torch.zeros(2, 2)}
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    said = refusal(copy) if "no place" in words else families.open_folder(settings_of(copy)).told
+    said = refusal(copy) if "no place" in words else families.open_folder(settings_of(copy)).description
     assert words in said
 
 

@@ -47,7 +47,7 @@ def test_parts_of_several_places_are_joined_and_frozen_ones_keep_their_bytes(pla
     words = [*common(corpus, places), *start]
     run_world(train_run, 2, "stage0", [*words, "parallel.pp=2"], str(tmp_path / "run"), timeout=180)
     run_of = checkpoint.resolve(places / "run")
-    assert f"encoder from {run_of}; llm from {places}/other; first weights: adapter" in capfd.readouterr().out
+    assert f"encoder from {run_of}; llm from {places}/other; randomly initialised: adapter" in capfd.readouterr().out
     resumed = [*words, "train.steps=2", "checkpoint.resume=true"]
     config = settings("stage0", *common(corpus, places), f"model.llm.folder={places}/other")
     other = families.open_folder(config.model.llm)

@@ -109,7 +109,7 @@ def test_bf16_stays_close(corpus, chain, tmp_path, recipe, zero_stage):
 
 
 def test_each_stage_starts_from_the_last(chain):
-    """The encoder of each is where the stage before left it; what the stage before has not keeps its first weights."""
+    """The encoder of each is as the stage before left it; parts that it lacks keep their initial weights."""
     for recipe, before in (("vit_contrastive", "vit_mim"), ("vit_omni", "vit_contrastive")):
         mine, last = (checkpoint.Reader(checkpoint.resolve(chain / name)) for name in (recipe, before))
         names = [name for name in mine.tensors if name.startswith("encoder.") and name.endswith("qkv.weight")]
@@ -145,7 +145,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(corpus, chain, tmp_pa
 
 
 def test_stage0_takes_the_encoder(corpus, chain, tmp_path):
-    """And nothing else: adapter and LLM begin with first weights, the encoder stays frozen and drops no branch."""
+    """And nothing else: adapter and LLM begin with initial weights, the encoder stays frozen and drops no branch."""
     shards = f"data.sources.main.shards=['{corpus}/train/read-*.tar']"
     small = [shards, f"data.tokenizer={corpus}/tokenizer.json", "train.steps=1", "train.seq_length=256"]
     small += [f"checkpoint.load_from={chain}/vit_omni", "data.max_patches=64"]

@@ -15,7 +15,7 @@ from tests.train.folders import STATE, write
 
 @pytest.fixture(scope="module")
 def runs(corpus, tmp_path_factory):
-    """Run directories by recipe, with first weights and, in vit_contrastive, a running mean of other weights."""
+    """Run directories by recipe, with initial weights and, in vit_contrastive, a running mean of other weights."""
     folder = tmp_path_factory.mktemp("runs")
     for recipe in ("vit_mim", "vit_contrastive", "vit_omni"):
         teacher = ["objective.teacher=teacher"] if recipe == "vit_mim" else []

@@ -64,15 +64,15 @@ def test_chunks_change_nothing(tower, samples, tokenizer, chunk):
             pooled = torch.cat([tower.pool(tower.encoder(images), images.segments) for images in alone]).mean(0)
             torch.testing.assert_close(out.image_BE[place], pooled / pooled.norm(), rtol=1e-5, atol=1e-6)
         heard = [tower.embed_audio(pack([samples[place].sound], VisionSpec(), CPU)[0]) for place in (1, 3)]
-    assert out.sound_V == [1, 3]
-    torch.testing.assert_close(out.sound_VE, torch.cat(heard), rtol=1e-5, atol=1e-6)
+    assert out.audio_V == [1, 3]
+    torch.testing.assert_close(out.audio_VE, torch.cat(heard), rtol=1e-5, atol=1e-6)
 
 
 def test_only_what_is_asked_for_is_computed(tower, samples):
     bare = BareEncoder(ENCODER)
     bare.encoder.load_state_dict(tower.encoder.state_dict())
     means = Embedder(bare, VisionSpec(), CPU, 100).embed(samples, embeddings=False, means=True)
-    assert means.image_BE is None and means.sound_VE is None and means.sound_V == []
+    assert means.image_BE is None and means.audio_VE is None and means.audio_V == []
     both = Embedder(tower, VisionSpec(), CPU, 100).embed(samples, embeddings=True, means=True)
     assert torch.equal(means.mean_BD, both.mean_BD)
     assert Embedder(tower, VisionSpec(), CPU, 100).embed(samples, embeddings=True, means=False).mean_BD is None

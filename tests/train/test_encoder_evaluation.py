@@ -108,7 +108,7 @@ def test_sound_is_found_by_the_captions_of_what_is_found():
     """Three videos, the second without sound; the others share the caption of the sound, not that of the frames."""
     said = [("left", "three"), ("up",), ("right", "three")]
     videos, sounds = unit(3, 16), unit(2, 16, seed=5)
-    embedded = Embedded([None] * 3, said, videos, sound_VE=sounds, sound_V=[0, 2])
+    embedded = Embedded([None] * 3, said, videos, audio_VE=sounds, audio_V=[0, 2])
     scores = encoder.retrieval(embedded, named, CPU)
     directions = [f"{a}_to_{b}" for a, b in (("image", "text"), ("audio", "text"), ("video", "audio"))]
     assert set(scores) == {*directions, *("_to_".join(name.split("_to_")[::-1]) for name in directions)}

@@ -67,7 +67,7 @@ def test_the_second_last_layer_with_or_without_a_norm(folders, norm):
     config, encoder, folder = opened(
         folders / "clip", "model.encoder.feature_layer=-2", f"model.encoder.final_norm={norm}"
     )
-    assert config.model.encoder.depth == 2 and "feature_layer=-2" in folder.told
+    assert config.model.encoder.depth == 2 and "feature_layer=-2" in folder.description
     (image, *_), packed = images(config, GRIDS[:1])
     model = model_of("clip")
     wanted_ND = features(model, config, image, layer=-2)

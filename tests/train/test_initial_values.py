@@ -1,4 +1,4 @@
-"""The first weights: the deviation of every kind of tensor of the LLM, the encoder and all heads, at sizes and settings
+"""Initial weights: the deviation of every kind of tensor of the LLM, the encoder and all heads, at sizes and settings
 that are not the toy's.
 
 A sample of n normal numbers has a deviation that is off by sigma / sqrt(2 n); five of these are allowed.

@@ -48,7 +48,7 @@ def test_new_tokens_are_the_mean_of_those_before_and_others_stay(folder):
     assert torch.equal(found.read("output_layer.weight", "param", (0, 0), (33, 16)), weights[:33])
     assert torch.equal(found.read("output_layer.weight", "param", (33, 2), (17, 5)), mean[2:7].expand(17, -1))
     assert torch.equal(found.read("output_layer.weight", "param", (48, 0), (2, 16)), mean.expand(2, -1))
-    assert found.told == f"{folder}; tokens 33 to 45 start as the mean of the 33 before"
+    assert found.description == f"{folder}; tokens 33 to 45 start as the mean of the 33 before"
     norm = "decoder.final_layernorm.weight"
     assert torch.equal(found.read(norm, "param", (0,), (16,)), torch.ones(16))
 

@@ -1,7 +1,7 @@
-"""Where the first weights of a run come from: `checkpoint.load_from`, which replaces what folders of the model give.
+"""Sources of a run's initial weights: `checkpoint.load_from` overrides `model.*.folder`.
 
-checkpoint.load_from=runs/a                                   all that both have, or checkpoint.load_modules
-checkpoint.load_from='{encoder: runs/a, llm: /models/qwen3}'  each part from its own place
+checkpoint.load_from=runs/a                                   the parts that both have, or checkpoint.load_modules
+checkpoint.load_from='{encoder: runs/a, llm: /models/qwen3}'  each part from its own path
 """
 
 from dataclasses import dataclass, replace
@@ -30,27 +30,27 @@ from tandem.train.tasks.base import Engines
 
 @dataclass(frozen=True)
 class Origin:
-    """A place and the setting that names it.  parts: taken from it; None for all that it and the model share."""
+    """A source and the setting that names it.  parts: loaded from it; None for all that both have."""
 
     setting: str
     source: Reader | Folder | GrownFolder
     parts: list[str] | None
 
     def load(self, config: Config, engines: Engines, saver: Saver) -> list[str]:
-        """Takes the weights into the engines (collective); the parts that were taken."""
+        """Load the weights into the engines (collective).  Return the loaded parts."""
         if not isinstance(self.source, Reader):
-            assert self.parts is not None, "a folder gives one part"
+            assert self.parts is not None, "a folder has one part"
             self._load_folder(self.parts[0], self.source, engines, saver)
             return self.parts
         if wrong := verify_together(self.source.path, engines):
             raise ValueError(f"{self.setting}: {'; '.join(wrong)}")
         optimizer = config.checkpoint.load_optimizer
-        taken = checkpoint.load(self.source, engines, optimizer=optimizer, modules=self.parts)
-        saver.keep_frozen(self.source.read, taken)
-        return taken
+        loaded = checkpoint.load(self.source, engines, optimizer=optimizer, modules=self.parts)
+        saver.keep_frozen(self.source.read, loaded)
+        return loaded
 
     def grown(self, tokenizer: Tokenizer, width: int) -> "Origin":
-        """The origin with a row of the LLM's vocabulary for each token that was added to the tokenizer."""
+        """Return the origin with a row of the LLM's vocabulary for each token that was added to the tokenizer."""
         if not isinstance(self.source, Folder) or self.parts != ["llm"]:
             return self
         rows = families.settings_of(self.source.path)["vocab_size"]
@@ -69,9 +69,10 @@ class Origin:
 
 
 def open_origins(config: Config) -> list[Origin]:
-    """Those of a run, later ones replacing what earlier ones gave; a run that goes on has none.
+    """Return the origins of a run's initial weights, in load order; later origins override earlier ones.
 
-    Raises ValueError, one sentence, for what cannot be opened, and for a checkpoint of other settings.
+    Empty for a resumed run.  Raises ValueError for an origin that cannot be opened, and for a checkpoint of another
+    architecture.
     """
     task, model, wanted = find(config.task), config.model, config.checkpoint
     found: list[Origin] = []
@@ -91,38 +92,38 @@ def open_origins(config: Config) -> list[Origin]:
     if isinstance(wanted.load_from, str):
         found.append(_origin(config, "checkpoint.load_from", wanted.load_from, wanted.load_modules))
         return found
-    places: dict[str, list[str]] = {}
-    for part, place in wanted.load_from.items():
-        places.setdefault(place, []).append(part)
-    for place, parts in places.items():
-        found.append(_origin(config, f"checkpoint.load_from.{parts[0]}", place, parts))
+    parts_of: dict[str, list[str]] = {}
+    for part, path in wanted.load_from.items():
+        parts_of.setdefault(path, []).append(part)
+    for path, parts in parts_of.items():
+        found.append(_origin(config, f"checkpoint.load_from.{parts[0]}", path, parts))
     return found
 
 
-def _origin(config: Config, key: str, place: str, parts: list[str] | None) -> Origin:
+def _origin(config: Config, key: str, path: str, parts: list[str] | None) -> Origin:
     task = find(config.task)
-    if task.has_llm and (Path(place) / "config.json").is_file():
+    if task.has_llm and (Path(path) / "config.json").is_file():
         if others := [part for part in parts or () if part != "llm"]:
-            raise ValueError(f"{key}={place}: a folder of Hugging Face gives the llm, not {', '.join(others)}")
-        folder = families.open_folder(replace(config.model.llm, folder=place), key)
-        return Origin(f"{key}={place}", folder, ["llm"])
-    reader = Reader(checkpoint.resolve(place))
+            raise ValueError(f"{key}={path}: a folder of Hugging Face gives the llm, not {', '.join(others)}")
+        folder = families.open_folder(replace(config.model.llm, folder=path), key)
+        return Origin(f"{key}={path}", folder, ["llm"])
+    reader = Reader(checkpoint.resolve(path))
     shared = [part for part in task.parts if part in reader.modules]
     check_architecture(config, reader.state.architecture, parts or shared, reader.path)
-    return Origin(f"{key}={place}", reader, parts)
+    return Origin(f"{key}={path}", reader, parts)
 
 
-def told(origins: list[Origin], taken: list[list[str]], parts: tuple[str, ...]) -> list[str]:
-    """One line on where every part comes from; none where all weights are first ones."""
+def describe_origins(origins: list[Origin], loaded: list[list[str]], parts: tuple[str, ...]) -> str | None:
+    """One line that names the source of each part.  None if all parts are randomly initialised."""
     if not origins:
-        return []
-    place_of: dict[str, str] = {}
-    for origin, names in zip(origins, taken, strict=True):
-        place = str(origin.source.path) if isinstance(origin.source, Reader) else origin.source.told
-        place_of |= dict.fromkeys(names, place)
-    by_place: dict[str, list[str]] = {}
+        return None
+    source_of: dict[str, str] = {}
+    for origin, names in zip(origins, loaded, strict=True):
+        source = str(origin.source.path) if isinstance(origin.source, Reader) else origin.source.description
+        source_of |= dict.fromkeys(names, source)
+    by_source: dict[str, list[str]] = {}
     for part in parts:
-        by_place.setdefault(place_of.get(part, ""), []).append(part)
-    fresh = by_place.pop("", [])
-    words = [f"{', '.join(names)} from {place}" for place, names in by_place.items()]
-    return ["; ".join(words + [f"first weights: {', '.join(fresh)}"] * bool(fresh))]
+        by_source.setdefault(source_of.get(part, ""), []).append(part)
+    random = by_source.pop("", [])
+    sentences = [f"{', '.join(names)} from {source}" for source, names in by_source.items()]
+    return "; ".join(sentences + [f"randomly initialised: {', '.join(random)}"] * bool(random))

@@ -25,12 +25,12 @@ def difference(reader: Reader, tokenizer: Tokenizer) -> str:
 
 
 def check_start(reader: Reader, tokenizer: Tokenizer, parts: Collection[str], allowed: bool) -> list[str]:
-    """What to tell about a start of these parts.  Raises ValueError for another tokenizer that is not `allowed`."""
+    """Return messages on a start of these parts.  Raises ValueError for another tokenizer unless `allowed`."""
     words = sorted(set(parts) - WITHOUT_WORDS)
     if not words:
         return []
     if not reader.state.tokenizer:
-        return [f"{reader.path} does not say its tokenizer: {', '.join(words)} must have been trained with this one"]
+        return [f"{reader.path} records no tokenizer: {', '.join(words)} must have been trained with this one"]
     other = difference(reader, tokenizer)
     if other and not allowed:
         raise ValueError(

@@ -1,10 +1,10 @@
 """Labelled samples and texts through a pre-trained tower, without gradients.
 
-    Labelled  ->  chunks of bounded patches  ->  Embedded: a row a sample, on the CPU
+    Labelled  ->  chunks of bounded patches  ->  Embedded: one row per sample, on the CPU
 
-Of a sample nothing else is kept than its embedding, its features, its label and its captions.
+Only the embedding, features, label and captions of a sample are kept.
 
-Legend: B samples, I images, N patches, D encoder width, E embedding width, V samples with sound, U texts.
+Legend: B samples, I images, N patches, D encoder width, E embedding width, V samples with audio, U texts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,18 +28,18 @@ from tandem.train.models.encoders.vit import PackedImages, SeedViT, ViTConfig
 
 @dataclass
 class Embedded:
-    """What is kept of samples, in order; rows of fp32 on the CPU.
+    """Samples in order; rows are fp32 on the CPU.
 
-    image_BE: unit embeddings.  mean_BD: means of patch features.  sound_VE: unit embeddings of the sound of the samples
-    sound_V.  What was not asked for, or nobody has, is None.
+    image_BE: unit embeddings.  mean_BD: means of patch features.  audio_VE: unit embeddings of the audio of the samples
+    audio_V.  A tensor is None if it was not requested or if no sample has it.
     """
 
     labels: list[str | None] = field(default_factory=list)
     captions: list[tuple[str | None, ...]] = field(default_factory=list)
     image_BE: torch.Tensor | None = None
     mean_BD: torch.Tensor | None = None
-    sound_VE: torch.Tensor | None = None
-    sound_V: list[int] = field(default_factory=list)
+    audio_VE: torch.Tensor | None = None
+    audio_V: list[int] = field(default_factory=list)
 
 
 def load_weights(tower: nn.Module, reader: Reader, kind: str) -> None:
@@ -113,8 +113,8 @@ class Embedder:
             for part in _chunks(heard, self.chunk) if embeddings and self.hears else ():
                 packed, _ = pack([patches for _, patches in part], self.vision, self.device)
                 sounds.append(self.tower.embed_audio(packed).float().cpu())
-                out.sound_V += [place for place, _ in part]
-        out.image_BE, out.mean_BD, out.sound_VE = (
+                out.audio_V += [index for index, _ in part]
+        out.image_BE, out.mean_BD, out.audio_VE = (
             torch.cat(rows) if rows else None for rows in (images, features, sounds)
         )
         return out

@@ -74,8 +74,8 @@ class Folder:
                 raise ValueError(f"{self.path}: {name} has shape {list(found)}, config.json says {list(shape)}")
 
     @property
-    def told(self) -> str:
-        """The folder, and what of it is left out, for a log."""
+    def description(self) -> str:
+        """The folder and its tensors that are left out, for a log."""
         reasons: dict[str, list[str]] = {}
         for name, why in sorted(self.left_out.items()):
             reasons.setdefault(why, []).append(name)

@@ -29,10 +29,10 @@ class GrownFolder:
         self._means: dict[str, torch.Tensor] = {}
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The folder, and which of its rows are new, for a log."""
         new = f"tokens {self._added.start} to {self._added.stop - 1} start as the mean of the {self._known} before"
-        return f"{self._folder.told}; {new}" if self._added else self._folder.told
+        return f"{self._folder.description}; {new}" if self._added else self._folder.description
 
     def has(self, name: str) -> bool:
         """As `Folder.has`."""

@@ -94,4 +94,4 @@ class Task(ABC):
 
     @abstractmethod
     def trainer(self, config: "Config", layout: Layout, device: torch.device, data: "Data") -> Trainer:
-        """This rank's trainer, with first weights (collective over the world)."""
+        """This rank's trainer, with initial weights (collective over the world)."""

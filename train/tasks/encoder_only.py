@@ -283,7 +283,7 @@ class EncoderTask(Task):
         """The encoder and all that is trained with it, as children named like `parts`, on the CPU."""
 
     def tower(self, config: Config, **sizes: Any) -> nn.Module:
-        """The tower with its first weights; sizes: what `new_tower` of this task takes besides."""
+        """The tower with its initial weights; sizes: what `new_tower` of this task takes besides."""
         tower = self.new_tower(config, **sizes)
         initialize(tower, config.train.seed)
         return tower

@@ -34,7 +34,7 @@ def container_of(path: str) -> Container:
     if os.path.isfile(path):
         with open(path, "rb") as file:
             head = file.read(1 << 16)
-    found = next((each for each in _containers().values() if each.holds(path, head)), None)
+    found = next((each for each in _containers().values() if each.matches(path, head)), None)
     if found is None:
         known = ", ".join(ending for each in _containers().values() for ending in each.endings)
         raise ValueError(f"{path} is no file that can be imported; known are folders and {known}")

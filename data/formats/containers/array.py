@@ -18,8 +18,8 @@ class ArrayContainer(Container):
     name = "array"
     endings = (".json",)
 
-    def holds(self, path: str, head: bytes) -> bool:
-        return super().holds(path, head) and head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"")
+    def matches(self, path: str, head: bytes) -> bool:
+        return super().matches(path, head) and head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"")
 
     def units(self, path: str, most: int) -> Iterator[dict]:
         start = first = count = 0

@@ -17,8 +17,8 @@ class Container:
     endings: tuple[str, ...] = ()
     whole = False
 
-    def holds(self, path: str, head: bytes) -> bool:
-        """Whether this file, which begins with `head`, is one; folders have no head."""
+    def matches(self, path: str, head: bytes) -> bool:
+        """Whether the file at `path`, whose first bytes are `head`, is of this kind; a folder has no first bytes."""
         return path.lower().endswith(self.endings) if self.endings else False
 
     def prepare(self, path: str, folder: Path, number: int) -> tuple[str, str, str | None]:

@@ -24,7 +24,7 @@ _CLASSES = "classes.txt"
 class FolderContainer(Container):
     name = "folder"
 
-    def holds(self, path: str, head: bytes) -> bool:
+    def matches(self, path: str, head: bytes) -> bool:
         return os.path.isdir(path)
 
     def prepare(self, path: str, folder: Path, number: int) -> tuple[str, str, str | None]:

@@ -1,6 +1,6 @@
-"""A JSON object on each line: .jsonl, also compressed as .gz or .zst, and .json files of this kind.
+"""JSON Lines: a JSON object per line, in .jsonl files, also compressed as .gz or .zst, and in such .json files.
 
-A plain file is cut at lines; a compressed one is one unit, read in order.
+A plain file is cut into units at line ends; a compressed file is one unit, read in order.
 """
 
 import gzip
@@ -24,8 +24,8 @@ class LinesContainer(Container):
     name = "lines"
     endings = (".jsonl", ".ndjson", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".jsonl.zstd")
 
-    def holds(self, path: str, head: bytes) -> bool:
-        return super().holds(path, head) or (path.lower().endswith(".json") and _first_is_object(head))
+    def matches(self, path: str, head: bytes) -> bool:
+        return super().matches(path, head) or (path.lower().endswith(".json") and _first_is_object(head))
 
     def units(self, path: str, most: int) -> Iterator[dict]:
         size = os.path.getsize(path)
@@ -87,12 +87,12 @@ def parse(line: bytes, at: int) -> object:
     except UnicodeDecodeError as error:
         return SampleError("not UTF-8", not_utf8("its line", at + error.start))
     except (ValueError, RecursionError) as error:
-        return SampleError("bad json", f"its line, at byte {at}, is no JSON: {error}")
+        return SampleError("bad json", f"its line, at byte {at}, is not JSON: {error}")
 
 
 @contextmanager
 def opened(path: str) -> Iterator[IO[bytes]]:
-    """A file, unpacked. Raises ValueError where pyarrow is needed and not installed."""
+    """Open a file for reading, decompressing .gz and .zst. Raises ValueError if pyarrow is needed and not installed."""
     if path.lower().endswith((".gz", ".tgz")):
         with gzip.open(path) as packed:
             yield cast(IO[bytes], packed)
@@ -105,7 +105,7 @@ def opened(path: str) -> Iterator[IO[bytes]]:
 
 
 def pyarrow_for(path: str) -> ModuleType:
-    """The module. Raises ValueError, naming the file that needs it, where it is not installed."""
+    """Import pyarrow. Raises ValueError, naming the file that needs it, if it is not installed."""
     try:
         import pyarrow
     except ImportError as error:
@@ -114,7 +114,7 @@ def pyarrow_for(path: str) -> ModuleType:
 
 
 def _first_is_object(head: bytes) -> bool:
-    """Whether the first line is a whole JSON object, or a longer line than `head` that may be one."""
+    """Whether the first line is a complete JSON object, or is longer than `head` and may be one."""
     line, end, _ = head.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
     if not line.startswith(b"{"):
         return False

@@ -13,12 +13,14 @@ class ImagesFormat(Format):
     members = "a sample is one image KEY.jpg, or several, KEY.0.jpg, KEY.1.jpg, ..."
     kinds = frozenset({"image"})
     medium = None
-    lacking = True
+    matches_incomplete = True
 
     def fits(self, sample: Sample) -> bool:
-        held = list(map(parsed, sample.of_kind("json")))
-        silent = all(isinstance(json, dict) and "turns" not in json and not self._key(json) for json in held)
-        return {medium.kind for medium in sample.media} == {"image"} and silent and not sample.of_kind("text", "lines")
+        values = map(parsed, sample.of_kind("json"))
+        without_text = not sample.of_kind("text", "lines") and all(
+            isinstance(value, dict) and "turns" not in value and not self._key(value) for value in values
+        )
+        return {medium.kind for medium in sample.media} == {"image"} and without_text
 
     def entries(self, sample: Sample) -> list[Entry]:
         if {member.kind for member in sample.media} != {"image"}:

@@ -9,7 +9,7 @@ class TextFormat(Format):
     members = 'a sample is KEY.txt, or KEY.json with "text", or a line of KEY.jsonl'
     kinds = frozenset({"text", "json", "lines"})
     medium = None
-    lacking = True
+    matches_incomplete = True
     keys = ("text", "content")
 
     def fits(self, sample: Sample) -> bool:

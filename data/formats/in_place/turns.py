@@ -15,8 +15,8 @@ class TurnsFormat(Format):
     medium = None
 
     def fits(self, sample: Sample) -> bool:
-        held = next(map(parsed, sample.of_kind("json")), None)
-        return isinstance(held, dict) and "turns" in held
+        fields = next(map(parsed, sample.of_kind("json")), None)
+        return isinstance(fields, dict) and "turns" in fields
 
     def entries(self, sample: Sample) -> list[Entry]:
         json = next(iter(sample.of_kind("json")), None)

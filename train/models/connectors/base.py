@@ -22,7 +22,7 @@ from tandem.data.vision import VisionSpec
 class ConnectorConfig:
     """How features become tokens of the LLM.  kind: a module of train/models/connectors.  merge: a block of merge x
     merge patches becomes one token; `VisionSpec` checks it.  options: settings of this kind alone.  folder: of a whole
-    model in Hugging Face's format, from which all of these and first weights come."""
+    model in Hugging Face's format, from which all of these and initial weights come."""
 
     kind: str = "mlp"
     merge: int = VisionSpec.merge

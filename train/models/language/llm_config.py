@@ -38,7 +38,7 @@ class LLMConfig:
     """Sizes of the language model; `num_experts=0` makes it dense with `ffn_width`.  Switches are off by default.
 
     qk_norm: RMSNorm of every head's queries and keys before rotation (Qwen3); qk_norm_whole: one over all heads
-    (OLMoE).  folder: of Hugging Face's format, from which sizes and first weights come.  tied_embeddings: the output
+    (OLMoE).  folder: of Hugging Face's format, from which sizes and initial weights come.  tied_embeddings: the output
     layer is the embedding.  rope_scaling, rotary_fraction, mrope_sections, mrope_interleaved: see
     `train.models.language.rope`.  qkv_bias, output_bias: of the linear layers before and after attention.  window: keys
     that a query sees, its own with them, in the layers from `window_from` on; 0 for all.
