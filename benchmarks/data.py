@@ -324,7 +324,7 @@ def table(result: dict) -> str:
     title, (smallest, largest) = f"loader, {WORKERS} workers", settings["sides"]
     lines = [
         f"{settings['samples']:,} JPEGs of {smallest} to {largest} pixels a side with captions",
-        f"{title:<26}{'samples/s':>10}{'CPU ms/sample':>15}{'tandem over it':>16}",
+        f"{title:<26}{'samples/s':>10}{'CPU ms/sample':>15}{'tandem speedup':>16}",
     ]
     for row in rows:
         if reason := row.get("reason"):

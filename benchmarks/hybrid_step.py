@@ -292,7 +292,8 @@ def table(result: dict) -> str:
         encoder = spent["encode"] + spent["encoder_backward"]
         lines.append(
             f"  balance {'on ' if one['balance'] else 'off'}: step {1e3 * statistics.median(one['step_s']):.0f} ms   "
-            f"load max/mean {one['load_max_over_mean']:.2f}   rank 0 encodes {1e3 * encoder:.0f} ms, "
+            f"load max/mean {one['load_max_over_mean']:.2f}   rank 0 encodes, "
+            f"forward and backward, {1e3 * encoder:.0f} ms, "
             f"floor {1e3 * step['encoder_floor_s']:.0f} ms"
         )
         lines.append(f"    {shares}")
