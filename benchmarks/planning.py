@@ -91,10 +91,8 @@ def make_catalog(folder: Path, size: Size) -> None:
         "group_base": np.zeros(shards),
         "entity_samples": np.zeros(0),
     }
-    write_catalog(
-        folder / "planned.catalog",
-        Catalog({"tokenizer_sha256": "0" * 64, "domains": ["captions"], "digest": 1}, arrays),
-    )
+    header = {"tokenizer_sha256": "0" * 64, "formats": ["pairs"], "domains": ["captions"], "digest": 1}
+    write_catalog(folder / "planned.catalog", Catalog(header, arrays))
 
 
 def plan(folder: Path, size: Size, seq_length: int) -> dict:

@@ -101,8 +101,8 @@ def test_samples_without_a_sound_track_are_refused_and_counted():
     "change, message",
     [
         ({"audio_seconds": -1}, "data.audio_seconds=-1: must be a number of seconds"),
-        ({"audio_seconds": float("inf")}, "data.audio_seconds is inf"),
-        ({"audio_seconds": True}, "data.audio_seconds is True"),
+        ({"audio_seconds": float("inf")}, "data.audio_seconds=inf: must be a number of seconds"),
+        ({"audio_seconds": True}, "data.audio_seconds=True: must be a number of seconds"),
         (
             {"audio_seconds": 5},
             "data.audio_seconds is 5, .* pictures of sound of 288 patches, above data.max_patches, 256",
