@@ -110,7 +110,7 @@ def floors(config: ViTConfig, pack: Pack, matmul_flops: float, copy_bytes: float
     """
     d, n = config.width, pack.lengths_I
     scores = 4 * d * int((n * n).sum()) * config.depth
-    linear = encoder_flops(config, n) - scores
+    linear = encoder_flops(config, pack.grid_I2) - scores
     weights = sum(parameter.numel() for parameter in _meta(config).parameters())
     return {
         "GEMM": 3 * linear / matmul_flops,

@@ -389,14 +389,14 @@ def test_a_batch_of_71_million_tokens_is_planned_in_time_and_full(seq_length):
 @pytest.mark.parametrize(
     "change, key",
     [
-        ({"seq_length": 0}, "train.seq_length is 0"),
-        ({"rows_per_step": 0}, "train.global_batch_size is 0"),
-        ({"seed": -1}, "train.seed is -1"),
-        ({"block_samples": 1.5}, "data.block_samples is 1.5"),
-        ({"video_budget": 0}, "data.video.budget is 0"),
-        ({"video_budget": 3}, "data.video.budget is 3, below"),
-        ({"video_levels": (4, 9)}, "data.video.levels is .*falling"),
-        ({"too_long": "drop"}, "data.too_long is 'drop'"),
+        ({"seq_length": 0}, "train.seq_length=0: must be"),
+        ({"rows_per_step": 0}, "train.global_batch_size=0: must be"),
+        ({"seed": -1}, "train.seed=-1: must be"),
+        ({"block_samples": 1.5}, "data.block_samples=1.5: must be"),
+        ({"video_budget": 0}, "data.video.budget=0: must be"),
+        ({"video_budget": 3}, "data.video.budget=3: is below"),
+        ({"video_levels": (4, 9)}, r"data.video.levels=\[4, 9\]: must be .*falling"),
+        ({"too_long": "drop"}, "data.too_long=drop: must be one of"),
     ],
 )
 def test_impossible_settings_name_their_key(change, key):

@@ -1,5 +1,7 @@
 """Parts of a model from several places, and frozen parts that keep the bytes they came with."""
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -41,13 +43,20 @@ def equal(found: dict, wanted: dict, part: str) -> bool:
     return all(torch.equal(found[name], wanted[name]) for name in names)
 
 
-def test_parts_of_several_places_are_joined_and_frozen_ones_keep_their_bytes(places, corpus, tmp_path, capfd):
+def printed(recipe: str, words: list[str], run_dir: str) -> str:
+    """What a run prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as console:
+        train_run(recipe, words, run_dir)
+    return console.getvalue()
+
+
+def test_parts_of_several_places_are_joined_and_frozen_ones_keep_their_bytes(places, corpus, tmp_path):
     """In bf16, over two ranks, and after a resume on one."""
     start = [f"checkpoint.load_from={{encoder: {places}/run, llm: {places}/other}}", "train.precision=bf16"]
     words = [*common(corpus, places), *start]
-    run_world(train_run, 2, "stage0", [*words, "parallel.pp=2"], str(tmp_path / "run"), timeout=180)
+    console, _ = run_world(printed, 2, "stage0", [*words, "parallel.pp=2"], str(tmp_path / "run"), timeout=180)
     run_of = checkpoint.resolve(places / "run")
-    assert f"encoder from {run_of}; llm from {places}/other; randomly initialised: adapter" in capfd.readouterr().out
+    assert f"encoder from {run_of}; llm from {places}/other; randomly initialised: adapter" in console
     resumed = [*words, "train.steps=2", "checkpoint.resume=true"]
     config = settings("stage0", *common(corpus, places), f"model.llm.folder={places}/other")
     other = families.open_folder(config.model.llm)
