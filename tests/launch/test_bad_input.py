@@ -90,7 +90,6 @@ REFUSED = {  # name: (overrides, what the sentence says); {corpus} and {files} a
         ["train.seq_length=4", "data.max_patches=4", "data.video.budget=4"],
         "train.seq_length is 4, but the smallest sample",
     ),
-    "trainable without adapter": (["train.trainable=[encoder,llm]"], "train.trainable=['encoder', 'llm']"),
     "trainable that is no part": (["train.trainable=[adapter,head]"], "train.trainable=['adapter', 'head']"),
     "precision": (["train.precision=fp16"], "train.precision=fp16: must be one of fp32, bf16"),
     "schedule": (["optim.schedule=linear"], "optim.schedule=linear: must be one of cosine, constant"),
@@ -99,7 +98,10 @@ REFUSED = {  # name: (overrides, what the sentence says); {corpus} and {files} a
     "LAMB for an LLM": (["optim.name=lamb"], "optim.name=lamb: the LLM is trained by AdamW alone"),
     "model without heads": (["model.llm.kv_heads=0"], "model.llm.kv_heads=0: must be at least 1"),
     "encoder without heads": (["model.encoder.heads=0"], "model.encoder.heads=0: must be at least 1"),
-    "heads that cannot turn": (["model.llm.head_width=15"], "model.llm.head_width=15: must be even"),
+    "heads that cannot turn": (
+        ["model.llm.head_width=15"],
+        "model.llm.head_width=15 with model.llm.rotary_fraction=1.0",
+    ),
     "more experts chosen than there are": (["model.llm.top_k=9"], "model.llm.top_k=9 is more than"),
     "no shards": ([SHARDS + "[]"], "data.sources.main.shards is empty"),
     "missing shard": ([SHARDS + "[{files}/nothing.tar]"], "{files}/nothing.tar"),
@@ -125,7 +127,7 @@ REFUSED = {  # name: (overrides, what the sentence says); {corpus} and {files} a
     "video longer than a row": (["data.video.budget=100000"], "data.video.budget=100000: must be at most train.seq"),
     "learning rate that rises": (["optim.lr=1e-4", "optim.min_lr=1e-3"], "optim.min_lr=0.001: must be at most optim"),
     "too long": (["data.too_long=split"], "data.too_long=split: must be one of cut, refuse"),
-    "seed": (["train.seed=-1"], "train.seed is -1"),
+    "seed": (["train.seed=-1"], "train.seed=-1: must be"),
     "start from nothing": (["checkpoint.load_from={files}/run"], "there is no checkpoint at {files}/run"),
     "start from a damaged checkpoint": (
         ["checkpoint.load_from={files}/step-00000001"],
@@ -319,5 +321,5 @@ def test_a_sample_with_more_images_than_places_is_left_out_and_counted(corpus, t
     shard = write_tar(tmp_path / "more.tar", members)
     assert index_shards.main([shard, "--tokenizer", str(corpus / "tokenizer.json"), "--workers", "1"]) == 0
     report = capsys.readouterr().out
-    assert f"{shard}: 1 samples, 1 images" in report
+    assert f"{shard}: turns, 1 samples, 1 images" in report
     assert "skipped 1: placeholder mismatch (first: sample more has 1 <image> placeholders in its text but 2" in report

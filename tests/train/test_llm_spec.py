@@ -41,6 +41,7 @@ def plain_model(llm):
         rotary_base=llm.config.rope_base,
         share_embeddings_and_output_weights=False,
     )
+    chunk.words = llm.config.vocab_size
     llm_shards.initialize(chunk, 0, llm.config.init_std, llm.config.layers)
     return chunk
 
