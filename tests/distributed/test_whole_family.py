@@ -10,12 +10,16 @@ from tandem.data.media.text import Tokenizer
 from tandem.launch import checkpoint as checkpoint_command
 from tandem.parallel.grid import destroy_grid
 from tandem.parallel.hybrid_step import forward_only
+from tandem.train import families
 from tandem.train.build import build_engines
 from tandem.train.checkpoints import checkpoint
 from tandem.train.config.checks import check_config
 from tandem.train.evaluation.answers import answer_forward
+from tandem.train.export.settings import whole
+from tandem.train.families import connectors
 from tandem.train.input.dataset import open_data
 from tandem.train.input.rows import row_prefetcher
+from tandem.train.models.connectors import between
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
@@ -109,6 +113,20 @@ def test_what_is_exported_is_what_came_in(theirs, exported):
     for name, tensor in theirs[1].state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert type(transformers.AutoImageProcessor.from_pretrained(exported)).__name__.startswith("Qwen2VLImageProcessor")
+
+
+def test_its_language_model_alone_is_no_whole_one(theirs):
+    """Our own modeling file has one position a token: the folder would not open."""
+    model = settings("stage1", f"model.llm.folder={theirs[0]}").model
+    with pytest.raises(ValueError, match=r"model.llm.mrope_sections=\[2, 3, 3\]: .* of a Qwen2_5_VLForConditional"):
+        whole(model, families.of_model(model.llm), "fp32", image_token_id=7)
+
+
+def test_its_connector_alone_fits_no_other_encoder(theirs):
+    model = settings("stage1", f"model.connector.folder={theirs[0]}").model
+    _, sizes, _ = between(model.encoder, model.connector, model.llm.width)
+    with pytest.raises(ValueError, match="encoder of width 32 and an LLM of width 64, here they have 64 and 64"):
+        connectors.open_folder(theirs[0], model.connector, sizes)
 
 
 def logits_here(words: list[str], run: str) -> list[dict]:

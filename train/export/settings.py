@@ -59,12 +59,18 @@ def encoder_alone(encoder: ViTConfig, connector: ConnectorConfig, dtype: str) ->
 
 
 def whole(model: ModelConfig, family: Family, dtype: str, image_token_id: int) -> dict[str, Any]:
-    """config.json of a folder with the whole model.  Raises ValueError for a connector that it cannot have."""
+    """config.json of a folder with the whole model.  Raises ValueError for a connector or positions that it cannot
+    have."""
     connector = model.connector
     if connector.kind not in CONNECTORS:
         kinds = ", ".join(CONNECTORS)
         raise ValueError(
             f"model.connector.kind={connector.kind}: the exported model cannot have this yet, only {kinds}"
+        )
+    if model.llm.mrope_sections is not None:
+        raise ValueError(
+            f"model.llm.mrope_sections={list(model.llm.mrope_sections)}: the exported model can have this only beside "
+            f"the encoder and the connector of a {family.architecture}; --part llm exports the language model"
         )
     text = family.config(model.llm, DTYPES[dtype])
     return {

@@ -28,7 +28,13 @@ def open_folder(folder: str | Path, config: ConnectorConfig, sizes: Sizes) -> Fo
                 f"model.connector.{key}={ours}, but model.connector.folder={folder} has {value}: leave "
                 f"model.connector.{key} out"
             )
-    family, _ = _of_folder(folder)
+    family, said = _of_folder(folder)
+    if (widths := family.widths(said)) != (sizes.width, sizes.llm_width):
+        raise ValueError(
+            f"model.connector.folder={folder}: its connector stands between an encoder of width {widths[0]} and an LLM "
+            f"of width {widths[1]}, here they have {sizes.width} and {sizes.llm_width}; name the folder as "
+            "model.encoder.folder and model.llm.folder too"
+        )
     try:
         return Folder(folder, family, sizes, family.prefixes)
     except ValueError as error:

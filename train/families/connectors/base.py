@@ -30,6 +30,10 @@ class ConnectorFamily(ABC):
         """Patches a side of a block that becomes one token, from a config.json."""
 
     @abstractmethod
+    def widths(self, said: dict) -> tuple[int | None, int | None]:
+        """Width of the encoder and of the LLM that it stands between, from a config.json."""
+
+    @abstractmethod
     def fields(self, config: ConnectorConfig, sizes: Sizes) -> dict[str, Any]:
         """Fields of the vision_config of the whole model."""
 

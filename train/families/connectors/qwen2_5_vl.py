@@ -10,6 +10,10 @@ class Merger(ConnectorFamily):
     def merge(self, said: dict) -> int:
         return (said.get("vision_config") or {}).get("spatial_merge_size", 2)
 
+    def widths(self, said: dict) -> tuple[int | None, int | None]:
+        vision, text = said.get("vision_config") or {}, said.get("text_config") or said
+        return vision.get("hidden_size"), text.get("hidden_size")
+
     def fields(self, config: ConnectorConfig, sizes: Sizes) -> dict[str, Any]:
         return {"spatial_merge_size": config.merge, "out_hidden_size": sizes.llm_width}
 
