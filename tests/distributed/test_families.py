@@ -356,7 +356,7 @@ def test_a_field_that_is_missing_is_named(copy):
 def test_pickles_and_empty_folders_are_refused(copy, tmp_path):
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     assert "holds pytorch_model.bin and no model.safetensors: pickles are not read" in refusal(copy)
-    assert "No such file" in refusal(tmp_path / "nowhere")
+    assert "there is no such folder" in refusal(tmp_path / "nowhere")
 
 
 def test_a_key_that_contradicts_the_folder_is_refused(folders):

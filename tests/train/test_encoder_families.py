@@ -195,7 +195,7 @@ def test_pickles_and_empty_folders_are_refused(copy, tmp_path):
     folder = copy("clip")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "holds pytorch_model.bin and no model.safetensors: pickles are not read" in refusal(folder)
-    assert "No such file" in refusal(tmp_path / "nowhere")
+    assert "there is no such folder" in refusal(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

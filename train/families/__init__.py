@@ -2,13 +2,12 @@
 tensors are which rows of ours.  `language/` has one module each.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from tandem.train.families import language
 from tandem.train.families.base import Family
-from tandem.train.families.folder import Folder, by_their_names, shapes, theirs
+from tandem.train.families.folder import Folder, by_their_names, read_config, shapes, theirs
 from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.registry import Registry
 
@@ -19,8 +18,8 @@ FAMILIES: Registry[Family] = Registry(language.__name__, language.__path__, "FAM
 def of_folder(folder: str | Path, key: str = "model.llm.folder") -> tuple[Family, dict]:
     """The family of a folder, and its `config.json`.  Raises ValueError, naming the folder, where there is none."""
     try:
-        said = json.loads((Path(folder) / "config.json").read_text())
-        return FAMILIES.find(said.get("model_type")), said
+        said = read_config(folder)
+        return FAMILIES.find(str(said.get("model_type"))), said
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{key}={folder}: {error}") from error
 

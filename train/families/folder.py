@@ -16,6 +16,14 @@ from tandem.train.families.tensors import Run, Tensor
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a folder.  Raises ValueError where there is no such folder, OSError where it has none."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError("there is no such folder, and nothing is downloaded: hf download NAME --local-dir FOLDER does")
+    return json.loads((path / "config.json").read_text())
+
+
 class Table(Protocol):
     """What of a family a folder is read and written by."""
 

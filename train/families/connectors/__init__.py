@@ -2,12 +2,11 @@
 folder of a whole model.  A module that is added here is a family without an edit elsewhere.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tandem.train.families.connectors.base import ConnectorFamily
-from tandem.train.families.folder import Folder
+from tandem.train.families.folder import Folder, read_config
 from tandem.train.models.connectors.base import ConnectorConfig, Sizes
 from tandem.train.registry import Registry
 
@@ -49,7 +48,7 @@ def of_model(config: ConnectorConfig) -> ConnectorFamily | None:
 
 def _of_folder(folder: str | Path) -> tuple[ConnectorFamily, dict]:
     try:
-        said = json.loads((Path(folder) / "config.json").read_text())
-        return FAMILIES.find(said.get("model_type")), said
+        said = read_config(folder)
+        return FAMILIES.find(str(said.get("model_type"))), said
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"model.connector.folder={folder}: {error}") from error

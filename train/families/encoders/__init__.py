@@ -2,12 +2,11 @@
 without an edit elsewhere.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tandem.train.families.encoders.base import EncoderFamily
-from tandem.train.families.folder import Folder
+from tandem.train.families.folder import Folder, read_config
 from tandem.train.models.encoders.vit import ViTConfig
 from tandem.train.models.pretrained.hugging_face import normalisation
 from tandem.train.registry import Registry
@@ -19,7 +18,7 @@ FREE = ("final_norm",)  # keys whose value a folder proposes and does not impose
 def of_folder(folder: str | Path) -> tuple[EncoderFamily, dict]:
     """The family of a folder, and its `config.json`.  Raises ValueError, naming the folder, where there is none."""
     try:
-        said = json.loads((Path(folder) / "config.json").read_text())
+        said = read_config(folder)
         kind = str(said.get("model_type"))
         return FAMILIES.find(kind.removesuffix("_vision_model").removesuffix("_vision")), said
     except (OSError, ValueError, AttributeError) as error:
