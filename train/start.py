@@ -75,7 +75,9 @@ def _paths(config: Config) -> RunPaths:
     if checkpoint.checkpoints(folder) and not config.checkpoint.resume and not restarted:
         raise ValueError(f"{folder} holds checkpoints of a run; set checkpoint.resume=true or name another directory")
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    unfinished = run_dir / ".config.yaml.partial"  # other ranks may still read the file of the start before
+    unfinished.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    unfinished.replace(run_dir / "config.yaml")
     attempt = history.attempts(events)
     for alarm in (run_dir / watchdog.STACKS).glob("alarm-*"):
         alarm.unlink()
