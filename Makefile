@@ -30,7 +30,7 @@ PROMPTS := --template 'a photo of the digit {}' --template 'a handwritten {}' --
 SIDE_BY_SIDE := tests/data tests/parallel tests/train tests/reference tests/golden tests/distributed \
 	tests/mutants tests/test_house.py tests/test_benchmark_gpu.py tests/test_benchmarks.py \
 	$(patsubst %,tests/launch/test_%.py,bad_input checkpoint_command curate docs evaluate_encoder evaluate_settings \
-	extending inspect_data make_teacher packaging precedence profile recipes)
+	extending inspect_data make_teacher model_presets packaging precedence profile recipes)
 
 .PHONY: toy learn hf vit_mim vit_contrastive vit_omni types check test soak mutants lint clean
 

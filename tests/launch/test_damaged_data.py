@@ -62,9 +62,9 @@ def train_and_tell(overrides, run_dir):
     """Trains; (trained tokens, samples skipped) of every step as this rank has them."""
     seen, step_input = [], rows.step_input
 
-    def watched(prepared, grid, vision):
+    def watched(prepared, **settings):
         seen.append((prepared.trained_tokens, prepared.skipped))
-        return step_input(prepared, grid, vision)
+        return step_input(prepared, **settings)
 
     rows.step_input = watched
     train_run("stage1", overrides, run_dir)
