@@ -20,9 +20,8 @@ from typing import Any, cast
 import torch
 from megatron.core import parallel_state
 
-from tandem.parallel.engines.state import ROUTER_BIAS, Piece
+from tandem.parallel.engines.state import ROUTER_BIAS, VOCABULARY, Piece
 
-VOCABULARY = {"embedding.word_embeddings.weight", "output_layer.weight"}  # tensors with a row for each token
 EXPERT = re.compile(
     r"(?P<layer>.+\.experts\.)"
     r"(?:local_experts\.(?P<own>\d+)\.(?P<own_part>\w+)\.weight|(?P<te_part>\w+)\.weight(?P<te>\d+)|(?P<stacked_part>\w+))"

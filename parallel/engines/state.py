@@ -17,6 +17,7 @@ import torch
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 ROUTER_BIAS = re.compile(r".+\.router\.expert_bias(_visual)?")  # names of the tensors of an LLM that no optimizer moves
+VOCABULARY = {"embedding.word_embeddings.weight", "output_layer.weight"}  # those with a row for each token
 EMA = "ema"  # the average of the weights over the updates, where the encoder's engine keeps one
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from tandem.data.media.text import Tokenizer
+from tandem.parallel.engines.state import VOCABULARY
 from tandem.train.families.folder import Folder
 
-PER_ROW = {"embedding.word_embeddings.weight", "output_layer.weight"}
 AT_ONCE = 8192  # rows read for a mean
 
 
@@ -40,7 +40,7 @@ class GrownFolder:
 
     def read(self, name: str, kind: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """As `Folder.read`."""
-        if name not in PER_ROW:
+        if name not in VOCABULARY:
             return self._folder.read(name, kind, start, size)
         out, first = torch.empty(size), start[0]
         there = max(0, min(first + size[0], self._rows) - first)
