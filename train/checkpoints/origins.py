@@ -19,7 +19,7 @@ from tandem.train.checkpoints.checkpoint import Reader
 from tandem.train.checkpoints.saving import Saver, verify_together
 from tandem.train.config.architecture import check_architecture
 from tandem.train.config.schema import Config
-from tandem.train.config.settings import resumed
+from tandem.train.config.settings import resumed_config
 from tandem.train.families import connectors, encoders
 from tandem.train.families.folder import Folder
 from tandem.train.families.vocabulary import GrownFolder
@@ -76,7 +76,7 @@ def open_origins(config: Config) -> list[Origin]:
     """
     task, model, wanted = find(config.task), config.model, config.checkpoint
     found: list[Origin] = []
-    if resumed(config) is not None:
+    if resumed_config(config) is not None:
         return found
     if model.encoder.folder:
         folder = encoders.open_folder(model.encoder.folder, model.encoder)

@@ -88,17 +88,23 @@ def ranked(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
         else:
             OmegaConf.update(out, key, OmegaConf.select(settings, key), merge=False, force_add=True)
     out.scale = {"name": scale.name}
-    for part in ("llm", "encoder", "connector"):
-        if folder := OmegaConf.select(out, f"model.{part}.folder"):
-            said = {f"model.{part}.{key}": value for key, value in _of_folder(out, part, folder).items()}
+    folders = {part: OmegaConf.select(out, f"model.{part}.folder") for part in ("llm", "encoder", "connector")}
+    resumed = resumed_config(out) if any(folders.values()) else None
+    saved = OmegaConf.load(resumed) if resumed else OmegaConf.create()
+    for part, folder in folders.items():
+        if folder:
+            said = {f"model.{part}.{key}": value for key, value in _of_folder(out, saved, part, folder).items()}
             for key in said.keys() - {override.key_or_group for override in parsed}:  # contradictions: `open_folder`
                 OmegaConf.update(out, key, said[key], merge=False)
     return out
 
 
-def _of_folder(settings: DictConfig, part: str, folder: str) -> dict[str, Any]:
-    """What a folder says of a part of the model; of a run that goes on, what it said when the run began."""
-    if (saved := resumed(settings)) is not None and OmegaConf.select(saved, f"model.{part}.folder") == folder:
+def _of_folder(settings: DictConfig, saved: Any, part: str, folder: str) -> dict[str, Any]:
+    """What a folder says of a part of the model; of a run that goes on, what it said when the run began.
+
+    saved: the settings of that run, empty where there is none.
+    """
+    if OmegaConf.select(saved, f"model.{part}.folder") == folder:
         return cast("dict[str, Any]", OmegaConf.to_container(saved.model[part]))
     if part == "llm":
         return families.settings_of(folder)
@@ -107,14 +113,14 @@ def _of_folder(settings: DictConfig, part: str, folder: str) -> dict[str, Any]:
     return encoders.settings_of(folder, OmegaConf.select(settings, "model.encoder.feature_layer") or -1)
 
 
-def resumed(settings: DictConfig | Config) -> DictConfig | None:
-    """The saved settings of the run that these resume; None where they resume none."""
+def resumed_config(settings: DictConfig | Config) -> Path | None:
+    """The config.yaml of the run that these settings resume; None where they resume none."""
     if not settings.checkpoint.resume or not settings.run.dir:
         return None
     run_dir = Path(settings.run.dir)
     saved = run_dir / "config.yaml"
     folder = Path(settings.checkpoint.dir or run_dir / "checkpoints")
-    return cast(DictConfig, OmegaConf.load(saved)) if saved.is_file() and checkpoints(folder) else None
+    return saved if saved.is_file() and checkpoints(folder) else None
 
 
 def _said_by(loader, group: str, option: str) -> DictConfig:
