@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tandem.train.families import language
 from tandem.train.families.base import Family
-from tandem.train.families.folder import Folder, by_their_names, read_config, shapes, theirs
+from tandem.train.families.folder import Folder, by_their_names, family_in, shapes, theirs
 from tandem.train.models.language.llm_config import LLMConfig
 from tandem.train.registry import Registry
 
@@ -17,11 +17,7 @@ FAMILIES: Registry[Family] = Registry(language.__name__, language.__path__, "FAM
 
 def of_folder(folder: str | Path, key: str = "model.llm.folder") -> tuple[Family, dict]:
     """The family of a folder, and its `config.json`.  Raises ValueError, naming the folder, where there is none."""
-    try:
-        said = read_config(folder)
-        return FAMILIES.find(str(said.get("model_type"))), said
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{key}={folder}: {error}") from error
+    return family_in(folder, FAMILIES, key)
 
 
 def settings_of(folder: str | Path, key: str = "model.llm.folder") -> dict:

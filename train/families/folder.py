@@ -4,14 +4,17 @@ Safetensors only, in one file or several with an index; nothing is unpickled, no
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from tandem.train.families.tensors import Run, Tensor
+from tandem.train.registry import Registry
+
+Entry = TypeVar("Entry")
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -22,6 +25,30 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_dir():
         raise ValueError("there is no such folder, and nothing is downloaded: hf download NAME --local-dir FOLDER does")
     return json.loads((path / "config.json").read_text())
+
+
+def family_in(
+    folder: str | Path, families: Registry[Entry], key: str, kind_of: Callable[[str], str] = str
+) -> tuple[Entry, dict[str, Any]]:
+    """(the family of a folder, its config.json).  Raises ValueError, naming the setting `key`, where there is none.
+
+    kind_of: name of the family, from the folder's model_type.
+    """
+    try:
+        said = read_config(folder)
+        return families.find(kind_of(str(said.get("model_type")))), said
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{key}={folder}: {error}") from error
+
+
+def compare(config: Any, found: Mapping[str, Any], part: str, folder: str | Path) -> None:
+    """Raises ValueError where a setting of `model.<part>` is not what its folder says, by key."""
+    for name, value in found.items():
+        if (ours := getattr(config, name)) != value:
+            raise ValueError(
+                f"model.{part}.{name}={ours}, but model.{part}.folder={folder} has {value}: leave model.{part}.{name} "
+                "out"
+            )
 
 
 class Table(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.train.families.connectors.base import ConnectorFamily
-from tandem.train.families.folder import Folder, read_config
+from tandem.train.families.folder import Folder, compare, family_in
 from tandem.train.models.connectors.base import ConnectorConfig, Sizes
 from tandem.train.registry import Registry
 
@@ -21,12 +21,7 @@ def settings_of(folder: str | Path) -> dict[str, Any]:
 
 def open_folder(folder: str | Path, config: ConnectorConfig, sizes: Sizes) -> Folder:
     """The weights in a folder.  Raises ValueError where it is not a connector of these settings and sizes."""
-    for key, value in settings_of(folder).items():
-        if (ours := getattr(config, key)) != value:
-            raise ValueError(
-                f"model.connector.{key}={ours}, but model.connector.folder={folder} has {value}: leave "
-                f"model.connector.{key} out"
-            )
+    compare(config, settings_of(folder), "connector", folder)
     family, said = _of_folder(folder)
     if (widths := family.widths(said)) != (sizes.width, sizes.llm_width):
         raise ValueError(
@@ -47,8 +42,4 @@ def of_model(config: ConnectorConfig) -> ConnectorFamily | None:
 
 
 def _of_folder(folder: str | Path) -> tuple[ConnectorFamily, dict]:
-    try:
-        said = read_config(folder)
-        return FAMILIES.find(str(said.get("model_type"))), said
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"model.connector.folder={folder}: {error}") from error
+    return family_in(folder, FAMILIES, "model.connector.folder")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.train.families.encoders.base import EncoderFamily
-from tandem.train.families.folder import Folder, read_config
+from tandem.train.families.folder import Folder, compare, family_in
 from tandem.train.models.encoders.vit import ViTConfig
 from tandem.train.models.pretrained.hugging_face import normalisation
 from tandem.train.registry import Registry
@@ -17,12 +17,8 @@ FREE = ("final_norm",)  # keys whose value a folder proposes and does not impose
 
 def of_folder(folder: str | Path) -> tuple[EncoderFamily, dict]:
     """The family of a folder, and its `config.json`.  Raises ValueError, naming the folder, where there is none."""
-    try:
-        said = read_config(folder)
-        kind = str(said.get("model_type"))
-        return FAMILIES.find(kind.removesuffix("_vision_model").removesuffix("_vision")), said
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"model.encoder.folder={folder}: {error}") from error
+    bare = lambda kind: kind.removesuffix("_vision_model").removesuffix("_vision")  # noqa: E731
+    return family_in(folder, FAMILIES, "model.encoder.folder", bare)
 
 
 def settings_of(folder: str | Path, feature_layer: int = -1) -> dict[str, Any]:
@@ -40,12 +36,8 @@ def settings_of(folder: str | Path, feature_layer: int = -1) -> dict[str, Any]:
 def open_folder(folder: str | Path, config: ViTConfig) -> Folder:
     """The weights in a folder.  Raises ValueError where it is not an encoder of these settings."""
     family, _ = of_folder(folder)
-    for key, value in settings_of(folder, config.feature_layer).items():
-        if key not in FREE and (ours := getattr(config, key)) != value:
-            raise ValueError(
-                f"model.encoder.{key}={ours}, but model.encoder.folder={folder} has {value}: leave "
-                f"model.encoder.{key} out"
-            )
+    found = settings_of(folder, config.feature_layer)
+    compare(config, {key: value for key, value in found.items() if key not in FREE}, "encoder", folder)
     if config.final_norm and not (family.final_norm or family.either):
         raise ValueError(
             f"model.encoder.final_norm=true, but model.encoder.folder={folder} has no norm after its layers: "
