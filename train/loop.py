@@ -248,7 +248,8 @@ def _roll_back(run: Run, why: str, state: Progress) -> Position:
         if before >= run.config.guard.rollbacks:
             raise AgreedError(f"{why} after {before} rollbacks to step {target}; guard.rollbacks allows no more")
         run.paths.rollbacks.append((target, state.data))
-        position = go_back(run.config, run.trainer, run.data, run.saver, newest, run.paths.rollbacks)
+        reader = checkpoint.Reader(newest)
+        position = go_back(run.config, run.trainer, run.data, run.saver, reader, run.paths.rollbacks)
         run.logger.rolled_back(why, state.step, position)
         cleared = guards.Record(position.record.losses, position.record.norms)
         return Position(position.step, position.data, cleared, newest)

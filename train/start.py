@@ -106,10 +106,11 @@ def restore(
     newest, damaged = saver.newest_valid()
     messages = [f"damaged checkpoint, using an older one: {sentence}" for sentence in damaged]
     if newest is not None:
-        position = go_back(config, trainer, data, saver, newest, paths.rollbacks)
+        reader = checkpoint.Reader(newest)
+        position = go_back(config, trainer, data, saver, reader, paths.rollbacks)
         if "vision" not in position.data:
             messages.append(f"{newest} records no vision settings; assuming {OLDEST}")
-        return position, messages + _without_architecture([checkpoint.Reader(newest)])
+        return position, messages + _without_architecture([reader])
     readers = [origin.source for origin in origins if isinstance(origin.source, checkpoint.Reader)]
     if config.checkpoint.load_optimizer and readers:
         _check_moments(config, readers[0])
@@ -151,11 +152,15 @@ def _check_moments(config: Config, reader: checkpoint.Reader) -> None:
 
 
 def go_back(
-    config: Config, trainer: Trainer, data: Data, saver: Saver, path: Path, rollbacks: list[tuple[int, dict]]
+    config: Config,
+    trainer: Trainer,
+    data: Data,
+    saver: Saver,
+    reader: checkpoint.Reader,
+    rollbacks: list[tuple[int, dict]],
 ) -> Position:
     """Restore a checkpoint of this run.  Data resumes after the batches skipped by rollbacks to this checkpoint."""
-    reader = checkpoint.Reader(path)
-    state = reader.state
+    path, state = reader.path, reader.state
     trainable = state.trainable or list(config.train.trainable)  # older checkpoints do not record it
     for key, theirs, ours in (
         ("task", state.task, config.task),
