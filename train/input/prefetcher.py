@@ -240,8 +240,12 @@ class Prefetcher(Generic[Shard]):
         """(the step, its rows, the samples that cannot be used) once all is read; a sentence where that fails."""
         try:
             images, text = self._reader.finish(reading.pending)
+        except Exception as caught:
+            return self._say(caught)
+        try:
             found = (*self._sharding.inspect(reading.plan, reading.rank_shard, text), *images.failures, *text.failures)
         except Exception as caught:
+            images.release()
             return self._say(caught)
         return (
             PreparedStep(reading.plan, reading.rank_shard, images),
