@@ -91,7 +91,7 @@ def _whole(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, di
     family, tokenizer = families.of_model(model.llm), _tokenizer(config)
     encoder, connector = encoders.of_model(model.encoder), connectors.of_model(model.connector)
     if encoder and connector and connector.architecture == family.architecture:
-        return _whole_of_family(reader, config, family, encoder, connector, dtype)
+        return _whole_of_family(reader, config, tokenizer, family, encoder, connector, dtype)
     if not tokenizer.is_ours:
         raise ValueError(
             f"--part all: data.tokenizer={config.data.tokenizer} has a chat template or special tokens of its own, "
@@ -105,9 +105,15 @@ def _whole(reader: Reader, config: Config, dtype: str) -> tuple[str, Weights, di
 
 
 def _whole_of_family(
-    reader: Reader, config: Config, language: Family, encoder: EncoderFamily, connector: ConnectorFamily, dtype: str
+    reader: Reader,
+    config: Config,
+    tokenizer: Tokenizer,
+    language: Family,
+    encoder: EncoderFamily,
+    connector: ConnectorFamily,
+    dtype: str,
 ) -> tuple[str, Weights, dict[str, str]]:
-    model, tokenizer, name = config.model, _tokenizer(config), settings.DTYPES[dtype]
+    model, name = config.model, settings.DTYPES[dtype]
     _, sizes, _ = between(model.encoder, model.connector, model.llm.width)
     visual, joined = encoder.prefixes[0], connector.prefixes[0]
     held = weights.of_family(reader, language, model.llm)
