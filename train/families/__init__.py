@@ -5,11 +5,11 @@ tensors are which rows of ours.  `language/` has one module each.
 from dataclasses import replace
 from pathlib import Path
 
+from tandem.data.registry import Registry
 from tandem.train.families import language
 from tandem.train.families.base import Family
 from tandem.train.families.folder import Folder, by_their_names, family_in, shapes, theirs
 from tandem.train.models.language.llm_config import LLMConfig
-from tandem.train.registry import Registry
 
 __all__ = ["by_their_names", "of_folder", "of_model", "open_folder", "settings_of", "shapes", "theirs"]
 FAMILIES: Registry[Family] = Registry(language.__name__, language.__path__, "FAMILY", "model_type")

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tandem.data.registry import Registry
 from tandem.train.families.tensors import Run, Tensor
-from tandem.train.registry import Registry
 
 Entry = TypeVar("Entry")
 

@@ -9,7 +9,7 @@ omni           the encoder alone: frames, sound and captions of videos
 A module that is added here is a task without an edit elsewhere; see docs/extending.md.
 """
 
-from tandem.train.registry import Registry
+from tandem.data.registry import Registry
 from tandem.train.tasks.base import Task
 
 TASKS: Registry[Task] = Registry(__name__, __path__, "TASK", "task")

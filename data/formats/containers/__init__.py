@@ -7,25 +7,14 @@
 Folders and tables are first written as lines, see `Container.prepare`.
 """
 
-import importlib
 import os
-import pkgutil
-from functools import cache
 
 from tandem.data.formats.containers.base import Container
+from tandem.data.registry import Registry
 
 __all__ = ["Container", "container_of", "find_container"]
-
-
-@cache
-def _containers() -> dict[str, Container]:
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    found = [module.CONTAINER for module in modules if hasattr(module, "CONTAINER")]
-    return {each.name: each for each in found}
-
-
-def find_container(name: str) -> Container:
-    return _containers()[name]
+CONTAINERS: Registry[Container] = Registry(__name__, __path__, "CONTAINER", "container")
+find_container = CONTAINERS.find
 
 
 def container_of(path: str) -> Container:
@@ -34,8 +23,8 @@ def container_of(path: str) -> Container:
     if os.path.isfile(path):
         with open(path, "rb") as file:
             head = file.read(1 << 16)
-    found = next((each for each in _containers().values() if each.matches(path, head)), None)
+    found = next((each for each in CONTAINERS.all().values() if each.matches(path, head)), None)
     if found is None:
-        known = ", ".join(ending for each in _containers().values() for ending in each.endings)
+        known = ", ".join(ending for each in CONTAINERS.all().values() for ending in each.endings)
         raise ValueError(f"{path} is no file that can be imported; known are folders and {known}")
     return found

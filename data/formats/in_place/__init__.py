@@ -2,12 +2,10 @@
 texts and media of a sample and turns them into a conversation; `auto` takes the format that most samples fit.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Iterable
-from functools import cache
 
 from tandem.data.formats.in_place.base import Entry, Format
+from tandem.data.registry import Registry
 from tandem.data.shards.tars import Member, Sample
 
 __all__ = ["AUTO", "Entry", "Format", "contents", "find_format", "format_of", "formats", "likely_format", "take_texts"]
@@ -15,12 +13,7 @@ AUTO = "auto"
 TEXTS = ("json", "text", "lines")  # kinds of members
 
 
-@cache
-def formats() -> dict[str, Format]:
-    """Every format by its name."""
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    found = [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
-    return {each.name: each for each in found}
+formats = Registry[Format](__name__, __path__, "FORMAT", "format").all
 
 
 def find_format(name: str) -> Format:

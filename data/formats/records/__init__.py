@@ -2,22 +2,15 @@
 whose `FORMAT` turns a record into a conversation with its media; `auto` takes the format that most records fit.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Iterable
-from functools import cache
 
 from tandem.data.formats.records.base import Conversation, Medium, RecordFormat
+from tandem.data.registry import Registry
 
 __all__ = ["Conversation", "Medium", "RecordFormat", "find_format", "format_of", "formats", "likely_format"]
 
 
-@cache
-def formats() -> dict[str, RecordFormat]:
-    """Every format by its name."""
-    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    found = [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
-    return {each.name: each for each in found}
+formats = Registry[RecordFormat](__name__, __path__, "FORMAT", "--format").all
 
 
 def find_format(name: str) -> RecordFormat:

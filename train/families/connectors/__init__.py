@@ -5,10 +5,10 @@ folder of a whole model.  A module that is added here is a family without an edi
 from pathlib import Path
 from typing import Any
 
+from tandem.data.registry import Registry
 from tandem.train.families.connectors.base import ConnectorFamily
 from tandem.train.families.folder import Folder, compare, family_in
 from tandem.train.models.connectors.base import ConnectorConfig, Sizes
-from tandem.train.registry import Registry
 
 FAMILIES: Registry[ConnectorFamily] = Registry(__name__, __path__, "FAMILY", "model_type")
 

@@ -5,11 +5,11 @@ without an edit elsewhere.
 from pathlib import Path
 from typing import Any
 
+from tandem.data.registry import Registry
 from tandem.train.families.encoders.base import EncoderFamily
 from tandem.train.families.folder import Folder, compare, family_in
 from tandem.train.models.encoders.vit import ViTConfig
 from tandem.train.models.pretrained.hugging_face import normalisation
-from tandem.train.registry import Registry
 
 FAMILIES: Registry[EncoderFamily] = Registry(__name__, __path__, "FAMILY", "model_type")
 FREE = ("final_norm",)  # keys whose value a folder proposes and does not impose

@@ -4,9 +4,9 @@ names `train/models/connectors/mlp.py`, whose `CONNECTOR` builds it and counts i
 A module that is added here is a connector without an edit elsewhere; see docs/extending.md.
 """
 
+from tandem.data.registry import Registry
 from tandem.train.models.connectors.base import Connector, ConnectorConfig, Sizes
 from tandem.train.models.encoders.vit import ViTConfig
-from tandem.train.registry import Registry
 
 CONNECTORS: Registry[Connector] = Registry(__name__, __path__, "CONNECTOR", "model.connector.kind")
 names, find = CONNECTORS.names, CONNECTORS.find

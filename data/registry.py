@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -19,9 +19,13 @@ class Registry(Generic[Entry]):
     def __init__(self, package: str, folders: Iterable[str], attribute: str, key: str):
         self._package, self._folders, self._attribute, self._key = package, folders, attribute, key
 
+    def all(self) -> Mapping[str, Entry]:
+        """Every entry by its name, in order; imports every module."""
+        return self._all
+
     def names(self) -> list[str]:
         """Of all entries; imports every module."""
-        return sorted(name for name in self._modules if self._entry(name) is not None)
+        return list(self.all())
 
     def find(self, name: str) -> Entry:
         """The entry of this name; imports its module.  Raises ValueError, with the names there are, for any other."""
@@ -35,6 +39,11 @@ class Registry(Generic[Entry]):
     @cached_property
     def _modules(self) -> frozenset[str]:
         return frozenset(module.name for module in pkgutil.iter_modules(self._folders))
+
+    @cached_property
+    def _all(self) -> dict[str, Entry]:
+        found = {name: self._entry(name) for name in sorted(self._modules)}
+        return {name: entry for name, entry in found.items() if entry is not None}
 
     def _entry(self, name: str) -> Entry | None:
         return getattr(importlib.import_module(f"{self._package}.{name}"), self._attribute, None)
