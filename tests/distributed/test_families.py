@@ -25,6 +25,7 @@ from tandem.train.models.language.llm_spec import build_chunk, transformer_confi
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
+from tests.train.folders import check_each_row_once
 
 COMMON = {
     "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384,
@@ -272,14 +273,7 @@ def test_every_number_of_theirs_is_used_once(name):
     family, model = families.FAMILIES.find(name), model_of(name)
     tensors = list(family.tensors(model))
     assert len({tensor.name for tensor in tensors}) == len(tensors)
-    used = {theirs: np.zeros(shape[0], int) for theirs, shape in families.shapes(tensors).items()}
-    for tensor in tensors:
-        rows = np.zeros(tensor.shape[0], int)
-        for run in tensor.runs:
-            rows[run.ours : run.ours + run.rows] += 1
-            used[run.theirs][run.begin : run.begin + run.rows] += 1
-        assert (rows == 1).all(), tensor.name
-    assert all((rows == 1).all() for rows in used.values())
+    check_each_row_once(tensors)
     assert family.refusal(model) is None
     assert families.of_model(model) in (family, families.FAMILIES.find("llama"))  # whose layers mistral's are
 

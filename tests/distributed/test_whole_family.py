@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tandem.data.media.text import Tokenizer
 from tandem.launch import checkpoint as checkpoint_command
@@ -23,6 +24,7 @@ from tandem.train.models.connectors import between
 from tests.distributed.runs import train_run
 from tests.distributed.world import run_world
 from tests.support import corpus_overrides, read_metrics, settings
+from tests.train.folders import check_each_row_once
 
 LAYOUTS = {"one rank": (1, []), "tp2.pp2": (4, ["parallel.tp=2", "parallel.pp=2"]), "cp2": (2, ["parallel.cp=2"])}
 NORMS = ("grad_norm", "grad_norm_encoder", "grad_norm_adapter", "grad_norm_llm")
@@ -120,6 +122,18 @@ def test_its_language_model_alone_is_no_whole_one(theirs):
     model = settings("stage1", f"model.llm.folder={theirs[0]}").model
     with pytest.raises(ValueError, match=r"model.llm.mrope_sections=\[2, 3, 3\]: .* of a Qwen2_5_VLForConditional"):
         whole(model, families.of_model(model.llm), "fp32", image_token_id=7)
+
+
+def test_every_number_of_its_connector_is_used_once(theirs):
+    family, model = (
+        connectors.FAMILIES.find("qwen2_5_vl"),
+        settings("stage1", f"model.connector.folder={theirs[0]}").model,
+    )
+    _, sizes, _ = between(model.encoder, model.connector, model.llm.width)
+    names = check_each_row_once(list(family.tensors(sizes)))
+    assert {family.prefixes[0] + name for name in names} == {
+        name for name in load_file(theirs[0] / "model.safetensors") if name.startswith(family.prefixes)
+    }
 
 
 def test_its_connector_alone_fits_no_other_encoder(theirs):

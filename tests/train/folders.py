@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from tandem.train.checkpoints.checkpoint import TrainState, box_key, file_of
 from tandem.train.checkpoints.saving import publish
 from tandem.train.checkpoints.tensors import write_file
+from tandem.train.families.folder import shapes
+from tandem.train.families.tensors import Tensor
 
 STATE = TrainState(
     step=3, data={"epoch": 1, "row": 7}, optimizer_steps={"llm": 3}, task="language", layout={"world": 2, "tp": 2}
@@ -66,3 +70,16 @@ def write_qwen3_moe(folder, seed=0):
     sizes |= {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
     config = transformers.Qwen3MoeConfig(**sizes, vocab_size=384, norm_topk_prob=True, initializer_range=0.1)
     transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+
+
+def check_each_row_once(tensors: Sequence[Tensor]) -> set[str]:
+    """Asserts that every row of ours comes from one of theirs and every row of theirs goes to one; names of theirs."""
+    used = {theirs: np.zeros(shape[0], int) for theirs, shape in shapes(tensors).items()}
+    for tensor in tensors:
+        rows = np.zeros(tensor.shape[0], int)
+        for run in tensor.runs:
+            rows[run.ours : run.ours + run.rows] += 1
+            used[run.theirs][run.begin : run.begin + run.rows] += 1
+        assert (rows == 1).all(), tensor.name
+    assert all((rows == 1).all() for rows in used.values())
+    return set(used)

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,10 +18,9 @@ from tandem.train.export import settings as export_settings
 from tandem.train.export.hugging_face import content
 from tandem.train.export.remote import configuration_tandem, modeling_tandem
 from tandem.train.families import encoders
-from tandem.train.families.folder import shapes
 from tandem.train.models.encoders.vit import SeedViT, ViTConfig, normalise
 from tests.support import settings
-from tests.train.folders import write
+from tests.train.folders import check_each_row_once, write
 from tests.train.vision_models import MODELS, SIDE, features, images, model_of, saved
 
 GRIDS = [(SIDE, SIDE), (4, 10), (2, 2), (SIDE, SIDE), (14, 6)]
@@ -94,15 +92,7 @@ def test_every_number_of_theirs_is_used_once(folders, kind):
     assert {tensor.name: tensor.shape for tensor in table} == {
         name: tuple(parameter.shape) for name, parameter in encoder.named_parameters()
     }
-    used = {theirs: np.zeros(shape[0], int) for theirs, shape in shapes(table).items()}
-    for tensor in table:
-        rows = np.zeros(tensor.shape[0], int)
-        for run in tensor.runs:
-            rows[run.ours : run.ours + run.rows] += 1
-            used[run.theirs][run.begin : run.begin + run.rows] += 1
-        assert (rows == 1).all(), tensor.name
-    assert all((rows == 1).all() for rows in used.values())
-    assert used.keys() | folder.left_out.keys() == load_file(folders / kind / "model.safetensors").keys()
+    assert check_each_row_once(table) | folder.left_out.keys() == load_file(folders / kind / "model.safetensors").keys()
 
 
 @pytest.mark.parametrize("kind", ALONE)
