@@ -42,7 +42,7 @@ from tandem.data.importing.pipeline import (
 )
 from tandem.data.shards.catalog import gather_catalog, write_catalog
 from tandem.data.shards.tars import printable
-from tandem.launch.index_shards import tokenizer_settings
+from tandem.launch.index_shards import add_set_option, tokenizer_settings
 
 _WATCH_S = 0.5
 _AT_HAND = 64  # units behind the last finished one that may be at work
@@ -115,13 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", default=AUTO, help=f"of the records: {AUTO} or one of {', '.join(formats())}")
     parser.add_argument("--images", metavar="DIR", action="append", default=[], help="folder of images and videos")
     parser.add_argument("--tokenizer", help="tokenizer.json or folder that training will use; indexes the shards")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="special_tokens.* or chat.* as training will have it in data.*; may be given several times",
-    )
+    add_set_option(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="what the user says to a captioned picture, with <image>")
     parser.add_argument("--domain", help="name of this kind of data, by which losses are reported")
     parser.add_argument("--shard-mb", type=int, default=512, help="most MiB of a shard")

@@ -103,6 +103,17 @@ def _tokenizer(settings: str) -> Tokenizer:
     return Tokenizer.of(json.loads(settings))
 
 
+def add_set_option(parser: argparse.ArgumentParser) -> None:
+    """The option whose values `tokenizer_settings` takes as `chosen`."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="special_tokens.* or chat.* as training will have it in data.*; may be given several times",
+    )
+
+
 def tokenizer_settings(path: str, chosen: list[str]) -> str:
     """Settings of the tokenizer, as JSON.  chosen: KEY=VALUE as below `data` in a run.  Raises ValueError."""
     parts = OmegaConf.structured({"special_tokens": SpecialTokens, "chat": ChatConfig})
@@ -145,13 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help="tar files or URLs; {0000..0099} is understood, in paths * too")
     parser.add_argument("--tokenizer", required=True, help="tokenizer.json or folder that training will use")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="special_tokens.* or chat.* as training will have it in data.*; may be given several times",
-    )
+    add_set_option(parser)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one shard each at a time)")
     parser.add_argument("--index-dir", help="folder for the indexes; without it each goes beside its shard")
     parser.add_argument("--catalog", help="file ending in .catalog for all shards; use it where there are thousands")

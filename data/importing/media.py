@@ -13,7 +13,7 @@ from tandem.data.media.image import MAX_PIXELS, ImageError, image_size
 from tandem.data.media.turns import SampleError
 from tandem.data.shards.tars import MAX_BYTES
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _STARTS = {  # of files, and how their names end
     b"\xff\xd8\xff": "jpg",
@@ -62,7 +62,7 @@ class MediaFiles:
         return self._file(source, medium.kind)
 
     def _file(self, name: str, kind: str) -> bytes:
-        url = _URL.match(name) and not name.lower().startswith("file://")
+        url = URL.match(name) and not name.lower().startswith("file://")
         path = os.path.basename(unquote(urlsplit(name).path)) if url else name.removeprefix("file://")
         for folder in self._folders:
             try:
@@ -83,7 +83,7 @@ def is_url(medium: Medium) -> bool:
     source = medium.source
     if isinstance(source, dict):
         source = None if source.get("bytes") else source.get("path") or source.get("url")
-    return isinstance(source, str) and bool(_URL.match(source)) and not source.lower().startswith("file://")
+    return isinstance(source, str) and bool(URL.match(source)) and not source.lower().startswith("file://")
 
 
 def _ending(data: bytes, kind: str) -> str:

@@ -6,7 +6,6 @@ of workers nor an interruption changes a byte of the result.
 
 import glob
 import os
-import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,11 @@ from tandem.data.formats.containers import container_of, find_container
 from tandem.data.formats.in_place import AUTO
 from tandem.data.formats.records import find_format, formats, likely_format
 from tandem.data.importing.journal import FOLDER, Journal
-from tandem.data.importing.media import DOWNLOAD, is_url
+from tandem.data.importing.media import DOWNLOAD, URL, is_url
 from tandem.data.importing.unit import UnitTask, first_records, tokenizer_of
 from tandem.data.media.turns import SampleError, placeholders
 
 LOOKED_AT = 32  # records that decide a file's format
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".tar.gz", ".tgz", ".json")
 Runner = Callable[[Callable, Sequence], Iterator]  # (task, items) -> results in the order of the items
 
@@ -64,7 +62,7 @@ def find_sources(names: Sequence[str]) -> list[str]:
     """Files and folders that the names stand for; a folder of data files gives these. Raises ValueError."""
     found = []
     for name in names:
-        if _URL.match(name):
+        if URL.match(name):
             raise ValueError(
                 f"SOURCE {name} is a URL; download it first, for example by huggingface-cli download or wget, "
                 "and name the file"

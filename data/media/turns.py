@@ -13,6 +13,9 @@ ROLES = ("system", "user", "assistant")
 IMAGE, VIDEO = "<image>", "<video>"  # placeholders
 BOX_TAGS = ("<bbox>", "</bbox>")
 KIND_OF = {IMAGE: "image", VIDEO: "video"}
+# Of files, by the ends of their names in small letters.
+KIND_OF_SUFFIX = dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image")
+KIND_OF_SUFFIX |= dict.fromkeys((".mp4", ".mkv", ".webm", ".mov", ".avi"), "video")
 MAX_SECONDS = 4_294_967  # of an event: milliseconds are kept in 32 bits
 
 _MARKS = re.compile(r"(?<!\\)(\\*)(" + "|".join(re.escape(mark) for mark in (*KIND_OF, *BOX_TAGS)) + ")")

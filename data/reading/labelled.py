@@ -25,7 +25,7 @@ from tandem.data.formats.in_place import contents, format_of
 from tandem.data.media.audio import sound_grid, spectrogram
 from tandem.data.media.image import ImageError, decode_image, image_size, to_patches
 from tandem.data.media.text import load_json, texts_of
-from tandem.data.media.turns import SampleError
+from tandem.data.media.turns import KIND_OF_SUFFIX, SampleError
 from tandem.data.media.video import Probe, SoundError, decode_frames, probe, sample_frames
 from tandem.data.shards.catalog import expand_shards
 from tandem.data.shards.storage import open_range, shown
@@ -33,8 +33,6 @@ from tandem.data.shards.tars import MAX_BYTES, Member, Sample, TarSamples, print
 from tandem.data.vision import VisionSpec
 
 AHEAD = 2  # samples read ahead of each decoding thread
-KIND_OF_SUFFIX = dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image")
-KIND_OF_SUFFIX |= dict.fromkeys((".mp4", ".mkv", ".webm", ".mov", ".avi"), "video")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tandem.data.formats.containers.base import Container, not_utf8
+from tandem.data.media.turns import KIND_OF_SUFFIX
 
-_KINDS = dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image")
-_KINDS |= dict.fromkeys((".mp4", ".mkv", ".webm", ".mov", ".avi"), "video")
 _TABLES = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 _CLASSES = "classes.txt"
 
@@ -60,7 +59,7 @@ def _files(root: str) -> Iterator[tuple[str, str, str | None]]:
         beside = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith((".txt", ".json"))}
         for name in sorted(names):
             stem, ending = os.path.splitext(name)
-            kind = _KINDS.get(ending.lower())
+            kind = KIND_OF_SUFFIX.get(ending.lower())
             if kind is not None and not name.startswith("."):
                 here = os.path.relpath(folder, root)
                 said = beside.get(stem)

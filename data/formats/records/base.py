@@ -9,7 +9,7 @@ The formats exclude each other: a record fits at most one of them.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tandem.data.media.turns import SampleError
+from tandem.data.media.turns import KIND_OF_SUFFIX, SampleError
 
 VIDEO_KEYS = ("video", "videos")
 IMAGE_KEYS = ("image", "images", "img", "image_path", "file_name", "filename", "file", "jpg", "png")
@@ -78,8 +78,8 @@ def media_of(record: dict, image_keys: Sequence[str] = IMAGE_KEYS) -> list[Mediu
 def kind_of(value: object, kind: str) -> str:
     """The kind of a medium: that of its file's name where that is one of a video, else `kind`."""
     name = value.get("path") if isinstance(value, dict) else value
-    ending = name.rpartition(".")[2].lower() if isinstance(name, str) else ""
-    return "video" if ending in ("mp4", "webm", "mkv", "mov", "avi") else kind
+    suffix = f".{name.rpartition('.')[2].lower()}" if isinstance(name, str) else ""
+    return "video" if KIND_OF_SUFFIX.get(suffix) == "video" else kind
 
 
 def role_of(value: object) -> str:
