@@ -1,4 +1,5 @@
-"""Corpora in memory, without a tar: index records and catalogs as the files would give them, of any size at once."""
+"""Corpora in memory, without a tar: index records and catalogs as the files would give them, of any size at once; and
+what their plans must say, token by token."""
 
 import zlib
 from collections import Counter
@@ -126,3 +127,24 @@ def corpus_of(*sources: list[MemoryShard], settings: list[dict] | None = None) -
 def stamp_lengths(times_ms: np.ndarray) -> np.ndarray:
     """A stamp of one token a digit before the point, and four more."""
     return np.array([len(str(int(time) // 1000)) + 4 for time in times_ms], np.int64)
+
+
+def positions_one_by_one(plan, row: int, cu: np.ndarray) -> list[list[int]]:
+    """What `row_positions_thw` is to give, token by token."""
+    sides = {
+        int(start): (grid // 2).tolist()
+        for start, grid, of in zip(plan.start_I, plan.grid_hw_I2, plan.row_I, strict=True)
+        if of == row
+    }
+    out, following = [], 0
+    while len(out) < plan.seq_length:
+        if len(out) in cu:
+            following = 0
+        if len(out) not in sides:
+            out.append([following] * 3)
+            following += 1
+        else:
+            down, across = sides[len(out)]
+            out += [[following, following + y, following + x] for y in range(down) for x in range(across)]
+            following += max(down, across)
+    return out

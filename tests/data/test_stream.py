@@ -21,7 +21,16 @@ from tandem.data.reading.sample_layout import lay_out
 from tandem.data.shards.index import VIDEO
 from tandem.data.shards.storage import open_range
 from tandem.data.vision import VisionSpec
-from tests.data.synthetic import Medium, MemoryShard, Sample, corpus_of, random_shards, stamp_lengths, stream_config
+from tests.data.synthetic import (
+    Medium,
+    MemoryShard,
+    Sample,
+    corpus_of,
+    positions_one_by_one,
+    random_shards,
+    stamp_lengths,
+    stream_config,
+)
 
 CONFIG = stream_config(
     seq_length=512,
@@ -265,27 +274,6 @@ def test_the_plan_is_consistent(mixed, too_long):
                 assert plan.length_S[s] == record["text_tokens"] + plan.tokens_I[mine].sum()
         frames, cuts = frames + int((plan.time_I >= 0).sum()), cuts + int(plan.cut_S.sum())
     assert frames > 100 and (cuts > 0) == (too_long == "cut")
-
-
-def positions_one_by_one(plan, row: int, cu: np.ndarray) -> list[list[int]]:
-    """What `row_positions_thw` is to give, token by token."""
-    sides = {
-        int(start): (grid // 2).tolist()
-        for start, grid, of in zip(plan.start_I, plan.grid_hw_I2, plan.row_I, strict=True)
-        if of == row
-    }
-    out, following = [], 0
-    while len(out) < plan.seq_length:
-        if len(out) in cu:
-            following = 0
-        if len(out) not in sides:
-            out.append([following] * 3)
-            following += 1
-        else:
-            down, across = sides[len(out)]
-            out += [[following, following + y, following + x] for y in range(down) for x in range(across)]
-            following += max(down, across)
-    return out
 
 
 def test_places_of_a_video_with_events_in_a_row():
